@@ -1,0 +1,1 @@
+"""What answers requests: SGLang over HTTP, and models of it."""

@@ -1,0 +1,64 @@
+"""The vocabulary of decisions: what a policy may see of jobs and workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """Online work has a person waiting; offline work has a window."""
+
+    ONLINE = "online"
+    OFFLINE = "offline"
+
+
+class Role(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    UNIFIED = "unified"
+
+
+class Pool(StrEnum):
+    """Strict servers keep latency targets; relaxed ones give way to throughput."""
+
+    STRICT = "strict"
+    RELAXED = "relaxed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One prompt and one answer as policies see them; the true output length is unknown."""
+
+    id: str
+    kind: Kind
+    model: str
+    prompt_tokens: int
+    max_tokens: int
+    arrival_us: int
+    deadline_us: int
+    """Online: the first token is due. Offline: the last one is."""
+    tpot_us: int = 0
+    """The time a token may take after the first; 0 when nobody waits for it."""
+    cached_tokens: int = 0
+    """Prompt tokens that some prefill server is believed to hold."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """A server as configured and as it described itself; 0 means that it did not say."""
+
+    name: str
+    url: str
+    role: Role
+    pool: Pool = Pool.STRICT
+    model: str = ""
+    host: str = ""
+    """Servers that name the same host share one GPU."""
+    bootstrap_host: str = ""
+    bootstrap_port: int | None = None
+    dp_size: int = 1
+    kv_tokens: int = 0
+    max_running: int = 0
+    chunk_tokens: int = 0
+    page_size: int = 1
