@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from backends.transcript import Transcript, Trouble
+from backends.transcript import Transcript
+from backends.trouble import Trouble
 from policies.events import Fail, Reject
 
 
@@ -23,7 +24,13 @@ class Client(Protocol):
 
     def has_room(self) -> bool: ...
 
+    def drop(self) -> None:
+        """It does not read: its connection is closed."""
+
     def end(self) -> None: ...
+
+    def cancelled(self) -> None:
+        """It asked for the end itself, or the gateway's own end has come."""
 
     def refused(self, decision: Reject | Fail, trouble: Trouble | None) -> None:
         """There is no answer, or no more of it."""
@@ -65,3 +72,11 @@ class Exchange:
     attempts: int = 0
     tokens: int = 0
     trouble: Trouble | None = None
+
+    @property
+    def tpot_us(self) -> float | None:
+        """The mean time of a token after the first; none for an answer of one token."""
+        times = self.timeline
+        if not times.first_token_us or not times.ended_us or self.tokens < 2:
+            return None
+        return (times.ended_us - times.first_token_us) / (self.tokens - 1)

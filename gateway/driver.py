@@ -14,8 +14,8 @@ from policies.events import (
     Event,
     Fail,
     Reject,
-    Wakeup,
     WakeAt,
+    Wakeup,
 )
 
 Observer = Callable[[int, Decision], None]

@@ -64,3 +64,4 @@ class Worker:
     max_running: int = 0
     chunk_tokens: int = 0
     page_size: int = 1
+    orders_by_priority: bool = False
