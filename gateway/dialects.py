@@ -231,16 +231,19 @@ def _amounts(
 
 
 def _openai_amounts(dialect: Dialect, body: dict[str, Any], limits: Limits) -> tuple[int, int]:
-    samples = 1
-    if dialect in _SAMPLED and body.get("n") is not None:
-        samples = _count("n", body["n"], 1, limits.max_samples)
-    if (best_of := body.get("best_of")) is not None and best_of != samples:
-        raise ApiError(Code.UNSUPPORTED, "best_of other than n is not served", param="best_of")
+    samples = _samples(body, limits) if dialect in _SAMPLED else 1
     default = COMPLETIONS_MAX_TOKENS if dialect is Dialect.COMPLETIONS else None
     for name in reversed(_MAX_TOKENS[dialect]):
         if (value := body.get(name)) is not None:
             default = _count(name, value, 0, limits.max_tokens)
     return samples, limits.default_max_tokens if default is None else default
+
+
+def _samples(body: dict[str, Any], limits: Limits) -> int:
+    samples = 1 if body.get("n") is None else _count("n", body["n"], 1, limits.max_samples)
+    if (best_of := body.get("best_of")) is not None and best_of != samples:
+        raise ApiError(Code.UNSUPPORTED, "best_of other than n is not served", param="best_of")
+    return samples
 
 
 def _native_amounts(body: dict[str, Any], prompts: int, limits: Limits) -> tuple[int, int]:
@@ -289,7 +292,7 @@ _STATEFUL: Final = frozenset(
 )
 """Fields whose effect depends on a state in the server that token ids do not carry."""
 _NEUTRAL: Final = {"repetition_penalty": (1,), "beam_width": (1,), "best_of": (1,)}
-_OFF: Final = (None, False, 0, "", [], {})
+_OFF: Final[tuple[Any, ...]] = (None, False, 0, "", [], {})
 
 
 def is_resumable(dialect: Dialect, body: dict[str, Any]) -> bool:
