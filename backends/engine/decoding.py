@@ -46,9 +46,8 @@ class Decoding:
         count = len(machine.batch.members)
         machine.counters.decoded(count, step_us)
         machine.counters.generated_tokens += count
-        streaming = list(machine.batch.streaming.values())
         over = machine.batch.step()
-        for resident in streaming:
+        for resident in list(machine.batch.streaming.values()):
             resident.listener.tokens(resident)
         for resident in over:
             machine.end(resident, resident.end_reason or resident.natural_end)

@@ -37,7 +37,7 @@ ERROR_TYPES = {400: "BadRequestError", 500: "InternalServerError"}
 class Stopper(Protocol):
     """Finds where an answer ends by the caller's own rule, a stop string for example."""
 
-    def __call__(self, ids: list[int]) -> int | str | None: ...
+    def __call__(self, ids: list[int], /) -> int | str | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ class Listener(Protocol):
     """Hears of one request; exactly one of `finished` and `lost` is its last word."""
 
     def tokens(self, resident: Resident) -> None:
-        """The first token is there; with `stream`, so is each later one."""
+        """The first token is there; with `stream`, so is each later one but the last."""
         ...
 
     def finished(self, resident: Resident, reason: dict[str, Any]) -> None: ...
