@@ -72,7 +72,7 @@ class Plan:
         return Load(url=url, clients=CLIENTS, requests=requests, tokens=self.tokens)
 
     def arrivals(self, url: str) -> Load:
-        """The same streams, begun one after another, so that clients do not queue behind clients."""
+        """The same streams, begun one after another: clients do not queue behind clients."""
         return replace(self.streams(url), spread_s=self.stream_s)
 
     def unary(self, url: str) -> Load:
