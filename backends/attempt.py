@@ -15,7 +15,7 @@ from backends.trouble import Blame, Trouble, judge, judge_answer, judge_event
 from policies.events import Dispatch, Fault
 
 if TYPE_CHECKING:
-    from backends.sglang import Sglang, Server
+    from backends.sglang import Server, Sglang
 
 _FAULT = {
     Reason.CONNECT: Fault.UNREACHABLE,
@@ -264,7 +264,7 @@ class Attempt:
 
     @property
     def closes_at_once(self) -> bool:
-        """SGLang watches the socket of a /generate stream; other routes it looks at now and then."""
+        """SGLang watches the socket of a /generate stream; others it looks at now and then."""
         return self.exchange.stream and (self.exchange.path == b"/generate" or self.flowing)
 
     @property

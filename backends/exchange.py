@@ -1,4 +1,4 @@
-"""One job on its way through the data path: what to send, whom to answer, and when what happened."""
+"""One job on the data path: what to send, whom to answer, and when what happened."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import orjson
 from backends.attempt import Attempt
 from backends.base import Post
 from backends.exchange import Exchange
-from backends.http import Call, HttpError, Upstream
+from backends.http import HttpError, Upstream
 from policies.clock import Clock
 from policies.events import (
     Dispatch,
@@ -96,7 +96,7 @@ class Sglang:
         self._servers: dict[str, Server] = {}
         self._exchanges: dict[str, Exchange] = {}
         self._live: dict[str, Attempt] = {}
-        self._lingering: list[tuple[float, Call]] = []
+        self._lingering: list[tuple[float, Attempt]] = []
         self._ticking = False
         self.patience = patience
 
@@ -118,8 +118,7 @@ class Sglang:
 
     def remove(self, name: str) -> None:
         """Attempts under way keep their own reference and their own sockets."""
-        if (server := self._servers.pop(name, None)) is not None:
-            server.upstream.close_idle()
+        self._servers.pop(name, None)
 
     def server(self, name: str) -> Server:
         return self._servers[name]
@@ -209,8 +208,8 @@ class Sglang:
         exchange = attempt.exchange
         exchange.timeline.ended_us = self.now_us()
         exchange.tokens += attempt.tokens
-        for _, call in attempt.open_legs():
-            self._lingering.append((self.now_s() + self.patience.linger_s, call))
+        if attempt.open_legs():
+            self._lingering.append((self.now_s() + self.patience.linger_s, attempt))
         self._live.pop(exchange.job_id, None)
         self._exchanges.pop(exchange.job_id, None)
         self._post(Finished(exchange.job_id, exchange.tokens))
@@ -264,13 +263,11 @@ class Sglang:
 
     def _release_lingering(self, now_s: float) -> None:
         kept = []
-        for deadline_s, call in self._lingering:
-            if call.done:
-                continue
+        for deadline_s, attempt in self._lingering:
             if now_s >= deadline_s:
-                call.cancel()
-            else:
-                kept.append((deadline_s, call))
+                attempt.close()
+            elif attempt.open_legs():
+                kept.append((deadline_s, attempt))
         self._lingering = kept
 
     def close(self) -> None:

@@ -10,9 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from gateway import check, serve
 from gateway.settings import ConfigError
 
-Command = tuple[
-    str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]
-]
+Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
 
 COMMANDS: dict[str, Command] = {
     "serve": ("run the gateway", serve.add_arguments, serve.run_serve),
@@ -45,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[given.command][2](given)
     except ConfigError as error:
-        print(f"slackwater: {error}", file=sys.stderr)
+        sys.stderr.write(f"slackwater: {error}\n")
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,4 +1,4 @@
-"""The gateway as a whole: builds its parts, keeps them while it serves, takes them down in order."""
+"""The gateway as a whole: its parts are built, kept while it serves, and taken down in order."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Gateway:
         self.port = 0
 
     async def start(self) -> None:
-        """Listens once each server was asked for the first time; one that is down may come later."""
+        """Listens once each server was asked for the first time; one that is down may come."""
         looks = [self._add(entry) for entry in self._config.worker]
         await self._wait_for_first_looks(looks)
         pages = Pages(

@@ -70,7 +70,14 @@ def kind_of(headers: Mapping[str, str], ask: Ask, caller: Caller, default: Kind)
 
 
 def job_of(
-    job_id: str, ask: Ask, kind: Kind, model: str, headers: Mapping[str, str], classes: Classes, now_us: int
+    ask: Ask,
+    *,
+    job_id: str,
+    kind: Kind,
+    model: str,
+    headers: Mapping[str, str],
+    classes: Classes,
+    now_us: int,
 ) -> Job:
     """The request as policies see it; a caller may ask for a tighter target, never a looser one."""
     if kind is Kind.OFFLINE:

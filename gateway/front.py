@@ -107,7 +107,15 @@ class Front:
         model = self._model(ask.model)
         job_id = f"{self._rng.getrandbits(128):032x}"
         now_us = self._backend.now_us()
-        job = job_of(job_id, ask, kind, model, request.headers, self._classes, now_us)
+        job = job_of(
+            ask,
+            job_id=job_id,
+            kind=kind,
+            model=model,
+            headers=request.headers,
+            classes=self._classes,
+            now_us=now_us,
+        )
         client_rid = ask.body.pop("rid", None) or ""
         if client_rid and (caller.tenant, client_rid) in self._by_rid:
             raise ApiError(Code.DUPLICATE_RID, "a request with this rid is under way", param="rid")
@@ -151,7 +159,7 @@ class Front:
         except TimeoutError:
             raise ApiError(Code.REQUEST_TIMEOUT, "the body did not arrive in time") from None
         except web.HTTPRequestEntityTooLarge:
-            raise ApiError(Code.BODY_TOO_LARGE, "the body is larger than this gateway takes") from None
+            raise ApiError(Code.BODY_TOO_LARGE, "the body is too large for this gateway") from None
 
     # Answers.
 
@@ -287,7 +295,9 @@ def _server_timing(exchange: Exchange) -> str:
         spans.append(("prefill", times.dispatched_us, times.first_token_us))
     spans.append(("decode", times.first_token_us or times.prefilled_us, times.ended_us))
     return ", ".join(
-        f"{name};dur={(end - start) / 1000:.1f}" for name, start, end in spans if start and end > start
+        f"{name};dur={(end - start) / 1000:.1f}"
+        for name, start, end in spans
+        if start and end > start
     )
 
 
@@ -316,5 +326,3 @@ def _log_line(visit: Visit, outcome: str) -> None:
 
 def _ms(start_us: int, end_us: int) -> float | None:
     return round((end_us - start_us) / 1000, 2) if start_us and end_us else None
-
-

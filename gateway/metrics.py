@@ -1,4 +1,4 @@
-"""What Prometheus sees. Every label has a bounded set of values: classes, reasons, known servers."""
+"""What Prometheus sees. Every label is bounded: classes, reasons, known servers."""
 
 from __future__ import annotations
 

@@ -96,7 +96,10 @@ class Pages:
         return [
             *opened,
             *(web.route(method, path, self._guarded(h)) for method, path, h in called),
-            *(web.route(method, path, self._guarded(h, admin=True)) for method, path, h in governed),
+            *(
+                web.route(method, path, self._guarded(h, admin=True))
+                for method, path, h in governed
+            ),
         ]
 
     def _guarded(self, handler: Handler, *, admin: bool = False) -> Handler:
@@ -169,9 +172,7 @@ class Pages:
         trouble = "no server is available"
         for server in servers:
             try:
-                answer = await fetch(
-                    server.upstream, method, path, body, timeout_s=_PASS_TIMEOUT_S
-                )
+                answer = await fetch(server.upstream, method, path, body, timeout_s=_PASS_TIMEOUT_S)
             except HttpError as error:
                 trouble = str(error)
                 continue
@@ -296,6 +297,4 @@ def _object(raw: bytes) -> dict[str, Any]:
 
 
 def _json(value: object, status: int = 200) -> web.Response:
-    return web.Response(
-        body=orjson.dumps(value), status=status, content_type="application/json"
-    )
+    return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")

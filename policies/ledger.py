@@ -81,8 +81,8 @@ class Ledger:
 
     def __repr__(self) -> str:
         return (
-            f"<Ledger {self.worker.name}: {self.prefills} prefills ({self.prefill_tokens} tokens), "
-            f"{self.decodes} decodes ({self.context_tokens} tokens, {self.reserved_tokens} reserved)>"
+            f"<Ledger {self.worker.name}: {self.prefills} prefills of {self.prefill_tokens}, "
+            f"{self.decodes} decodes of {self.context_tokens}, {self.reserved_tokens} reserved>"
         )
 
     @property

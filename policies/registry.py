@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from policies.admit import Headroom
-from policies.order import Edf, Fcfs
-from policies.place import LeastWork, RoundRobin
-from policies.pools import ByLatency, Shared
+from policies.order import Edf, Fcfs, Order
+from policies.place import LeastWork, Place, RoundRobin
+from policies.pools import ByLatency, Pools, Shared
 
-ORDER = {"fcfs": Fcfs, "edf": Edf}
-PLACE = {"least-work": LeastWork, "round-robin": RoundRobin}
-POOLS = {"none": Shared, "latency": ByLatency}
-ADMIT = {"headroom": Headroom}
+ORDER: dict[str, type[Order]] = {"fcfs": Fcfs, "edf": Edf}
+PLACE: dict[str, type[Place]] = {"least-work": LeastWork, "round-robin": RoundRobin}
+POOLS: dict[str, type[Pools]] = {"none": Shared, "latency": ByLatency}

@@ -1,4 +1,4 @@
-"""Whether a failed attempt is tried again, and when: counted in prompt tokens, not in tries alone."""
+"""Whether a failed attempt is tried again, and when; prompt tokens are what it costs."""
 
 from __future__ import annotations
 
