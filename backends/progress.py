@@ -29,9 +29,13 @@ class Progress:
     settled_tokens: int
     """The tokens whose text is out: a server holds back half a character and half a stop string."""
     settled_chars: int
+    shown_tokens: int
+    """What the client has been sent: after `settled`, more than is kept."""
+    shown_chars: int
 
     def settled(self) -> Progress:
-        """Where to go on from while nobody has seen the rest: no character is lost at the seam."""
+        """Where to go on from so that no character is lost at the seam; the few tokens after it
+        are made once more, and the client is not shown them twice."""
         return replace(
             self,
             output_ids=self.output_ids[: self.settled_tokens],

@@ -65,8 +65,8 @@ class Splicer:
     """Rewrites an attempt's events for a client who has seen `earlier`; `body` is the client's."""
 
     __slots__ = (
-        *("_body", "_earlier", "_events", "_first", "_ids", "_kind", "_limit", "_seam", "_sent"),
-        *("_text", "finished"),
+        *("_body", "_earlier", "_events", "_first", "_ids", "_kind", "_limit", "_seam"),
+        *("_shown_chars", "_later", "_shown_ids", "finished"),
     )
 
     def __init__(self, body: dict[str, Any], earlier: Progress) -> None:
@@ -76,8 +76,9 @@ class Splicer:
         self._kind: Kind | None = None
         self._first: dict[str, Any] | None = None
         self._ids: list[int] = []
-        self._text = earlier.text
-        self._sent = len(earlier.text)
+        self._later = ""
+        self._shown_chars = earlier.shown_chars
+        self._shown_ids = earlier.shown_tokens - len(earlier.output_ids)
         self._limit = token_limit(body, earlier.kind)
         self._seam = _Seam.of(_settings(body, earlier.kind).get("stop"), earlier.text)
         self.finished = False
@@ -104,12 +105,12 @@ class Splicer:
 
     def _rewrite_native(self, value: dict[str, Any]) -> None:
         meta = meta_of(value)
-        ids, text = self._what_is_new(value)
-        shown, ids, stop = self._advance(ids, text, final=bool(meta.get("finish_reason")))
+        ids, later = self._what_is_new(value)
+        shown, ids, stop = self._advance(ids, later, final=bool(meta.get("finish_reason")))
         cumulative = self._earlier.kind is Kind.CUMULATIVE
         value["output_ids"] = self._earlier.output_ids + self._ids if cumulative else ids
         if "text" in value:
-            value["text"] = self._text[: self._sent] if cumulative else shown
+            value["text"] = self._text[: self._shown_chars] if cumulative else shown
         value.pop("prompt_token_ids", None)
         self._mend_meta(meta)
         if stop is not None:
@@ -140,8 +141,8 @@ class Splicer:
             chunk["usage"] = self._usage(usage)
 
     def _rewrite_choice(self, choice: dict[str, Any]) -> None:
-        ids, text = choice.get("token_ids") or [], choice.get("text") or ""
-        shown, ids, stop = self._advance(ids, text, final=bool(choice.get("finish_reason")))
+        ids, later = choice.get("token_ids") or [], self._later + (choice.get("text") or "")
+        shown, ids, stop = self._advance(ids, later, final=bool(choice.get("finish_reason")))
         choice |= {"token_ids": ids, "text": shown}
         choice.pop("prompt_token_ids", None)
         if stop is not None:
@@ -150,30 +151,38 @@ class Splicer:
             choice["finish_reason"] = "length"
 
     def _what_is_new(self, value: dict[str, Any]) -> tuple[list[int], str]:
-        """The ids and text of one event that earlier events of this attempt had not."""
+        """The ids that are new in this event, and all text of this attempt: a server that finds
+        a stop string may take back text, so that only the whole is right."""
         if self._kind is None and self._first is not None:
             self._kind = kind_of(self._first, value)
         self._first = value | {"meta_info": dict(meta_of(value))}
         ids, text = value["output_ids"], value.get("text", "")
         if self._kind is Kind.INCREMENTAL:
-            return ids, text
-        return ids[len(self._ids) :], text[len(self._text) - len(self._earlier.text) :]
+            return ids, self._later + text
+        return ids[len(self._ids) :], text
 
     def _advance(
-        self, ids: list[int], text: str, *, final: bool
+        self, ids: list[int], later: str, *, final: bool
     ) -> tuple[str, list[int], str | None]:
         """What to show of the text now, the ids to show, and the stop string that ends it."""
         if self._limit is not None and self._made + len(ids) > self._limit:
-            ids, text, self.finished = ids[: max(0, self._limit - self._made)], "", True
+            ids, self.finished = ids[: max(0, self._limit - self._made)], True
+        else:
+            self._later = later
         self._ids += ids
-        self._text += text
-        later = self._text[len(self._earlier.text) :]
-        if (hit := self._seam.find(later)) is not None:
+        ids = self._ids[self._shown_ids :]
+        self._shown_ids = max(self._shown_ids, len(self._ids))
+        if (hit := self._seam.find(self._later)) is not None:
             return self._stop_at(*hit), ids, hit[1]
-        if later and not final and self._seam.is_open(later):
+        if self._later and not final and self._seam.is_open(self._later):
             return "", ids, None
-        shown, self._sent = self._text[self._sent :], len(self._text)
-        return shown, ids, None
+        return self._show(len(self._earlier.text) + len(self._later)), ids, None
+
+    def _show(self, end: int) -> str:
+        """Text that the client has not had yet; at first it may have had more than was kept."""
+        shown = self._text[self._shown_chars : end]
+        self._shown_chars = max(self._shown_chars, end)
+        return shown
 
     def _stop_at(self, back: int, stop: str) -> str:
         """A client that is given the whole text each time sees the stop string taken away again."""
@@ -181,8 +190,13 @@ class Splicer:
         end = len(self._earlier.text) - back
         if _settings(self._body, self._earlier.kind).get("no_stop_trim"):
             end += len(stop)
-        shown, self._sent = self._text[self._sent : end], end
+        shown = self._show(end)
+        self._shown_chars = end
         return shown
+
+    @property
+    def _text(self) -> str:
+        return self._earlier.text + self._later
 
     @property
     def _made(self) -> int:

@@ -169,6 +169,8 @@ def _native_progress(
         error=error,
         settled_tokens=settled[0],
         settled_chars=settled[1],
+        shown_tokens=len(ids),
+        shown_chars=len(text),
     )
 
 
@@ -252,6 +254,8 @@ class _Tally:
             error=self._error,
             settled_tokens=tokens,
             settled_chars=chars,
+            shown_tokens=len(self._ids),
+            shown_chars=len(text),
         )
 
     def answer(self) -> bytes:
@@ -262,7 +266,10 @@ class _Tally:
 
 
 def resumed_body(body: dict[str, Any], prompt_ids: list[int], progress: Progress) -> dict[str, Any]:
-    """The body that continues `progress`: what was generated becomes part of the prompt."""
+    """The body that continues `progress`: what was generated becomes part of the prompt.
+
+    Take `transcript.state().settled()`, and give the Splicer the same.
+    """
     made = len(progress.output_ids)
     ids = prompt_ids + progress.output_ids
     limit = token_limit(body, progress.kind)
