@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from backends.progress import Kind, Progress, choice_of, kind_of, meta_of
+from backends.progress import (
+    Kind,
+    Progress,
+    choice_of,
+    choice_parts,
+    count_of,
+    is_native,
+    kind_of,
+    meta_of,
+)
 from backends.sse import DONE, Events, as_event, payload, split_events
 
 _DEFAULT_LIMITS: Final = {
@@ -95,7 +104,7 @@ class Splicer:
     def _rewrite(self, event: bytes) -> bytes:
         if (value := payload(event)) is None or value.get("error"):
             return event
-        if "output_ids" in value:
+        if is_native(value):
             self._rewrite_native(value)
         elif "choices" in value:
             self._rewrite_chunk(value)
@@ -120,13 +129,12 @@ class Splicer:
 
     def _mend_meta(self, meta: dict[str, Any]) -> None:
         earlier = self._earlier
-        prompt_tokens = meta.get("prompt_tokens") or 0
         meta["id"] = earlier.last_meta.get("id", meta.get("id"))
-        meta["prompt_tokens"] = self._prompt_tokens(prompt_tokens)
+        meta["prompt_tokens"] = self._prompt_tokens(count_of(meta, "prompt_tokens"))
         meta["completion_tokens"] = self._made
         meta["cached_tokens"] = earlier.cached_tokens
-        if thought := earlier.last_meta.get("reasoning_tokens"):
-            meta["reasoning_tokens"] = thought + (meta.get("reasoning_tokens") or 0)
+        if thought := count_of(earlier.last_meta, "reasoning_tokens"):
+            meta["reasoning_tokens"] = thought + count_of(meta, "reasoning_tokens")
         reason = meta.get("finish_reason")
         if type(reason) is dict and reason.get("type") == "length":
             reason["length"] = self._made
@@ -141,8 +149,10 @@ class Splicer:
             chunk["usage"] = self._usage(usage)
 
     def _rewrite_choice(self, choice: dict[str, Any]) -> None:
-        ids, later = choice.get("token_ids") or [], self._later + (choice.get("text") or "")
-        shown, ids, stop = self._advance(ids, later, final=bool(choice.get("finish_reason")))
+        ids, text = choice_parts(choice)
+        shown, ids, stop = self._advance(
+            ids, self._later + text, final=bool(choice.get("finish_reason"))
+        )
         choice |= {"token_ids": ids, "text": shown}
         choice.pop("prompt_token_ids", None)
         if stop is not None:
@@ -206,14 +216,14 @@ class Splicer:
         return self._earlier.prompt_tokens or max(0, reported - len(self._earlier.output_ids))
 
     def _usage(self, usage: dict[str, Any]) -> dict[str, Any]:
-        prompt = self._prompt_tokens(usage.get("prompt_tokens") or 0)
+        prompt = self._prompt_tokens(count_of(usage, "prompt_tokens"))
         counts: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": self._made,
             "total_tokens": prompt + self._made,
         }
         if type(details := usage.get("prompt_tokens_details")) is dict:
-            cached = min(prompt, details.get("cached_tokens") or 0)
+            cached = min(prompt, count_of(details, "cached_tokens"))
             counts["prompt_tokens_details"] = details | {"cached_tokens": cached}
         return {**usage, **counts}
 

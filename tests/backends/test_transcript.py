@@ -362,3 +362,30 @@ def test_a_cumulative_server_can_go_on_for_an_incremental_one() -> None:
     )
 
     assert summary(transcript(seen).state()) == summary(transcript(stream).state())
+
+
+odd = st.none() | st.integers(-1, 9) | st.text(max_size=3) | st.lists(st.integers(0, 9), max_size=3)
+odd_meta = st.dictionaries(
+    st.sampled_from(["completion_tokens", "prompt_tokens", "finish_reason", "id"]), odd
+)
+odd_events = st.fixed_dictionaries(
+    {},
+    optional={
+        "text": odd,
+        "output_ids": odd,
+        "meta_info": odd | odd_meta,
+        "choices": odd | st.lists(st.dictionaries(st.sampled_from(["text", "token_ids"]), odd)),
+        "usage": odd | st.dictionaries(st.sampled_from(["prompt_tokens_details", "x"]), odd),
+        "error": odd,
+    },
+)
+
+
+@given(st.lists(odd_events, max_size=5), kinds)
+def test_no_event_breaks_a_transcript_or_a_splice(sent: list[dict[str, Any]], kind: Kind) -> None:
+    stream = b"".join(map(_event, sent))
+    model = Model([b"a", b"b", b"c"], kind)
+    progress = transcript(model.serve(model.body(2), "r")).state()
+
+    assert transcript(stream).state().prompt_tokens >= -1
+    assert Splicer(model.body(9), progress).feed(stream).count(b"\n\n") >= min(1, len(sent))
