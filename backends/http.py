@@ -250,9 +250,10 @@ class _Connection(asyncio.Protocol):
             return
         if self._news:
             self._tell(call, None)
-        elif self._pieces:
+        elif pieces := self._pieces:
+            piece = pieces.pop() if len(pieces) == 1 else self._take_pieces()
             try:
-                call._listener.on_body(self._take_pieces())
+                call._listener.on_body(piece)
             except Exception as error:  # noqa: BLE001  # a listener's error is its own
                 self._listener_raised(call, error)
 
@@ -269,9 +270,8 @@ class _Connection(asyncio.Protocol):
         del self._parser, self._feed  # they hold this connection
 
     def _take_pieces(self) -> bytes:
-        pieces = self._pieces
-        whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        pieces.clear()
+        whole = b"".join(self._pieces)  # does not copy a single one
+        self._pieces.clear()
         return whole
 
     def _tell(self, call: Call, garbage: Exception | None) -> None:
@@ -404,8 +404,7 @@ class Upstream:
         self._idle.clear()
         for task in self._connecting.values():
             task.cancel()
-        for connection in self._connections:
-            connection._request = b""
+        for connection in tuple(self._connections):
             connection._transport.abort()
 
     def _request(self, method: bytes, path: bytes, body: bytes, headers: bytes) -> bytes:

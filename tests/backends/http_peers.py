@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -48,6 +50,9 @@ class Peer:
             return True
 
     def reset(self) -> None:
+        linger_not_at_all = struct.pack("ii", 1, 0)
+        made = self.writer.get_extra_info("socket")
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_not_at_all)
         self.writer.transport.abort()
 
 

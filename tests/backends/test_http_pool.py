@@ -84,6 +84,16 @@ async def test_idle_connections_close_when_their_time_is_up() -> None:
         assert (upstream.open, upstream.idle) == (0, 0)
 
 
+async def test_an_old_connection_is_not_used_though_the_sweep_is_late() -> None:
+    async with serving(saying(SHORT)) as server, pool(server, idle_s=4.0) as upstream:
+        await ask(upstream)
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+        loop.advance(4.5)
+        assert (await ask(upstream)).body == b"hello"
+        assert server.connections == 2
+
+
 async def test_no_more_than_max_idle_connections_wait() -> None:
     async with serving(saying(SHORT)) as server, pool(server, max_idle=2) as upstream:
         listeners = [Heard() for _ in range(5)]
@@ -175,6 +185,19 @@ async def test_cancelling_before_the_first_turn_is_heard_by_nobody() -> None:
         get(upstream, heard).cancel()
         await turns(50)
         assert (heard.events, upstream.open) == ([], 0)
+
+
+@pytest.mark.parametrize("turn", range(20))
+async def test_cancelling_at_any_turn_is_final_and_leaves_no_busy_socket(turn: int) -> None:
+    async with serving(saying(SHORT)) as server, pool(server) as upstream:
+        heard = Heard()
+        call = get(upstream, heard)
+        await turns(turn)
+        call.cancel()
+        before = list(heard.events)
+        await turns(50)
+        assert heard.events == before
+        assert upstream.open == upstream.idle
 
 
 @pytest.mark.parametrize("said", [b"", CHUNKED_HEAD, CHUNKED_HEAD + b"1\r\na\r\n"])
@@ -283,19 +306,23 @@ async def test_a_call_paused_to_its_end_leaves_a_connection_that_reads() -> None
 
 
 async def test_closing_fails_every_call_and_leaves_no_socket() -> None:
-    async with serving(saying(SHORT), silent) as server, pool(server) as upstream:
-        reused, waiting, connecting = Heard(), Heard(), Heard()
+    async def handler(peer: Peer) -> None:
+        await peer.answer(SHORT)
+        await peer.gone()
+
+    async with serving(handler, silent) as server, pool(server) as upstream:
+        reused, fresh, connecting, late = Heard(), Heard(), Heard(), Heard()
         await ask(upstream)
-        get(upstream, waiting)
-        server.handlers[0] = silent
         get(upstream, reused)
+        get(upstream, fresh)
         await turns(50)
         get(upstream, connecting)
         upstream.close()
-        late = await ask(upstream)
-        for heard in (reused, connecting, late):
+        get(upstream, late)
+        for heard in (reused, fresh, connecting, late):
             await heard.over.wait()
             assert heard.failure() == (Reason.CLOSED, True)
+        assert server.connections == 2
 
 
 async def test_fetch_gives_the_whole_answer() -> None:
