@@ -83,6 +83,43 @@ def usage_of(pid: int) -> Usage:
     )
 
 
+def machine_busy_s() -> float:
+    """CPU seconds of everything on this machine, and what a hypervisor took from it."""
+    fields = [int(each) for each in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    idle, waiting = fields[3], fields[4]
+    return (sum(fields) - idle - waiting) / TICKS_PER_S
+
+
+def own_busy_s() -> float:
+    """CPU seconds of this process and of all children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """How much of the machine others used meanwhile: it tells what the figures are worth."""
+
+    began: float
+    machine_s: float
+    own_s: float
+
+    @classmethod
+    def begin(cls) -> Watch:
+        return cls(time.monotonic(), machine_busy_s(), own_busy_s())
+
+    @property
+    def others_cores(self) -> float:
+        """Once the measured programs have ended: until then they count as others."""
+        others_s = machine_busy_s() - self.machine_s - (own_busy_s() - self.own_s)
+        return max(0.0, others_s / (time.monotonic() - self.began))
+
+    def note(self) -> str:
+        cores, of = self.others_cores, os.cpu_count()
+        worth = "a quiet machine" if cores < 0.1 else "ratios hold better than figures"
+        return f"other programs used {cores:.2f} of {of} cores meanwhile: {worth}"
+
+
 class DidNotStart(RuntimeError):
     """A program ended, or stayed silent, before it could serve; carries what it said last."""
 
