@@ -9,10 +9,11 @@ import orjson
 
 from backends.exchange import Exchange
 from backends.http import Call, HttpError, Reason
-from backends.sse import ends_stream
+from backends.logprobs import with_prompt_logprobs
+from backends.sse import DONE, ends_stream
 from backends.transcript import Splicer
 from backends.trouble import Blame, Trouble, judge, judge_answer, judge_event
-from policies.events import Dispatch, Fault
+from policies.events import Fault
 
 if TYPE_CHECKING:
     from backends.sglang import Server, Sglang
@@ -24,6 +25,7 @@ _FAULT = {
     Reason.TIMEOUT: Fault.TIMEOUT,
 }
 _COMPLETION_TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s*(\d+)')
+_FINISHED = re.compile(rb'"finish_reason":\s*["{]')
 _OVERLOADED = frozenset({429, 503})
 
 
@@ -60,14 +62,11 @@ class Attempt:
     __slots__ = (
         "_answer",
         "_backend",
-        "_decode",
         "_decode_call",
         "_decode_ended",
-        "_dispatch",
         "_last",
         "_moved",
         "_paused_since_s",
-        "_prefill",
         "_prefill_body",
         "_prefill_call",
         "_quiet_since_s",
@@ -76,9 +75,11 @@ class Attempt:
         "_splicer",
         "_status",
         "_torn",
+        "decode",
         "exchange",
         "flowing",
         "over",
+        "prefill",
         "rid",
         "tokens",
     )
@@ -87,14 +88,12 @@ class Attempt:
         self,
         backend: Sglang,
         exchange: Exchange,
-        dispatch: Dispatch,
         prefill: Server | None,
         decode: Server,
         rid: str,
     ) -> None:
         self._backend = backend
-        self._dispatch = dispatch
-        self._prefill, self._decode = prefill, decode
+        self.prefill, self.decode = prefill, decode
         self._prefill_call: Call | None = None
         self._decode_call: Call | None = None
         self._prefill_body: bytes | None = None
@@ -106,7 +105,7 @@ class Attempt:
         self._decode_ended = False
         self._paused_since_s = 0.0
         self._quiet_since_s = 0.0
-        self._sent_s = 0.0
+        self._sent_s = backend.now_s()
         self._splicer: Splicer | None = None
         self._rename: tuple[bytes, bytes] | None = None
         self.exchange = exchange
@@ -115,17 +114,19 @@ class Attempt:
         self.over = False
         self.tokens = 0
 
-    def send(self, body: bytes, now_s: float, splicer: Splicer | None) -> None:
-        self._sent_s = self._quiet_since_s = now_s
+    def send(self, body: bytes, splicer: Splicer | None) -> None:
+        if self.over:
+            return
+        self._sent_s = self._quiet_since_s = self._backend.now_s()
         self._splicer = splicer
         if self.exchange.client_rid:
             shown = orjson.dumps(self.exchange.client_rid)[1:-1]
             self._rename = (self.rid.encode(), shown)
         path = self.exchange.path
-        if self._prefill is not None:
+        if self.prefill is not None:
             leg = PrefillLeg(self)
-            self._prefill_call = self._prefill.upstream.send(b"POST", path, body, leg)
-        self._decode_call = self._decode.upstream.send(b"POST", path, body, self)
+            self._prefill_call = self.prefill.upstream.send(b"POST", path, body, leg)
+        self._decode_call = self.decode.upstream.send(b"POST", path, body, self)
 
     # The decode leg.
 
@@ -145,7 +146,17 @@ class Attempt:
             return
         if not self.flowing:
             self._begin()
-        self._relay(piece)
+        self._moved = True
+        self.tokens += piece.count(b"\n\n")
+        if self._splicer is not None:
+            piece = self._splicer.feed(piece)
+        self._last = piece
+        if self.exchange.transcript is not None:
+            self.exchange.transcript.feed(piece)
+        if not self.exchange.assembles:
+            self._relay(piece)
+        if self._splicer is not None and self._splicer.finished:
+            self._finish()
 
     def _whole_events(self, piece: bytes) -> bytes:
         """A client never gets half an event: what is torn waits for its rest."""
@@ -156,7 +167,7 @@ class Attempt:
         trouble = judge_event(piece)
         if trouble is None or (self.exchange.aborted and trouble.blames is Blame.ABORTED):
             return False
-        self._fail(self._fault(trouble), self._blamed(trouble), trouble)
+        self.fail(self._fault(trouble), self._blamed(trouble), trouble)
         return True
 
     def _begin(self) -> None:
@@ -164,21 +175,14 @@ class Attempt:
         exchange = self.exchange
         if not exchange.timeline.first_token_us:
             exchange.timeline.first_token_us = self._backend.now_us()
-            exchange.client.begin()
+            if not exchange.assembles:
+                exchange.client.begin()
         self._backend.first_token(exchange.job_id)
 
     def _relay(self, piece: bytes) -> None:
-        self._last = piece
-        self._moved = True
-        self.tokens += piece.count(b"\n\n")
-        exchange = self.exchange
-        if exchange.transcript is not None:
-            exchange.transcript.feed(piece)
-        if self._splicer is not None:
-            piece = self._splicer.feed(piece)
         if self._rename is not None:
             piece = piece.replace(*self._rename)
-        if exchange.client.write(piece) and self._decode_call is not None:
+        if self.exchange.client.write(piece) and self._decode_call is not None:
             self._decode_call.pause()
             self._paused_since_s = self._backend.now_s()
 
@@ -188,26 +192,44 @@ class Attempt:
             return
         if not self.exchange.stream or self._status != 200:
             self._whole_answer()
-        elif not self.flowing or not ends_stream(self._last):
-            self._fail(Fault.DIED, (self._decode.name,), judge(502, "the stream was cut off"))
-        else:
+        elif self.flowing and ends_stream(self._last):
             self._finish()
+        elif self.flowing and _FINISHED.search(self._last):
+            # The last token has come; what is lost is the line that says so.
+            self._relay_end()
+            self._finish()
+        else:
+            self.fail(Fault.DIED, (self.decode.name,), judge(502, "the stream was cut off"))
+
+    def _relay_end(self) -> None:
+        if not self.exchange.assembles:
+            self.exchange.client.write(DONE)
 
     def _whole_answer(self) -> None:
         body = b"".join(self._answer)
         trouble = judge_answer(self.exchange.dialect, self._status, body)
         if trouble is not None and not (self.exchange.aborted and trouble.blames is Blame.ABORTED):
-            self._fail(self._fault(trouble), self._blamed(trouble), trouble)
+            self.fail(self._fault(trouble), self._blamed(trouble), trouble)
             return
         found = _COMPLETION_TOKENS.findall(body[-4096:])
         self.tokens = int(found[-1]) if found else 1
         self._answer = [body]
-        self._finish()
+        if not self._waits_for_prompt_logprobs():
+            self._finish()
+
+    def _waits_for_prompt_logprobs(self) -> bool:
+        """Only the prefill leg has computed them."""
+        if self.prefill is None or not self.exchange.body.get("return_logprob"):
+            return False
+        if self._prefill_body is None:
+            return self._prefill_call is not None
+        self._answer = [with_prompt_logprobs(self._answer[0], self._prefill_body)]
+        return False
 
     def on_error(self, error: HttpError) -> None:
         self._decode_ended = True
         fault = _FAULT.get(error.reason, Fault.ENGINE)
-        self._fail(fault, (self._decode.name,), judge(502, str(error)))
+        self.fail(fault, (self.decode.name,), judge(502, str(error)))
 
     # The prefill leg.
 
@@ -221,25 +243,33 @@ class Attempt:
             self.exchange.timeline.prefilled_us = self._backend.now_us()
             self._prefill_body = body
             self._backend.prefill_done(self.exchange.job_id)
-        elif not self.flowing and self._prefill is not None:
+            if self._decode_ended and not self._waits_for_prompt_logprobs():
+                self._finish()
+        elif not self.flowing and self.prefill is not None:
             # Decode would wait for its KV for minutes: nobody else tells it.
-            self._fail(fault or self._fault(trouble), self._blamed(trouble), trouble)
+            self.fail(fault or self._fault(trouble), self._blamed(trouble), trouble)
 
     # How it ends.
 
     def _finish(self) -> None:
         self.over = True
-        exchange = self.exchange
-        if exchange.stream:
-            exchange.client.end()
+        if self.exchange.stream and not self.exchange.assembles:
+            self.exchange.client.end()
         else:
-            body = self._answer[0]
-            if self._rename is not None:
-                body = body.replace(*self._rename)
-            exchange.client.answer(self._status, "application/json", body)
+            self._answer_whole()
         self._backend.finished(self)
 
-    def _fail(self, fault: Fault, blamed: tuple[str, ...], trouble: Trouble) -> None:
+    def _answer_whole(self) -> None:
+        exchange = self.exchange
+        if exchange.assembles and exchange.transcript is not None:
+            body = exchange.transcript.final_answer()
+        else:
+            body = self._answer[0]
+        if self._rename is not None:
+            body = body.replace(*self._rename)
+        exchange.client.answer(self._status, "application/json", body)
+
+    def fail(self, fault: Fault, blamed: tuple[str, ...], trouble: Trouble) -> None:
         if self.over:
             return
         self.exchange.trouble = trouble
@@ -257,9 +287,9 @@ class Attempt:
     def open_legs(self) -> list[tuple[Server, Call]]:
         legs: list[tuple[Server, Call]] = []
         if self._decode_call is not None and not self._decode_ended:
-            legs.append((self._decode, self._decode_call))
-        if self._prefill_call is not None and self._prefill is not None:
-            legs.append((self._prefill, self._prefill_call))
+            legs.append((self.decode, self._decode_call))
+        if self._prefill_call is not None and self.prefill is not None:
+            legs.append((self.prefill, self._prefill_call))
         return legs
 
     @property
@@ -306,10 +336,10 @@ class Attempt:
 
     def _time_out(self, what: str) -> None:
         """Before the KV has arrived nobody can tell which side hangs, so both are to blame."""
-        blamed: tuple[str, ...] = (self._decode.name,)
-        if self._prefill_call is not None and self._prefill is not None and not self.flowing:
-            blamed = (self._prefill.name, self._decode.name)
-        self._fail(Fault.TIMEOUT, blamed, judge(504, what))
+        blamed: tuple[str, ...] = (self.decode.name,)
+        if self._prefill_call is not None and self.prefill is not None and not self.flowing:
+            blamed = (self.prefill.name, self.decode.name)
+        self.fail(Fault.TIMEOUT, blamed, judge(504, what))
 
     # Whose fault it is.
 
@@ -324,13 +354,13 @@ class Attempt:
         return Fault.PAIRING if trouble.blames is Blame.PAIR else Fault.ENGINE
 
     def _blamed(self, trouble: Trouble) -> tuple[str, ...]:
-        prefill = self._prefill.name if self._prefill is not None else self._decode.name
+        prefill = self.prefill.name if self.prefill is not None else self.decode.name
         match trouble.blames:
             case Blame.PREFILL:
                 return (prefill,)
             case Blame.DECODE:
-                return (self._decode.name,)
+                return (self.decode.name,)
             case Blame.PAIR:
-                return (prefill, self._decode.name)
+                return (prefill, self.decode.name)
             case Blame.REQUEST | Blame.ABORTED:
                 return ()

@@ -56,12 +56,17 @@ class Exchange:
     dialect: str
     body: dict[str, Any]
     stream: bool
+    """What the servers are asked for."""
     client: Client
     client_rid: str = ""
     """The id that the client chose: servers never see it, answers carry it."""
     priority: int | None = None
     transcript: Transcript | None = None
-    """What was generated, for requests that can go on elsewhere."""
+    """What the client was given, for requests that can go on elsewhere."""
+    prompt_ids: list[int] | None = None
+    """The prompt as tokens, once a resume has needed them."""
+    assembles: bool = False
+    """The client wants one answer, the servers are asked for a stream: it can be resumed."""
     first_token_timeout_s: float = 0.0
     aborted: bool = False
     """The client asked for the end; what servers say of it is the answer."""

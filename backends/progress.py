@@ -29,9 +29,13 @@ class Progress:
     settled_tokens: int
     """The tokens whose text is out: a server holds back half a character and half a stop string."""
     settled_chars: int
+    shown_tokens: int
+    """What the client has been sent: after `settled`, more than is kept."""
+    shown_chars: int
 
     def settled(self) -> Progress:
-        """Where to go on from while nobody has seen the rest: no character is lost at the seam."""
+        """Where to go on from so that no character is lost at the seam; the few tokens after it
+        are made once more, and the client is not shown them twice."""
         return replace(
             self,
             output_ids=self.output_ids[: self.settled_tokens],
@@ -53,8 +57,12 @@ def kind_of(first: dict[str, Any], second: dict[str, Any]) -> Kind | None:
 
 
 def _made(event: dict[str, Any]) -> int:
-    count = meta_of(event).get("completion_tokens")
-    return count if type(count) is int else len(event.get("output_ids") or [])
+    return count_of(meta_of(event), "completion_tokens") or len(event.get("output_ids") or [])
+
+
+def count_of(fields: Any, name: str) -> int:
+    count = fields.get(name) if type(fields) is dict else None
+    return count if type(count) is int else 0
 
 
 def meta_of(event: dict[str, Any]) -> dict[str, Any]:
@@ -67,8 +75,19 @@ def choice_of(chunk: dict[str, Any]) -> dict[str, Any] | None:
     return choices[0] if type(choices) is list and choices and type(choices[0]) is dict else None
 
 
+def is_native(event: dict[str, Any]) -> bool:
+    """An event of /generate that carries an answer, well formed enough to be read."""
+    return type(event.get("output_ids")) is list and type(event.get("text", "")) is str
+
+
 def carries_tokens(event: dict[str, Any]) -> bool:
-    return "output_ids" in event or choice_of(event) is not None
+    return is_native(event) or choice_of(event) is not None
+
+
+def choice_parts(choice: dict[str, Any]) -> tuple[list[int], str]:
+    """The ids and the text of one completion chunk."""
+    ids, text = choice.get("token_ids"), choice.get("text")
+    return ids if type(ids) is list else [], text if type(text) is str else ""
 
 
 def error_of(event: dict[str, Any]) -> dict[str, Any] | None:

@@ -13,6 +13,8 @@ from backends.attempt import Attempt
 from backends.base import Post
 from backends.exchange import Exchange
 from backends.http import HttpError, Upstream
+from backends.resume import resume
+from backends.splice import Splicer
 from policies.clock import Clock
 from policies.events import (
     Dispatch,
@@ -133,6 +135,10 @@ class Sglang:
         exchange.timeline.arrived_us = self.now_us()
         self._exchanges[exchange.job_id] = exchange
 
+    def forget(self, job_id: str) -> None:
+        """Nobody waits for this job any more; what runs for it is stopped by the driver."""
+        self._exchanges.pop(job_id, None)
+
     def start(self, dispatch: Dispatch) -> None:
         exchange = self._exchanges[dispatch.job.id]
         prefill = None if dispatch.prefill is None else self._servers.get(dispatch.prefill)
@@ -146,10 +152,16 @@ class Sglang:
         exchange.decode = dispatch.decode
         exchange.attempts = dispatch.attempt
         rid = f"{_RID_PREFIX.get(exchange.dialect, '')}{self._rng.getrandbits(128):032x}"
-        attempt = Attempt(self, exchange, dispatch, prefill, decode, rid)
+        attempt = Attempt(self, exchange, prefill, decode, rid)
         self._live[exchange.job_id] = attempt
-        attempt.send(orjson.dumps(self._body(exchange, prefill, decode, rid)), self.now_s(), None)
+        if exchange.timeline.first_token_us:
+            resume(attempt, exchange, prefill or decode, self._send)
+        else:
+            self._send(attempt, exchange.body, None)
         self._tick_on()
+
+    def _send(self, attempt: Attempt, body: dict[str, Any], splicer: Splicer | None) -> None:
+        attempt.send(orjson.dumps(self._body(attempt, body)), splicer)
 
     def stop(self, job: Job) -> None:
         attempt = self._live.pop(job.id, None)
@@ -178,11 +190,12 @@ class Sglang:
         """Attempts with an open leg."""
         return len(self._live) + len(self._lingering)
 
-    def _body(
-        self, exchange: Exchange, prefill: Server | None, decode: Server, rid: str
-    ) -> dict[str, Any]:
-        body = {**exchange.body, "rid": rid}
-        if exchange.priority is not None and decode.worker.orders_by_priority:
+    def _body(self, attempt: Attempt, asked: dict[str, Any]) -> dict[str, Any]:
+        exchange, prefill = attempt.exchange, attempt.prefill
+        body = {**asked, "rid": attempt.rid}
+        if exchange.assembles:
+            body["stream"] = True
+        if exchange.priority is not None and attempt.decode.worker.orders_by_priority:
             body["priority"] = exchange.priority
         if prefill is not None:
             body["bootstrap_host"] = prefill.worker.bootstrap_host
@@ -218,8 +231,8 @@ class Sglang:
         exchange = attempt.exchange
         self._live.pop(exchange.job_id, None)
         exchange.tokens += attempt.tokens
-        restartable = not exchange.timeline.first_token_us
-        self._post(Failed(exchange.job_id, fault, blamed, 0, restartable))
+        restartable = exchange.transcript is not None or not exchange.timeline.first_token_us
+        self._post(Failed(exchange.job_id, fault, blamed, attempt.tokens, restartable))
 
     def client_stalled(self, exchange: Exchange) -> None:
         exchange.client.drop()

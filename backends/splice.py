@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from backends.progress import Kind, Progress, choice_of, kind_of, meta_of
+from backends.progress import (
+    Kind,
+    Progress,
+    choice_of,
+    choice_parts,
+    count_of,
+    is_native,
+    kind_of,
+    meta_of,
+)
 from backends.sse import DONE, Events, as_event, payload, split_events
 
 _DEFAULT_LIMITS: Final = {
@@ -65,8 +74,8 @@ class Splicer:
     """Rewrites an attempt's events for a client who has seen `earlier`; `body` is the client's."""
 
     __slots__ = (
-        *("_body", "_earlier", "_events", "_first", "_ids", "_kind", "_limit", "_seam", "_sent"),
-        *("_text", "finished"),
+        *("_body", "_earlier", "_events", "_first", "_ids", "_kind", "_limit", "_seam"),
+        *("_shown_chars", "_later", "_shown_ids", "finished"),
     )
 
     def __init__(self, body: dict[str, Any], earlier: Progress) -> None:
@@ -76,8 +85,9 @@ class Splicer:
         self._kind: Kind | None = None
         self._first: dict[str, Any] | None = None
         self._ids: list[int] = []
-        self._text = earlier.text
-        self._sent = len(earlier.text)
+        self._later = ""
+        self._shown_chars = earlier.shown_chars
+        self._shown_ids = earlier.shown_tokens - len(earlier.output_ids)
         self._limit = token_limit(body, earlier.kind)
         self._seam = _Seam.of(_settings(body, earlier.kind).get("stop"), earlier.text)
         self.finished = False
@@ -94,7 +104,7 @@ class Splicer:
     def _rewrite(self, event: bytes) -> bytes:
         if (value := payload(event)) is None or value.get("error"):
             return event
-        if "output_ids" in value:
+        if is_native(value):
             self._rewrite_native(value)
         elif "choices" in value:
             self._rewrite_chunk(value)
@@ -104,12 +114,12 @@ class Splicer:
 
     def _rewrite_native(self, value: dict[str, Any]) -> None:
         meta = meta_of(value)
-        ids, text = self._what_is_new(value)
-        shown, ids, stop = self._advance(ids, text, final=bool(meta.get("finish_reason")))
+        ids, later = self._what_is_new(value)
+        shown, ids, stop = self._advance(ids, later, final=bool(meta.get("finish_reason")))
         cumulative = self._earlier.kind is Kind.CUMULATIVE
         value["output_ids"] = self._earlier.output_ids + self._ids if cumulative else ids
         if "text" in value:
-            value["text"] = self._text[: self._sent] if cumulative else shown
+            value["text"] = self._text[: self._shown_chars] if cumulative else shown
         value.pop("prompt_token_ids", None)
         self._mend_meta(meta)
         if stop is not None:
@@ -119,13 +129,12 @@ class Splicer:
 
     def _mend_meta(self, meta: dict[str, Any]) -> None:
         earlier = self._earlier
-        prompt_tokens = meta.get("prompt_tokens") or 0
         meta["id"] = earlier.last_meta.get("id", meta.get("id"))
-        meta["prompt_tokens"] = self._prompt_tokens(prompt_tokens)
+        meta["prompt_tokens"] = self._prompt_tokens(count_of(meta, "prompt_tokens"))
         meta["completion_tokens"] = self._made
         meta["cached_tokens"] = earlier.cached_tokens
-        if thought := earlier.last_meta.get("reasoning_tokens"):
-            meta["reasoning_tokens"] = thought + (meta.get("reasoning_tokens") or 0)
+        if thought := count_of(earlier.last_meta, "reasoning_tokens"):
+            meta["reasoning_tokens"] = thought + count_of(meta, "reasoning_tokens")
         reason = meta.get("finish_reason")
         if type(reason) is dict and reason.get("type") == "length":
             reason["length"] = self._made
@@ -140,8 +149,10 @@ class Splicer:
             chunk["usage"] = self._usage(usage)
 
     def _rewrite_choice(self, choice: dict[str, Any]) -> None:
-        ids, text = choice.get("token_ids") or [], choice.get("text") or ""
-        shown, ids, stop = self._advance(ids, text, final=bool(choice.get("finish_reason")))
+        ids, text = choice_parts(choice)
+        shown, ids, stop = self._advance(
+            ids, self._later + text, final=bool(choice.get("finish_reason"))
+        )
         choice |= {"token_ids": ids, "text": shown}
         choice.pop("prompt_token_ids", None)
         if stop is not None:
@@ -150,30 +161,38 @@ class Splicer:
             choice["finish_reason"] = "length"
 
     def _what_is_new(self, value: dict[str, Any]) -> tuple[list[int], str]:
-        """The ids and text of one event that earlier events of this attempt had not."""
+        """The ids that are new in this event, and all text of this attempt: a server that finds
+        a stop string may take back text, so that only the whole is right."""
         if self._kind is None and self._first is not None:
             self._kind = kind_of(self._first, value)
         self._first = value | {"meta_info": dict(meta_of(value))}
         ids, text = value["output_ids"], value.get("text", "")
         if self._kind is Kind.INCREMENTAL:
-            return ids, text
-        return ids[len(self._ids) :], text[len(self._text) - len(self._earlier.text) :]
+            return ids, self._later + text
+        return ids[len(self._ids) :], text
 
     def _advance(
-        self, ids: list[int], text: str, *, final: bool
+        self, ids: list[int], later: str, *, final: bool
     ) -> tuple[str, list[int], str | None]:
         """What to show of the text now, the ids to show, and the stop string that ends it."""
         if self._limit is not None and self._made + len(ids) > self._limit:
-            ids, text, self.finished = ids[: max(0, self._limit - self._made)], "", True
+            ids, self.finished = ids[: max(0, self._limit - self._made)], True
+        else:
+            self._later = later
         self._ids += ids
-        self._text += text
-        later = self._text[len(self._earlier.text) :]
-        if (hit := self._seam.find(later)) is not None:
+        ids = self._ids[self._shown_ids :]
+        self._shown_ids = max(self._shown_ids, len(self._ids))
+        if (hit := self._seam.find(self._later)) is not None:
             return self._stop_at(*hit), ids, hit[1]
-        if later and not final and self._seam.is_open(later):
+        if self._later and not final and self._seam.is_open(self._later):
             return "", ids, None
-        shown, self._sent = self._text[self._sent :], len(self._text)
-        return shown, ids, None
+        return self._show(len(self._earlier.text) + len(self._later)), ids, None
+
+    def _show(self, end: int) -> str:
+        """Text that the client has not had yet; at first it may have had more than was kept."""
+        shown = self._text[self._shown_chars : end]
+        self._shown_chars = max(self._shown_chars, end)
+        return shown
 
     def _stop_at(self, back: int, stop: str) -> str:
         """A client that is given the whole text each time sees the stop string taken away again."""
@@ -181,8 +200,13 @@ class Splicer:
         end = len(self._earlier.text) - back
         if _settings(self._body, self._earlier.kind).get("no_stop_trim"):
             end += len(stop)
-        shown, self._sent = self._text[self._sent : end], end
+        shown = self._show(end)
+        self._shown_chars = end
         return shown
+
+    @property
+    def _text(self) -> str:
+        return self._earlier.text + self._later
 
     @property
     def _made(self) -> int:
@@ -192,14 +216,14 @@ class Splicer:
         return self._earlier.prompt_tokens or max(0, reported - len(self._earlier.output_ids))
 
     def _usage(self, usage: dict[str, Any]) -> dict[str, Any]:
-        prompt = self._prompt_tokens(usage.get("prompt_tokens") or 0)
+        prompt = self._prompt_tokens(count_of(usage, "prompt_tokens"))
         counts: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": self._made,
             "total_tokens": prompt + self._made,
         }
         if type(details := usage.get("prompt_tokens_details")) is dict:
-            cached = min(prompt, details.get("cached_tokens") or 0)
+            cached = min(prompt, count_of(details, "cached_tokens"))
             counts["prompt_tokens_details"] = details | {"cached_tokens": cached}
         return {**usage, **counts}
 

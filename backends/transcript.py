@@ -13,7 +13,10 @@ from backends.progress import (
     Settling,
     carries_tokens,
     choice_of,
+    choice_parts,
+    count_of,
     error_of,
+    is_native,
     kind_of,
     meta_of,
 )
@@ -76,7 +79,7 @@ class Transcript:
         if self.kind is Kind.INCREMENTAL:
             return self._tally.answer()
         for event in reversed(split_events(kept)):
-            if (found := payload(event)) is not None and "output_ids" in found:
+            if (found := payload(event)) is not None and is_native(found):
                 return event.removeprefix(b"data: ").rstrip(b"\n")
         raise ValueError("no answer has been streamed")
 
@@ -135,7 +138,7 @@ class _Latest:
 
     def add(self, event: dict[str, Any]) -> None:
         self._error = error_of(event) or self._error
-        if "output_ids" in event:
+        if is_native(event):
             text = event.get("text", "")
             self._event = event
             self._settling.note(len(event["output_ids"]), len(text), text)
@@ -162,13 +165,15 @@ def _native_progress(
         kind=kind,
         output_ids=ids,
         text=text,
-        prompt_tokens=meta.get("prompt_tokens") or 0,
-        cached_tokens=meta.get("cached_tokens") or 0,
+        prompt_tokens=count_of(meta, "prompt_tokens"),
+        cached_tokens=count_of(meta, "cached_tokens"),
         finish_reason=meta.get("finish_reason"),
         last_meta=meta,
         error=error,
         settled_tokens=settled[0],
         settled_chars=settled[1],
+        shown_tokens=len(ids),
+        shown_chars=len(text),
     )
 
 
@@ -195,7 +200,7 @@ class _Tally:
 
     def add(self, event: dict[str, Any]) -> None:
         self._error = error_of(event) or self._error
-        if "output_ids" in event:
+        if is_native(event):
             self._event = event
             self._add_lists(meta_of(event))
             self._extend(event["output_ids"], event.get("text", ""))
@@ -219,17 +224,18 @@ class _Tally:
                 self._lists.setdefault(name, value)
 
     def _add_chunk(self, chunk: dict[str, Any]) -> None:
-        for name in ("id", "created", "model", "prompt_token_ids"):
+        for name in ("id", "created", "model"):
             if chunk.get(name) is not None:
                 self._meta.setdefault(name, chunk[name])
         if type(chunk.get("usage")) is dict:
             self._meta["usage"] = chunk["usage"]
-        if (choice := choice_of(chunk)) is None:
-            return
-        if choice.get("prompt_token_ids") is not None:
-            self._meta.setdefault("prompt_token_ids", choice["prompt_token_ids"])
-        self._finish = choice.get("finish_reason") or self._finish
-        self._extend(choice.get("token_ids") or [], choice.get("text") or "")
+        choice = choice_of(chunk)
+        for holder in (chunk, choice or {}):
+            if type(holder.get("prompt_token_ids")) is list:
+                self._meta.setdefault("prompt_token_ids", holder["prompt_token_ids"])
+        if choice is not None:
+            self._finish = choice.get("finish_reason") or self._finish
+            self._extend(*choice_parts(choice))
 
     def progress(self, kind: Kind) -> Progress:
         self._texts = ["".join(self._texts)]
@@ -239,19 +245,21 @@ class _Tally:
                 kind, self._event, self._ids[:], text, self._error, self._settling
             )
         usage = self._meta.get("usage", {})
+        prompt_tokens = len(self._meta.get("prompt_token_ids", ()))
         tokens, chars = (len(self._ids), len(text)) if self._finish else self._settling.last()
         return Progress(
             kind=kind,
             output_ids=self._ids[:],
             text=text,
-            prompt_tokens=len(self._meta.get("prompt_token_ids", ()))
-            or usage.get("prompt_tokens", 0),
-            cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
+            prompt_tokens=prompt_tokens or count_of(usage, "prompt_tokens"),
+            cached_tokens=count_of(usage.get("prompt_tokens_details"), "cached_tokens"),
             finish_reason=self._finish,
             last_meta=dict(self._meta),
             error=self._error,
             settled_tokens=tokens,
             settled_chars=chars,
+            shown_tokens=len(self._ids),
+            shown_chars=len(text),
         )
 
     def answer(self) -> bytes:
@@ -262,7 +270,10 @@ class _Tally:
 
 
 def resumed_body(body: dict[str, Any], prompt_ids: list[int], progress: Progress) -> dict[str, Any]:
-    """The body that continues `progress`: what was generated becomes part of the prompt."""
+    """The body that continues `progress`: what was generated becomes part of the prompt.
+
+    Take `transcript.state().settled()`, and give the Splicer the same.
+    """
     made = len(progress.output_ids)
     ids = prompt_ids + progress.output_ids
     limit = token_limit(body, progress.kind)

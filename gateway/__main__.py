@@ -7,13 +7,20 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from backends.emulator import command as emulator
 from gateway import check, serve
+from gateway.clock import LiveClock
 from gateway.settings import ConfigError
 
 Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
 
 COMMANDS: dict[str, Command] = {
     "serve": ("run the gateway", serve.add_arguments, serve.run_serve),
+    "emulate": (
+        "run emulated SGLang servers",
+        emulator.add_arguments,
+        lambda given: emulator.run_emulator(given, LiveClock),
+    ),
     "check": ("probe every server of a configuration", check.add_arguments, check.run_check),
 }
 

@@ -18,7 +18,6 @@ from gateway.config import (
     Config,
     ConfigError,
     WorkerEntry,
-    load,
     patience_of,
     rules_of,
     worker_of,
@@ -155,19 +154,24 @@ class Gateway:
         self.backend.close()
 
 
-async def run(config: Config, path: Path | None, clock: Clock, rng: random.Random) -> None:
-    """Serves until SIGTERM or SIGINT; a second one ends it at once."""
+async def run(
+    read: Callable[[], Config], path: Path | None, clock: Clock, rng: random.Random
+) -> None:
+    """Serves until SIGTERM or SIGINT; a second one ends it at once.
+
+    `read` gives the configuration, now and whenever the file at `path` has changed.
+    """
     loop = asyncio.get_running_loop()
     stop, reload = asyncio.Event(), asyncio.Event()
     for sign in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sign, _stop, stop, loop)
     loop.add_signal_handler(signal.SIGHUP, reload.set)
     async with asyncio.TaskGroup() as tasks:
-        gateway = Gateway(config, clock, rng, tasks)
+        gateway = Gateway(read(), clock, rng, tasks)
         await gateway.start()
         watcher = None
         if path is not None:
-            watcher = tasks.create_task(_watch(path, reload, clock, gateway.adopt))
+            watcher = tasks.create_task(_watch(path, reload, clock, lambda: gateway.adopt(read())))
         await stop.wait()
         if watcher is not None:
             watcher.cancel()
@@ -182,7 +186,7 @@ def _stop(stop: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def _watch(
-    path: Path, reload: asyncio.Event, clock: Clock, adopt: Callable[[Config], None]
+    path: Path, reload: asyncio.Event, clock: Clock, adopt: Callable[[], None]
 ) -> None:
     """SIGHUP, or a file that is not what it was, brings the new configuration in."""
     seen = _stamp(path)
@@ -194,7 +198,7 @@ async def _watch(
         reload.clear()
         seen = stamp
         try:
-            adopt(load(path))
+            adopt()
         except ConfigError as error:
             log.error("the new configuration is refused, the old one stays", error=str(error))
         else:

@@ -200,9 +200,10 @@ class StreamMerger:
             self._names = {name: chunk[name] for name in _SHARED if name in chunk}
         if type(chunk.get("usage")) is dict:
             self._usages[part] = chunk["usage"]
-        if not (choices := chunk.get("choices")):
+        choices = chunk.get("choices")
+        if type(choices) is not list or not choices:
             return b""
-        chunk["choices"] = [choice | {"index": part} for choice in choices]
+        chunk["choices"] = [one | {"index": part} for one in choices if type(one) is dict]
         return as_event(chunk | self._names)
 
     def _usage_chunk(self) -> bytes:

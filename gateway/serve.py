@@ -5,18 +5,36 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import uvloop
 
+from backends.emulator import EmulatedFleet, ServerSpec
+from backends.engine import EngineConfig
 from gateway import log
 from gateway.app import run
 from gateway.clock import LiveClock
-from gateway.config import Config, WorkerEntry, check, load
+from gateway.config import Config, WorkerEntry, check, load, with_workers
 from gateway.settings import ConfigError
-from policies.types import Role
+from policies.clock import Clock
+from policies.types import Pool, Role
 
+_EMBEDDED = (
+    ServerSpec(engine=EngineConfig(name="prefill-1", role=Role.PREFILL), pool=Pool.RELAXED),
+    ServerSpec(engine=EngineConfig(name="decode-strict", role=Role.DECODE), pool=Pool.STRICT),
+    ServerSpec(engine=EngineConfig(name="decode-relaxed", role=Role.DECODE), pool=Pool.RELAXED),
+)
+_WELCOME = """
+No server is configured, so slackwater has started three EMULATED ones: a relaxed prefill server,
+a strict and a relaxed decode server. They keep the times of an 8B model on one H100 each and
+answer made-up words. Try:
+
+  curl -N http://{host}:{port}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{{"stream": true, "messages": [{{"role": "user", "content": "Hello"}}]}}'
+
+"""
 _POLICIES = {"round_robin": "round-robin"}
 """SGLang's router calls it so; its other policies balance load, as `least-work` does."""
 
@@ -48,8 +66,30 @@ def run_serve(given: argparse.Namespace) -> int:
     log.configure(config.log)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         clock = LiveClock(runner.get_loop())
-        runner.run(run(config, given.config, clock, random.SystemRandom()))
+        rng = random.Random(random.SystemRandom().getrandbits(128))
+        if config.worker:
+            runner.run(run(lambda: configuration(given), given.config, clock, rng))
+        else:
+            runner.run(_run_embedded(given, clock, rng))
     return 0
+
+
+async def _run_embedded(given: argparse.Namespace, clock: Clock, rng: random.Random) -> None:
+    """Without a server to stand in front of, the gateway brings its own, made up but alive."""
+    async with EmulatedFleet(_EMBEDDED, clock) as fleet:
+        entries = tuple(
+            WorkerEntry(
+                url=server.url,
+                name=name,
+                role=server.spec.engine.role,
+                pool=server.spec.pool,
+                bootstrap_port=server.bootstrap_port,
+            )
+            for name, server in fleet.servers.items()
+        )
+        server = configuration(given).server
+        sys.stderr.write(_WELCOME.format(host=server.host, port=server.port))
+        await run(lambda: with_workers(configuration(given), entries), given.config, clock, rng)
 
 
 def configuration(given: argparse.Namespace) -> Config:
