@@ -17,7 +17,7 @@ from typing import IO
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 CPUCLOCK_SCHED = 2
-STOP_S = 5.0
+STOP_S = 1.0
 
 
 def free_port() -> int:
@@ -148,15 +148,27 @@ class Running:
         tail = os.pread(self.log.fileno(), most_bytes, max(0, end - most_bytes))
         return tail.decode(errors="replace")
 
-    def stop(self) -> None:
-        # The whole session at once: a launcher's child must not outlive it.
-        for number in (signal.SIGINT, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_S)
-                break
-        self.log.close()
+    def signal(self, number: signal.Signals) -> None:
+        """To the whole session: a launcher's child must not outlive it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def has_ended_by(self, deadline: float) -> bool:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0.0, deadline - time.monotonic()))
+        return self.ended
+
+
+def stop(running: list[Running]) -> None:
+    """All together: each may take its time to drain, and nobody waits for it one by one."""
+    for each in running:
+        each.signal(signal.SIGINT)
+    deadline = time.monotonic() + STOP_S
+    for each in running:
+        each.has_ended_by(deadline)
+        each.signal(signal.SIGKILL)
+        each.process.wait()
+        each.log.close()
 
 
 def start(name: str, command: Iterable[str], *, cwd: Path | None = None) -> Running:
@@ -179,8 +191,7 @@ def all_stopped() -> Iterator[list[Running]]:
     try:
         yield running
     finally:
-        for each in reversed(running):
-            each.stop()
+        stop(running)
 
 
 def wait_until_listening(program: Running, port: int, *, patience_s: float = 60.0) -> None:

@@ -236,7 +236,7 @@ def costs_table(systems: Iterable[System], findings: Findings) -> Table:
     names = [system.name for system in systems]
     table.add_column("")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for what in COLUMNS:
         table.add_row(what, *(cell(findings.of(name, what)) for name in names))
     for what in LATENCIES:

@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import replace
 from itertools import pairwise
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,8 +120,11 @@ async def test_streams_that_cannot_all_be_opened_are_not_measured() -> None:
 
 
 def test_what_was_not_measured_is_null_and_not_zero() -> None:
-    found = summary(Outcome())
+    outcome = Outcome()
+    outcome.errors[Flaw.CUT] += 1
+    found = orjson.loads(orjson.dumps(summary(outcome)))
     assert found["ttft_ms_p50"] is None
+    assert found["errors"] == {"connection closed inside an answer": 1}
     assert quantile(Outcome().gaps_s, 0.5) is None
 
 
