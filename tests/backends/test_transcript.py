@@ -136,7 +136,9 @@ def interrupted(model: Model, limit: int, cut: int, cuts: tuple[int, ...] = ()) 
     """What the client gets when the first server dies after `cut` bytes."""
     body = model.body(limit)
     seen = whole_events(model.serve(body, "first")[:cut])
-    progress = transcript(seen).state().settled()
+    kept = Transcript.of(body)
+    kept.feed(seen)
+    progress = kept.state().settled()
     splicer = Splicer(body, progress)
     for piece in cut_up(model.serve(resumed_body(body, PROMPT, progress), "second"), cuts):
         seen += splicer.feed(piece)
@@ -170,11 +172,11 @@ def test_a_resumed_stream_equals_the_undisturbed_one(
     answer: list[bytes], kind: Kind, cut: int, cuts: tuple[int, ...]
 ) -> None:
     model = Model(answer, kind)
-    stream = model.serve(model.body(20), "first")
+    stream = model.serve(model.body(40), "first")
     cut = first_token_at(stream) + cut % len(stream)
     if transcript(stream[:cut]).state().finish_reason is not None:
         return
-    resumed = transcript(interrupted(model, 20, cut, cuts)).state()
+    resumed = transcript(interrupted(model, 40, cut, cuts)).state()
 
     assert summary(resumed) == summary(transcript(stream).state())
     assert resumed.text == model.decoded(len(answer))
@@ -201,7 +203,7 @@ def test_an_answer_may_be_resumed_again_and_again(
     answer: list[bytes], kind: Kind, deaths: list[int]
 ) -> None:
     model = Model(answer, kind)
-    body = model.body(20)
+    body = model.body(40)
     stream = model.serve(body, "first")
     seen = stream[: first_token_at(stream)]
     for attempt, death in enumerate(deaths):
@@ -225,7 +227,7 @@ def test_any_cut_gives_the_same_transcript(
     answer: list[bytes], kind: Kind, cuts: tuple[int, ...], step: int
 ) -> None:
     model = Model(answer, kind, step=step)
-    stream = model.serve(model.body(20), "r")
+    stream = model.serve(model.body(40), "r")
 
     assert transcript(stream, cuts).state() == transcript(stream).state()
     assert transcript(stream, cuts).state().output_ids == list(range(len(answer)))
@@ -234,7 +236,7 @@ def test_any_cut_gives_the_same_transcript(
 @given(answers, kinds, st.integers(0, 100_000))
 def test_a_torn_last_event_counts_for_nothing(answer: list[bytes], kind: Kind, cut: int) -> None:
     model = Model(answer, kind)
-    stream = model.serve(model.body(20), "r")
+    stream = model.serve(model.body(40), "r")
     stream = stream[: cut % len(stream)]
 
     assert transcript(stream).state() == transcript(whole_events(stream)).state()
