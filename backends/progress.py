@@ -97,7 +97,7 @@ def error_of(event: dict[str, Any]) -> dict[str, Any] | None:
 
 
 WATCHED_EVENTS: Final = 8
-"""A character takes at most four tokens and a stop string few more: this many reach settled text."""
+"""A character takes at most four tokens and a stop string few more, so this many reach back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class Settling:
 
     def __init__(self, stops: tuple[str, ...] = (), *, from_start: bool = True) -> None:
         self._starts = tuple(stop[0] for stop in stops if stop)
-        self._marks = [_Mark(0, 0, True)] if from_start else []
+        self._marks = [_Mark(0, 0, grew=True)] if from_start else []
 
     def note(self, tokens: int, chars: int, fresh: str) -> None:
         mark = _Mark(tokens, chars, bool(fresh) and not fresh.endswith(" "))

@@ -57,6 +57,7 @@ class _Writer:
     limit: int
     shown: int = 0
     sent: int = 0
+    clean: int = 0
 
     def events(self) -> Iterator[bytes]:
         model, start = self.model, len(self.prompt) - len(PROMPT)
@@ -78,7 +79,10 @@ class _Writer:
 
     def printable(self, text: str) -> str:
         if text.endswith("\ufffd"):
-            text = text[: text.rfind(" ") + 1]
+            fresh = text[self.clean :]
+            text = text[: self.clean] + fresh[: fresh.rfind(" ") + 1]
+        else:
+            self.clean = len(text)
         ends = range(len(text), max(0, len(text) - len(self.model.stop)), -1)
         held = [n for n in ends if self.model.stop.startswith(text[n - 1 :])]
         return text[: min(held) - 1] if held and self.model.withholds else text
@@ -391,3 +395,37 @@ def test_no_event_breaks_a_transcript_or_a_splice(sent: list[dict[str, Any]], ki
 
     assert transcript(stream).state().prompt_tokens >= -1
     assert Splicer(model.body(9), progress).feed(stream).count(b"\n\n") >= min(1, len(sent))
+
+
+@every_kind
+def test_an_attempt_that_never_answered_is_known_for_what_it_was(kind: Kind) -> None:
+    incremental = {Kind.INCREMENTAL: True, Kind.CUMULATIVE: False}.get(kind)
+    progress = Transcript.of(Model([], kind).body(5), incremental=incremental).state()
+
+    assert (progress.kind, progress.output_ids, progress.text) == (kind, [], "")
+    assert progress.settled() == progress
+
+
+@pytest.mark.parametrize(
+    ("answer", "stops", "settled"),
+    [
+        ([b"a", b" b"], (), 2),
+        ([b"a", b"\xe4", b"\xbd"], (), 1),
+        ([b"a", b" \xf0\x9f"], (), 1),
+        ([b"a", b"b", b"c"], ("STOP",), 2),
+        ([b"a", b"S"], ("STOP",), 0),
+        ([b"a", b"S", b"x", b"y"], ("STOP",), 3),
+    ],
+)
+@every_kind
+def test_only_text_that_surely_is_whole_is_settled(
+    kind: Kind, answer: list[bytes], stops: tuple[str, ...], settled: int
+) -> None:
+    model = Model([*answer, b"never"], kind, "".join(stops))
+    stream = model.serve(model.body(9), "r")
+    kept = Transcript(kind, stops=stops)
+    for event in stream.split(b"\n\n")[: len(answer)]:
+        kept.feed(event + b"\n\n")
+
+    assert kept.state().settled_tokens == settled
+    assert kept.state().settled().text == model.decoded(settled)
