@@ -96,8 +96,7 @@ def error_of(event: dict[str, Any]) -> dict[str, Any] | None:
     return error if type(error) is dict else {"message": error}
 
 
-WATCHED_EVENTS: Final = 8
-"""A character takes at most four tokens and a stop string few more, so this many reach back."""
+WATCHED_EVENTS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,4 +131,8 @@ class Settling:
         del self._marks[:-WATCHED_EVENTS]
 
     def last(self) -> tuple[int, int]:
-        return (self._marks[0].tokens, self._marks[0].chars) if self._marks else (0, 0)
+        """Where nothing is proven any more, the likeliest of the events still known."""
+        if not self._marks:
+            return 0, 0
+        mark = next((mark for mark in self._marks if mark.grew), self._marks[0])
+        return mark.tokens, mark.chars

@@ -7,7 +7,6 @@ from typing import Any, Final
 import orjson
 
 from backends.progress import (
-    WATCHED_EVENTS,
     Kind,
     Progress,
     Settling,
@@ -39,6 +38,8 @@ __all__ = [
 ]
 
 COMPACT_BYTES: Final = 65_536
+KEPT_EVENTS: Final = 6
+"""Of a long cumulative stream: a character takes at most four tokens, fewer than these hold."""
 
 
 class Transcript:
@@ -101,8 +102,9 @@ class Transcript:
             for event in payloads(kept[:end]):
                 self._tally.add(event)
             kept = kept[end:]
-        elif self.kind is Kind.CUMULATIVE and (start := _last_events(kept[:end])):
-            self._tally.dropped = True
+        elif self.kind is Kind.CUMULATIVE and len(kept) > COMPACT_BYTES:
+            start = _last_events(kept[:end])
+            self._tally.dropped = self._tally.dropped or start > 0
             kept = kept[start:]
         self._pieces = [kept]
         self._kept_bytes = len(kept)
@@ -126,7 +128,7 @@ def _find_kind(events: bytes) -> Kind | None:
 def _last_events(events: bytes) -> int:
     """Where the last few events begin. As a key the word has bare quotes, in text never."""
     at = len(events)
-    for _ in range(WATCHED_EVENTS):
+    for _ in range(KEPT_EVENTS):
         at = events.rfind(b'"output_ids"', 0, at)
         if at < 0:
             return 0
@@ -143,14 +145,15 @@ class _Latest:
         self._event: dict[str, Any] = {}
         self._error: dict[str, Any] | None = None
         self._settling = Settling(stops, from_start=from_start)
-        self._chars = 0
+        self._chars: int | None = 0 if from_start else None
 
     def add(self, event: dict[str, Any]) -> None:
         self._error = error_of(event) or self._error
         if is_native(event):
             text = event.get("text", "")
             self._event = event
-            self._settling.note(len(event["output_ids"]), len(text), text[self._chars :])
+            fresh = "" if self._chars is None else text[self._chars :]
+            self._settling.note(len(event["output_ids"]), len(text), fresh)
             self._chars = len(text)
 
     def progress(self) -> Progress:
