@@ -121,6 +121,19 @@ def fit(
     return _judge(constants(least_squares(residuals, centre, bounds)), measured)
 
 
+def held_out(setup: Setup, samples: Sequence[Sample], prior: Constants) -> dict[Phase, Errors]:
+    """How well constants carry to steps they were not fitted to: each half predicts the other."""
+    ordered = sorted(samples, key=lambda s: (s.batch.phase, s.batch.count, s.batch.pairs))
+    first, second = ordered[::2], ordered[1::2]
+    missed: dict[Phase, Vector] = {phase: [] for phase in Phase}
+    for fitted, tested in ((first, second), (second, first)):
+        cost = setup.cost(fit([(setup, fitted)], prior, source="half").constants)
+        for phase in Phase:
+            missed[phase] += relative_errors(cost, tested, phase)
+    found = {phase: summarise(relative) for phase, relative in missed.items()}
+    return {phase: errors for phase, errors in found.items() if errors}
+
+
 def _inside(value: float, bound: Bound) -> float:
     return min(bound[1], max(bound[0], value))
 

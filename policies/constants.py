@@ -50,15 +50,15 @@ NUMBERS: tuple[str, ...] = tuple(f.name for f in fields(Constants) if f.name != 
 
 BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
     {
-        "gemm_efficiency": (0.01, 0.95),
+        "gemm_efficiency": (0.001, 0.95),
         "large_step_slowdown": (0.001, 0.4),
-        "attention_efficiency": (0.01, 1.0),
-        "weight_efficiency": (0.01, 1.0),
-        "kv_efficiency": (0.01, 1.0),
+        "attention_efficiency": (0.001, 1.0),
+        "weight_efficiency": (0.001, 1.0),
+        "kv_efficiency": (0.001, 1.0),
         "few_sequences_penalty": (0.001, 1.5),
         "exposed": (0.01, 1.0),
         "activation_factor": (0.1, 4.0),
-        "link_efficiency": (0.01, 1.0),
+        "link_efficiency": (0.001, 1.0),
         "all_reduce_us": (0.1, 200.0),
         "large_all_reduce_us": (0.1, 500.0),
         "prefill_layer_us": (0.1, 5000.0),

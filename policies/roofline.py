@@ -62,15 +62,19 @@ class StepCost:
             + self.fixed_s
         )
 
+    def by_resource(self) -> dict[Bottleneck, float]:
+        """Seconds that each resource is what the step waits for."""
+        return {
+            Bottleneck.COMPUTE: self.gemm_s + self.attention_s,
+            Bottleneck.BANDWIDTH: self.weights_s + self.kv_read_s + self.activations_s,
+            Bottleneck.LINK: self.all_reduce_s,
+            Bottleneck.OVERHEAD: self.fixed_s,
+        }
+
     @property
     def bottleneck(self) -> Bottleneck:
-        groups = (
-            (self.gemm_s + self.attention_s, Bottleneck.COMPUTE),
-            (self.weights_s + self.kv_read_s + self.activations_s, Bottleneck.BANDWIDTH),
-            (self.all_reduce_s, Bottleneck.LINK),
-            (self.fixed_s, Bottleneck.OVERHEAD),
-        )
-        return max(groups, key=lambda group: group[0])[1]
+        resources = self.by_resource()
+        return max(resources, key=resources.__getitem__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,25 +234,27 @@ class CostModel:
             return self.decode(batch.count, batch.context_tokens)
         return self.prefill_sums(batch.count, batch.new_tokens, batch.context_tokens, batch.pairs)
 
-    def gemm_and_weights(self, tokens: int) -> tuple[float, float]:
-        """Arithmetic and weight reads of a step before one hides behind the other."""
+    def _gemm(self, tokens: int) -> float:
         padded = -(-tokens // self.tile_tokens) * self.tile_tokens
         gemm = padded * self.token_gemm_s
         if tokens > LARGE_STEP_TOKENS:
             doublings = math.log(tokens / LARGE_STEP_TOKENS) * _LN2_INVERSE
             gemm *= 1 + self.large_step_slowdown * doublings
-        weights = self.fixed_weights_s
-        if self.expert_weights_s:
-            weights += self.expert_weights_s * (1 - self.expert_miss**tokens)
-        return gemm, weights
+        return gemm
+
+    def weight_read_s(self, tokens: int) -> float:
+        """All weights, but of the experts only those that some token is expected to use."""
+        if not self.expert_weights_s:
+            return self.fixed_weights_s
+        return self.fixed_weights_s + self.expert_weights_s * (1 - self.expert_miss**tokens)
 
     def _all_reduce(self, tokens: int) -> float:
         latency = self.large_reduce_s if tokens >= self.large_reduce_tokens else 0.0
         return tokens * self.token_all_reduce_s + latency
 
     def _linear(self, tokens: int, heads: int) -> tuple[float, float]:
-        gemm, weights = self.gemm_and_weights(tokens)
-        gemm += heads * self.head_gemm_s
+        gemm = self._gemm(tokens) + heads * self.head_gemm_s
+        weights = self.weight_read_s(tokens)
         if gemm >= weights:
             return gemm, weights * self.exposed
         return gemm * self.exposed, weights

@@ -77,11 +77,10 @@ def greatest(fits: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def saturation_batch(cost: CostModel) -> int:
-    """The smallest batch whose linear layers are bound by arithmetic; more adds time in step."""
+    """The smallest batch whose linear layers are bound by arithmetic, leaving tiles aside."""
 
     def memory_bound(tokens: int) -> bool:
-        gemm, weights = cost.gemm_and_weights(tokens)
-        return gemm < weights
+        return tokens * cost.token_gemm_s < cost.weight_read_s(tokens)
 
     return min(LARGEST_BATCH, greatest(memory_bound, 1, LARGEST_BATCH) + 1)
 
