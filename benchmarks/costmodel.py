@@ -8,6 +8,7 @@ import json
 import platform
 import random
 import sys
+import time
 import timeit
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -218,14 +219,16 @@ def spread(table: Table, seeds: Sequence[int]) -> dict[str, list[float]]:
 
 
 def prediction_us(part: Halves) -> float:
-    """One admission decision: the step with one more sequence; the best of several runs."""
+    """One admission decision: the step with one more sequence; the best of many short runs."""
     cost = part.setup.cost(lookup(SHIPPED, part.setup.device.name, ANY, 0))
-    calls = 20_000
-    return (
-        min(timeit.repeat(lambda: cost.decode(33, 66_000).seconds, number=calls, repeat=5))
-        / calls
-        * 1e6
+    calls = 1000
+    runs = timeit.repeat(
+        lambda: cost.decode(33, 66_000).seconds,
+        number=calls,
+        repeat=200,
+        timer=time.thread_time,
     )
+    return min(runs) / calls * 1e6
 
 
 def shipped_constants(parts: Sequence[Halves]) -> dict[Key, Constants]:
