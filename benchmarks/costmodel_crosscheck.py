@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
 
+from policies.calibration import CalibrationError, Sample, Setup, held_out
 from policies.constants import lookup
 from policies.devices import Precision, device_named
 from policies.models import model_named
-from policies.roofline import CostModel, Parallel, build
+from policies.roofline import CostModel, Parallel, Phase, build, decode_batch, prefill_batch
 from policies.shipped import SHIPPED
 
 Finding = dict[str, object]
@@ -37,21 +38,45 @@ def splitwise(path: Path) -> list[Finding]:
             continue
         key = (device, tp, batch, int(row["prompt_size"]), int(row["token_size"]))
         measured.setdefault(key, []).append(row)
-    prefill: dict[tuple[str, int], list[Pair]] = {}
-    decode: dict[tuple[str, int], list[Pair]] = {}
+    pairs: dict[tuple[str, int, Phase], list[Pair]] = {}
+    steps: dict[tuple[str, int], list[Sample]] = {}
     for (device, tp, batch, prompt, tokens), rows in sorted(measured.items()):
         cost = _cost(device, "Llama-2-70b", tp)
-        first = mean(float(row["prompt_time"]) for row in rows)
-        later = mean(float(row["token_time"]) for row in rows)
-        predicted = cost.prefill([(prompt, 0)] * batch).seconds * 1e3
-        step = cost.decode(batch, batch * (prompt + tokens // 2)).seconds * 1e3
-        prefill.setdefault((device, tp), []).append((first, predicted))
-        decode.setdefault((device, tp), []).append((later, step))
+        work = {
+            "prompt_time": prefill_batch([(prompt, 0)] * batch),
+            "token_time": decode_batch(batch, batch * (prompt + tokens // 2)),
+        }
+        for column, step in work.items():
+            seen_ms = mean(float(row[column]) for row in rows)
+            pair = (seen_ms, cost.cost(step).seconds * 1e3)
+            pairs.setdefault((device, tp, step.phase), []).append(pair)
+            steps.setdefault((device, tp), []).append(Sample(batch=step, seconds=seen_ms * 1e-3))
+    calibrated = {key: _calibrated(*key, samples) for key, samples in steps.items()}
     return [
-        {"device": device, "tp": tp, "phase": phase, **_bias(pairs)}
-        for phase, table in (("prefill", prefill), ("decode", decode))
-        for (device, tp), pairs in table.items()
+        {
+            "device": device,
+            "tp": tp,
+            "phase": phase.value,
+            **_bias(found),
+            "mape_calibrated_pct": calibrated[device, tp].get(phase),
+        }
+        for (device, tp, phase), found in sorted(pairs.items())
     ]
+
+
+def _calibrated(device: str, tp: int, samples: Sequence[Sample]) -> dict[Phase, float]:
+    """Errors of the steps of one half under constants fitted to the other half."""
+    setup = Setup(
+        model=model_named("Llama-2-70b"),
+        device=device_named(device),
+        parallel=Parallel(tp=tp),
+    )
+    prior = lookup(SHIPPED, device, setup.model.family, tp)
+    try:
+        errors = held_out(setup, samples, prior)
+    except CalibrationError:
+        return {}  # too few points for halves
+    return {phase: round(100 * found.mean, 1) for phase, found in errors.items()}
 
 
 def end_to_end(path: Path) -> list[Finding]:

@@ -108,7 +108,7 @@ def markdown(rows: Sequence[ErrorRow], result: Mapping[str, Any]) -> str:
         _piped(HEADER, [_cells(row) for row in _ordered(rows)]),
         "### The worst row of each kind",
         _piped(("check", "value", "target", "unit"), worst),
-        "### The calibrated column over other random halves, in %",
+        "### The calibrated column over eight other random halves, in %",
         _piped(("rows", "lowest", "highest"), spread),
         "### Splitwise's measurements of Llama-2-70B",
         _piped(*_findings(result["crosscheck"]["splitwise"])),
