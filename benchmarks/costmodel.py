@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import random
 import sys
 import time
 import timeit
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from backends.step_tables import Origin, Table, read_table
 from benchmarks.costmodel_crosscheck import end_to_end, splitwise
-from benchmarks.costmodel_report import MARKER, constants_module, markdown, scatter_svg, text
+from benchmarks.costmodel_report import (
+    MARKER,
+    Section,
+    constants_module,
+    errors_section,
+    findings_section,
+    markdown,
+    scatter_svg,
+    spread_section,
+    worst_section,
+)
+from benchmarks.report import Check, Report, Spread, add_report_options
 from policies.calibration import (
     Errors,
     Sample,
@@ -175,48 +185,40 @@ def target(row: Row) -> float:
     return 5.0 if row.phase is Phase.PREFILL else 3.0
 
 
-def checks(rows: Sequence[Row], prediction_us: float) -> list[dict[str, object]]:
-    found = []
+def checks(rows: Sequence[Row], step_us: float) -> list[Check]:
+    found = [Check(name="one prediction", value=step_us, target=PREDICTION_TARGET_US, unit="us")]
     for row in rows:
         place = f"{row.device} {row.model} tp{row.tp} {row.phase}"
-        found.append(_check(f"calibrated {place}", row.calibrated.mean * 100, target(row)))
-        found.append(_check(f"shipped defaults {place}", row.defaults.mean * 100, DEFAULTS_TARGET))
+        found.append(_check("calibrated", place, row.calibrated, target(row)))
+        found.append(_check("shipped default", place, row.defaults, DEFAULTS_TARGET))
         if row.left_out:
-            found.append(_check(f"model unseen {place}", row.left_out.mean * 100, LEFT_OUT_TARGET))
-    found.append(_check("one prediction", prediction_us, PREDICTION_TARGET_US, "us"))
+            found.append(_check("model unseen", place, row.left_out, LEFT_OUT_TARGET))
     return found
 
 
-def _check(name: str, value: float, limit: float, unit: str = "% MAPE") -> dict[str, object]:
-    return {
-        "name": name,
-        "value": round(value, 2),
-        "target": f"<= {limit:g}",
-        "unit": unit,
-        "ok": value <= limit,
-    }
+def _check(kind: str, place: str, missed: Errors, limit: float) -> Check:
+    value = round(missed.mean * 100, 2)
+    return Check(name=f"{kind}: {place}", value=value, target=limit, unit="% MAPE")
 
 
-def spread(table: Table, seeds: Sequence[int]) -> dict[str, list[float]]:
-    """Lowest and highest calibrated errors over several splits, and rows that miss their target."""
+def spread(table: Table, seeds: Sequence[int]) -> dict[str, Spread]:
+    """Calibrated errors over several splits, and how many rows of each miss their target."""
     runs = [
         evaluate([split(o, s, seed) for o, s in table.items()], baselines=False) for seed in seeds
     ]
-    found: dict[str, list[float]] = {}
-    for name, devices in (("hopper", HOPPER), ("a100", ("a100",))):
+    found: dict[str, Spread] = {}
+    for name, devices in (("H100, H200", HOPPER), ("A100", ("a100",))):
         for phase in Phase:
             means = [
                 [r.calibrated.mean * 100 for r in rows if r.device in devices and r.phase is phase]
                 for rows in runs
             ]
-            if not all(means):
-                continue
-            averages = [sum(run) / len(run) for run in means]
-            worst = [max(run) for run in means]
-            found[f"{name} {phase} mean"] = [round(min(averages), 2), round(max(averages), 2)]
-            found[f"{name} {phase} worst row"] = [round(min(worst), 2), round(max(worst), 2)]
+            if all(means):
+                of_rows = Spread.of(sum(run) / len(run) for run in means)
+                found[f"{name} {phase}, mean of rows, %"] = of_rows
+                found[f"{name} {phase}, worst row, %"] = Spread.of(max(run) for run in means)
     over = [sum(row.calibrated.mean * 100 > target(row) for row in rows) for rows in runs]
-    found[f"rows over target, of {len(runs[0])}"] = [min(over), max(over)]
+    found[f"rows over target, of {len(runs[0])}"] = Spread.of(over)
     return found
 
 
@@ -260,8 +262,7 @@ def _source(parts: Sequence[Halves]) -> str:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.costmodel", description=__doc__)
     parser.add_argument("--tables", type=Path, required=True, help="folder of the profile tables")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--quick", action="store_true", help="two splits for the spread, not eight")
+    add_report_options(parser)
     parser.add_argument("--plot", type=Path, help="write predicted against measured as SVG")
     parser.add_argument("--document", type=Path, help=f"replace what follows {MARKER} in this file")
     parser.add_argument("--write-constants", type=Path, help="fit and write the shipped constants")
@@ -277,30 +278,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wrote {options.write_constants}, run again without --write-constants")
         return 0
     rows = evaluate(parts)
-    found = checks(rows, prediction_us(parts[0]))
-    result = {
-        "checks": found,
-        "spread": spread(table, range(1, 3 if options.quick else 9)),
-        "machine": f"{platform.machine()} {platform.system()} Python {platform.python_version()}",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "crosscheck": {
-            "splitwise": splitwise(options.tables / "splitwise/perf_model.csv"),
-            "end_to_end": end_to_end(
-                options.tables / "aiconfigurator/silicon_e2e_dense_models.csv"
-            ),
-        },
-    }
-    print(text(rows, result))
-    write_artefacts(options, rows, result, parts)
+    splits = 2 if options.quick else 8
+    report = Report(title="step times predicted for the half that was not fitted")
+    report.checks += checks(rows, prediction_us(parts[0]))
+    report.spread |= spread(table, range(1, splits + 1))
+    report.notes.append(f"the spread is over {splits} other random halves")
+    sections = [
+        errors_section(rows),
+        spread_section(report.spread),
+        findings_section(
+            "Splitwise's measurements of Llama-2-70B",
+            splitwise(options.tables / "splitwise/perf_model.csv"),
+        ),
+        findings_section(
+            "Engines end to end, TPOT in closed loops",
+            end_to_end(options.tables / "aiconfigurator/silicon_e2e_dense_models.csv"),
+        ),
+    ]
+    report.tables += [section.grid() for section in sections]
     if options.json:
-        print(json.dumps(result))
-    return 0 if all(check["ok"] for check in found) else 1
+        report.notes += [line for section in sections[2:] for line in section.sentences()]
+    write_artefacts(options, sections, report, parts)
+    return report.finish(as_json=options.json, console=Console(width=200))
 
 
 def write_artefacts(
     options: argparse.Namespace,
-    rows: Sequence[Row],
-    result: Mapping[str, object],
+    sections: Sequence[Section],
+    report: Report,
     parts: Sequence[Halves],
 ) -> None:
     if options.plot:
@@ -314,7 +319,8 @@ def write_artefacts(
         options.plot.write_text(scatter_svg(points))
     if options.document:
         head = options.document.read_text().split(MARKER)[0]
-        options.document.write_text(f"{head}{MARKER}\n\n{markdown(rows, result)}\n")
+        body = markdown([*sections, worst_section(report.checks)], str(report.machine))
+        options.document.write_text(f"{head}{MARKER}\n\n{body}\n")
 
 
 if __name__ == "__main__":

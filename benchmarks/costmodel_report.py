@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
+from rich.table import Table as Grid
+
+from benchmarks.report import Check, Spread
 from policies.calibration import Errors
 from policies.constants import NUMBERS, Constants, Key
 from policies.roofline import Phase
@@ -62,69 +66,78 @@ def _cells(row: ErrorRow) -> list[str]:
     ]
 
 
-def _ordered(rows: Sequence[ErrorRow]) -> list[ErrorRow]:
-    return sorted(rows, key=lambda row: (row.phase.value, row.device, row.model, row.tp))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A table that goes to the terminal and into the document."""
+
+    title: str
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+    def grid(self) -> Grid:
+        grid = Grid(*self.header, title=self.title, title_justify="left")
+        for line in self.lines:
+            grid.add_row(*line)
+        return grid
+
+    def markdown(self) -> str:
+        table = [self.header, ["---"] * len(self.header), *self.lines]
+        rows = "\n".join("| " + " | ".join(line) + " |" for line in table)
+        return f"### {self.title}\n\n{rows}"
+
+    def sentences(self) -> list[str]:
+        """One line for each row, for the JSON."""
+        return [
+            f"{self.title}: "
+            + ", ".join(f"{name} {cell}" for name, cell in zip(self.header, line, strict=True))
+            for line in self.lines
+        ]
 
 
-def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    table = [list(header), *map(list, lines)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in table
+def errors_section(rows: Sequence[ErrorRow]) -> Section:
+    ordered = sorted(rows, key=lambda row: (row.phase.value, row.device, row.model, row.tp))
+    return Section(
+        title="Step times, mean absolute error on the half that was not fitted",
+        header=HEADER,
+        lines=[_cells(row) for row in ordered],
     )
 
 
-def _piped(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    table = [list(header), ["---"] * len(header), *map(list, lines)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in table)
+def spread_section(spread: Mapping[str, Spread]) -> Section:
+    return Section(
+        title="The calibrated column over other random halves",
+        header=("", "lowest", "median", "highest"),
+        lines=[
+            [name, f"{ends.low:.3g}", f"{ends.median:.3g}", f"{ends.high:.3g}"]
+            for name, ends in spread.items()
+        ],
+    )
 
 
-def _findings(findings: Sequence[Mapping[str, object]]) -> tuple[list[str], list[list[str]]]:
-    header = list(findings[0]) if findings else []
-    return header, [[str(value) for value in finding.values()] for finding in findings]
+def findings_section(title: str, findings: Sequence[Mapping[str, object]]) -> Section:
+    return Section(
+        title=title,
+        header=[name.replace("_", " ") for name in findings[0]] if findings else [],
+        lines=[[str(value) for value in finding.values()] for finding in findings],
+    )
 
 
-def text(rows: Sequence[ErrorRow], result: Mapping[str, Any]) -> str:
-    failed = [check["name"] for check in result["checks"] if not check["ok"]]
-    parts = [
-        _aligned(HEADER, [_cells(row) for row in _ordered(rows)]),
-        f"Calibrated errors over other splits, lowest and highest, %: {result['spread']}",
-        "Splitwise, Llama-2-70B:",
-        _aligned(*_findings(result["crosscheck"]["splitwise"])),
-        "Engines end to end, TPOT:",
-        _aligned(*_findings(result["crosscheck"]["end_to_end"])),
-        f"{len(result['checks'])} checks, {len(failed)} fell short {failed or ''}",
-    ]
-    return "\n\n".join(parts)
-
-
-def markdown(rows: Sequence[ErrorRow], result: Mapping[str, Any]) -> str:
-    spread = [[name, *map(str, ends)] for name, ends in result["spread"].items()]
-    worst = [[c["name"], str(c["value"]), c["target"], c["unit"]] for c in _worst(result["checks"])]
-    parts = [
-        f"Measured on {result['date']}, {result['machine']}.",
-        "### Step times, mean absolute error on the half that was not fitted",
-        _piped(HEADER, [_cells(row) for row in _ordered(rows)]),
-        "### The worst row of each kind",
-        _piped(("check", "value", "target", "unit"), worst),
-        "### The calibrated column over eight other random halves, in %",
-        _piped(("rows", "lowest", "highest"), spread),
-        "### Splitwise's measurements of Llama-2-70B",
-        _piped(*_findings(result["crosscheck"]["splitwise"])),
-        "### Engines end to end, TPOT in closed loops",
-        _piped(*_findings(result["crosscheck"]["end_to_end"])),
-    ]
-    return "\n\n".join(parts)
-
-
-def _worst(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    found: dict[tuple[str, str], Mapping[str, Any]] = {}
+def worst_section(checks: Sequence[Check]) -> Section:
+    """Of each kind of check and each target the one that comes closest to missing it."""
+    found: dict[tuple[str, float], Check] = {}
     for check in checks:
-        kind = (" ".join(check["name"].split()[:2]), check["target"])
-        if kind not in found or check["value"] > found[kind]["value"]:
+        kind = (check.name.split(":")[0], check.target)
+        if kind not in found or (check.value or 0.0) > (found[kind].value or 0.0):
             found[kind] = check
-    return list(found.values())
+    return Section(
+        title="The worst row of each kind",
+        header=("check", "value", "target", "unit"),
+        lines=[[c.name, f"{c.value:.3g}", f"<= {c.target:g}", c.unit] for c in found.values()],
+    )
+
+
+def markdown(sections: Sequence[Section], machine: str) -> str:
+    return "\n\n".join([f"Measured on {machine}.", *(s.markdown() for s in sections)])
 
 
 def constants_module(table: Mapping[Key, Constants], seed: int) -> str:

@@ -121,7 +121,7 @@ def largest_batch(
     cost: CostModel, context_tokens: int, step_s: float, kv_tokens: int
 ) -> BatchLimit:
     """The most sequences of one length that decode within `step_s` and fit into `kv_tokens`."""
-    seats = min(LARGEST_BATCH, kv_tokens // context_tokens)
+    seats = min(LARGEST_BATCH, kv_tokens // max(1, context_tokens))
     count = greatest(lambda n: cost.decode(n, n * context_tokens).seconds <= step_s, 1, seats)
     if count == seats:
         return BatchLimit(count=count, limited_by=Bottleneck.CAPACITY)
