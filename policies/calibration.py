@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from policies.constants import BOUNDS, NUMBERS, Constants
 from policies.devices import Device
 from policies.models import Model
-from policies.roofline import Batch, CostModel, Parallel, Phase, build, decode_batch
+from policies.roofline import Batch, CostModel, Parallel, Phase, build, decode_batch, prefill_batch
 
 FEWEST_SAMPLES = 6
 """Per phase; with fewer the prior would speak, not the measurements."""
@@ -92,6 +92,16 @@ def relative_errors(cost: CostModel, samples: Sequence[Sample], phase: Phase) ->
         abs(cost.cost(sample.batch).seconds / sample.seconds - 1)
         for sample in samples
         if sample.batch.phase is phase
+    ]
+
+
+def samples_from_timings(
+    prefills: Iterable[tuple[int, float]], decodes: Iterable[tuple[int, int, float]]
+) -> list[Sample]:
+    """From (prompt tokens, seconds) and (sequences, context tokens of all, seconds)."""
+    return [
+        *(Sample(batch=prefill_batch([(n, 0)]), seconds=seconds) for n, seconds in prefills),
+        *(Sample(batch=decode_batch(n, c), seconds=seconds) for n, c, seconds in decodes),
     ]
 
 

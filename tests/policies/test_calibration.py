@@ -17,6 +17,7 @@ from policies.calibration import (
     least_squares,
     line_from_moments,
     sample_from_moments,
+    samples_from_timings,
     solve,
     summarise,
 )
@@ -70,6 +71,21 @@ def test_constants_are_recovered_from_steps_they_made() -> None:
     assert found.prefill is not None
     assert found.prefill.p95 < 0.01
     assert found.constants.source == "test"
+
+
+def test_timings_of_single_prompts_and_of_batches_are_enough_to_fit() -> None:
+    cost = SETUP.cost(TRUE)
+    prompts, batches = (64, 256, 1024, 2048, 4096, 8192), (1, 2, 4, 8, 32, 128)
+    timed = samples_from_timings(
+        [(n, cost.prefill_one(n).seconds) for n in prompts],
+        [(n, n * 1500, cost.decode(n, n * 1500).seconds) for n in batches],
+    )
+    found = fit([(SETUP, timed)], TYPICAL, source="test")
+    assert SETUP.cost(found.constants).decode(16, 24_000).seconds == pytest.approx(
+        cost.decode(16, 24_000).seconds, rel=0.02
+    )
+    assert found.prefill is not None
+    assert found.prefill.count == 6
 
 
 def test_noise_of_two_per_cent_leaves_errors_of_about_that() -> None:
