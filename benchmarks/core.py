@@ -2,8 +2,8 @@
 
 A busy fleet in steady state, without sockets: each turn a prompt ends and another one is dispatched
 in its place, a decode ends, a job arrives, and now and then all running jobs report progress. Every
-call is timed by itself, in CPU time: the time it takes on a quiet machine, and on a busy one without
-what others took. A call that contains a dispatch is a decision.
+call is timed by itself, in CPU time: the time it takes on a quiet machine, and what others take is
+left out on a busy one. A call that contains a dispatch is a decision.
 """
 
 from __future__ import annotations
