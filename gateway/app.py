@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import signal
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from backends.http import Upstream
 from backends.sglang import Sglang
@@ -81,6 +83,7 @@ class Gateway:
             app,
             access_log=None,
             handler_cancellation=True,
+            logger=_wire_log(),
             keepalive_timeout=server.header_timeout_s,
             shutdown_timeout=1.0,
         )
@@ -203,6 +206,19 @@ async def _watch(
             log.error("the new configuration is refused, the old one stays", error=str(error))
         else:
             log.info("configuration reloaded", path=str(path))
+
+
+def _wire_log() -> logging.Logger:
+    """What aiohttp has to say: that a client does not speak HTTP is no error of ours."""
+    logger = logging.getLogger("slackwater.http")
+    if not logger.filters:
+        logger.addFilter(_is_ours)
+    return logger
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError | web.RequestPayloadError)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import asyncio
 
 from aiohttp import web
 
-from backends.trouble import Trouble
+from backends.trouble import Blame, Trouble
 from gateway.errors import ApiError, Code
 from policies.events import Fail, Fault, Reason, Reject
 
@@ -39,6 +39,8 @@ def api_error(decision: Reject | Fail, trouble: Trouble | None, *, begun: bool) 
         wait_s = max(1, -(-decision.retry_after_us // 1_000_000))
         return ApiError(code, message, retry_after_s=wait_s)
     message = trouble.message if trouble is not None else "the server could not be reached"
+    if decision.fault is Fault.REQUEST and trouble is not None and trouble.blames is Blame.ABORTED:
+        return ApiError(Code.REQUEST_CANCELLED, "the request was aborted")
     if begun:
         return ApiError(Code.STREAM_INTERRUPTED, message)
     if decision.fault is Fault.REQUEST and trouble is not None:
@@ -77,13 +79,12 @@ class UnaryClient:
     def end(self) -> None:
         raise RuntimeError("a whole answer was asked for")
 
-    def cancelled(self) -> None:
-        self.error = ApiError(Code.REQUEST_CANCELLED, "the request was aborted")
+    def ended(self, error: ApiError) -> None:
+        self.error = error
         _resolve(self.over)
 
     def refused(self, decision: Reject | Fail, trouble: Trouble | None) -> None:
-        self.error = api_error(decision, trouble, begun=False)
-        _resolve(self.over)
+        self.ended(api_error(decision, trouble, begun=False))
 
 
 class StreamClient:
@@ -139,15 +140,14 @@ class StreamClient:
     def end(self) -> None:
         _resolve(self.over)
 
-    def cancelled(self) -> None:
-        self.error = ApiError(Code.REQUEST_CANCELLED, "the request was aborted")
+    def ended(self, error: ApiError) -> None:
+        """By the gateway itself: what servers would still say is not waited for."""
+        self.error = error
         _resolve(self.begun)
         _resolve(self.over)
 
     def refused(self, decision: Reject | Fail, trouble: Trouble | None) -> None:
-        self.error = api_error(decision, trouble, begun=self.begun.done())
-        _resolve(self.begun)
-        _resolve(self.over)
+        self.ended(api_error(decision, trouble, begun=self.begun.done()))
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

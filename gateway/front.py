@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from operator import or_
 from random import Random
 
 from aiohttp import hdrs, web
@@ -212,9 +213,15 @@ class Front:
             await client.over
         finally:
             client.detach()
-        if client.error is not None:
-            await response.write(error_event(visit.ask.dialect, client.error))
-        await response.write_eof()
+        try:
+            async with asyncio.timeout(self._timeouts.client_stall_s):
+                if client.error is not None:
+                    await response.write(error_event(visit.ask.dialect, client.error))
+                await response.write_eof()
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()
+            raise ConnectionResetError("the client has stopped to read") from None
         self._end(visit, "ok" if client.error is None else client.error.code)
         return response
 
@@ -259,18 +266,20 @@ class Front:
         visit = self._by_rid.get((tenant, rid))
         if visit is None:
             return False
-        running = [part for part in visit.parts if self._backend.abort(part.job.id)]
-        if not running:
-            self._cut(visit)
+        reached = [self._backend.abort(part.job.id) for part in visit.parts]
+        ended = [part.exchange.timeline.ended_us > 0 for part in visit.parts]
+        if not all(map(or_, reached, ended)):
+            self._cut(visit, ApiError(Code.REQUEST_CANCELLED, "the request was aborted"))
         return True
 
     def cut_off(self) -> None:
-        """The time for running requests is over: each ends as if its client had left."""
+        """The time for running requests is over."""
+        error = ApiError(Code.GATEWAY_DRAINING, "the gateway is shutting down", retry_after_s=1)
         for visit in list(self._visits.values()):
-            self._cut(visit)
+            self._cut(visit, error)
 
-    def _cut(self, visit: Visit) -> None:
-        visit.client.cancelled()
+    def _cut(self, visit: Visit, error: ApiError) -> None:
+        visit.client.ended(error)
         self._drop_jobs(visit)
 
 

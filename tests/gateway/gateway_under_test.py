@@ -183,9 +183,11 @@ class Site:
     async def nothing_left(self, within_s: float = RELEASED_WITHIN_S) -> list[str]:
         """What is left once it has had that long to go away: nothing, one hopes."""
         until_s = self.now_s() + within_s
-        while (left := self.leftovers()) and self.now_s() < until_s:
+        while True:
+            left = self.leftovers()
+            if not left or self.now_s() >= until_s:
+                return left
             await asyncio.sleep(0.02)
-        return left
 
     async def until(self, what: str, holds: Any, within_s: float = 20.0) -> None:
         until_s = self.now_s() + within_s
@@ -270,7 +272,7 @@ async def standing(
             gateway = Gateway(config, loop, random.Random(7), tasks)
             site = Site(fleet, gateway, http)
             handler = _Complaints(site.complaints)
-            loggers = [logging.getLogger(name) for name in ("aiohttp.server", "asyncio")]
+            loggers = [logging.getLogger(name) for name in ("slackwater.http", "asyncio")]
             for logger in loggers:
                 logger.addHandler(handler)
             try:
