@@ -109,6 +109,9 @@ class Sglang:
 
     def add(self, worker: Worker, api_key: str = "") -> Server:
         """Attempts at an earlier server of this name keep their own reference and sockets."""
+        known = self._servers.get(worker.name)
+        if known is not None and known.worker.url == worker.url:
+            worker = known.worker  # until it has been asked again
         self._servers[worker.name] = server = Server(worker, self._connect(worker, api_key))
         return server
 

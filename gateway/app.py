@@ -114,12 +114,14 @@ class Gateway:
 
     def _add(self, entry: WorkerEntry) -> asyncio.Event:
         worker = worker_of(entry, "worker")
+        known = self.core.ledgers.get(worker.name)
         self._entries[worker.name] = entry
         server = self.backend.add(worker, entry.api_key)
-        # Known from the start, so that requests are told "unavailable" rather than "no server".
-        self.driver.post(WorkerUp(worker))
-        self.driver.post(WorkerDown(worker.name))
-        return self.prober.watch(server, self._tasks)
+        if known is None or known.worker.url != worker.url:
+            # Known from the start, so that requests are told "unavailable" rather than "no server".
+            self.driver.post(WorkerUp(worker))
+            self.driver.post(WorkerDown(worker.name))
+        return self.prober.watch(server, worker, self._tasks)
 
     def _remove(self, name: str) -> None:
         del self._entries[name]
@@ -137,12 +139,13 @@ class Gateway:
         self.backend.patience = patience_of(config.timeouts)
         self.prober.settings = config.telemetry
         wanted = {worker_of(entry, "worker").name: entry for entry in config.worker}
-        for name, entry in list(self._entries.items()):
-            if wanted.get(name) != entry:
-                self._remove(name)
+        # Those that come are there before others go: what waits for a server goes on waiting.
         for name, entry in wanted.items():
-            if name not in self._entries:
+            if self._entries.get(name) != entry:
                 self._add(entry)
+        for name in list(self._entries):
+            if name not in wanted:
+                self._remove(name)
 
     async def drain(self) -> None:
         """No new requests; those under way may end until the time for it is over."""
@@ -226,7 +229,7 @@ def _wire_log() -> logging.Logger:
 
 def _is_ours(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, HttpProcessingError | web.RequestPayloadError)
+    return not isinstance(error, HttpProcessingError)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -244,6 +244,8 @@ class Core:
             return
         ticket.release(now_us)
         self._touch_all()
+        if ticket.state is State.DECODE:
+            ticket.job = _patient_again(ticket.job, now_us)
         if (refusal := self._no_retry(ticket, event, now_us)) is not None:
             ticket.step(Step.BROKE)
             self._out.append(Fail(ticket.job, refusal, event.fault))
@@ -481,3 +483,9 @@ class Core:
         """Something was freed: lanes share servers, so all that wait look again."""
         if self._give_up:
             self._touched = {lane.model: lane for lane in self._lanes.values() if not lane.is_quiet}
+
+
+def _patient_again(job: Job, now_us: int) -> Job:
+    """A stream that broke was served in time: it may wait for its next token as for its first."""
+    patience_us = job.give_up_us - job.arrival_us if job.kind is Kind.ONLINE else 0
+    return job._replace(give_up_us=max(job.give_up_us, now_us + patience_us))

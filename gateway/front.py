@@ -6,7 +6,7 @@ import asyncio
 from operator import or_
 from random import Random
 
-from aiohttp import hdrs, web
+from aiohttp import ClientPayloadError, hdrs, web
 
 from backends.exchange import Client, Exchange
 from backends.sglang import Sglang
@@ -185,6 +185,8 @@ class Front:
                 return await request.read()
         except TimeoutError:
             raise ApiError(Code.REQUEST_TIMEOUT, "the body did not arrive in time") from None
+        except (web.RequestPayloadError, ClientPayloadError):
+            raise ApiError(Code.INVALID_REQUEST, "the body is not encoded as it says") from None
         except web.HTTPRequestEntityTooLarge:
             raise ApiError(Code.BODY_TOO_LARGE, "the body is too large for this gateway") from None
 
