@@ -251,6 +251,8 @@ class Core:
             return
         ticket.release(now_us)
         self._touch_all()
+        if ticket.state is State.DECODE:
+            ticket.job = _patient_again(ticket.job, now_us)
         if (refusal := self._no_retry(ticket, event, now_us)) is not None:
             ticket.step(Step.BROKE)
             self._out.append(Fail(ticket.job, refusal, event.fault))
@@ -376,17 +378,19 @@ class Core:
     ) -> tuple[Ledger, Ledger] | None:
         """A prefill and a decode server, or one unified server as both."""
         job, admit, place = ticket.job, self._rules.admit, self._rules.place
-        prefills: list[Ledger] = []
+        # Prefill first: it is what a queue mostly waits for, and there are fewer of them.
+        free = [e for e in candidates.prefills if admit.prefill(job, e)]
+        prefills = self._open(free, ticket, now_us) if free else free
+        unified = [
+            e
+            for e in self._open(candidates.unified, ticket, now_us)
+            if admit.prefill(job, e) and admit.decode(job, e)
+        ]
         decode = None
-        if candidates.unified:
-            unified = self._open(candidates.unified, ticket, now_us)
-            prefills = [e for e in unified if admit.decode(job, e)]
-        if candidates.decodes:
+        if prefills:
             decodes = self._open(candidates.decodes, ticket, now_us)
             decode = self._best(job, [e for e in decodes if admit.decode(job, e)], place.decode)
-            if decode is not None:
-                prefills = prefills + self._open(candidates.prefills, ticket, now_us)
-        prefill = self._best(job, [e for e in prefills if admit.prefill(job, e)], place.prefill)
+        prefill = self._best(job, prefills + unified if decode else unified, place.prefill)
         if prefill is None:
             return None
         if decode is None or prefill.worker.role is Role.UNIFIED:
@@ -396,7 +400,11 @@ class Core:
     @staticmethod
     def _open(ledgers: list[Ledger], ticket: Ticket, now_us: int) -> list[Ledger]:
         """Those in rotation; one that has just failed this job only when there is no other."""
-        usable = [ledger for ledger in ledgers if ledger.usable(now_us)]
+        usable = [
+            e
+            for e in ledgers
+            if e.up and not e.draining and (e.breaker.is_closed or e.breaker.allows(now_us))
+        ]
         if ticket.avoid:
             return [e for e in usable if e.worker.name not in ticket.avoid] or usable
         return usable
@@ -488,3 +496,9 @@ class Core:
         """Something was freed: lanes share servers, so all that wait look again."""
         if self._give_up:
             self._touched = {lane.model: lane for lane in self._lanes.values() if not lane.is_quiet}
+
+
+def _patient_again(job: Job, now_us: int) -> Job:
+    """A stream that broke was served in time: it may wait for its next token as for its first."""
+    patience_us = job.give_up_us - job.arrival_us if job.kind is Kind.ONLINE else 0
+    return job._replace(give_up_us=max(job.give_up_us, now_us + patience_us))
