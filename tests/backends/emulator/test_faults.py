@@ -149,3 +149,46 @@ async def test_a_killed_server_breaks_its_streams_and_comes_back_on_its_port(
     await fleet.restart("u")
     async with http.post(url + "/generate", json=STREAM) as response:
         assert (await events(response))[-1] == "[DONE]"
+
+
+async def outcome(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> str:
+    """What a client makes of one request."""
+    try:
+        async with http.post(url, json=body) as response:
+            raw = await response.read()
+    except (aiohttp.ClientError, ConnectionError):
+        return "broken"
+    if response.status != 200:
+        return str(response.status)
+    if b"\xff" in raw:
+        return "garbage"
+    return "error" if b'"error"' in raw else "cut" if b"finish_reason" not in raw else "whole"
+
+
+@pytest.mark.parametrize(
+    ("kind", "native", "chat", "unary"),
+    [
+        ("die_after", "broken", "broken", "broken"),
+        ("in_band", "error", "503", "503"),
+        ("corrupt", "garbage", "garbage", "garbage"),
+        ("truncate", "cut", "cut", "garbage"),
+    ],
+)
+async def test_faults_before_the_first_token(
+    fleet: EmulatedFleet,
+    http: aiohttp.ClientSession,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    native: str,
+    chat: str,
+    unary: str,
+) -> None:
+    fleet["u"].faults.add(Fault(kind=FaultKind(kind)))
+    url, talk = fleet.urls["u"], [{"role": "user", "content": "hi"}]
+    told = [
+        await outcome(http, url + "/generate", STREAM),
+        await outcome(http, url + "/v1/chat/completions", {"messages": talk, "stream": True}),
+        await outcome(http, url + "/generate", greedy(10, text="hello")),
+    ]
+    assert told == [native, chat, unary]
+    assert caplog.records == []
