@@ -320,8 +320,10 @@ class Engine:
             self._apply_aborts()
         if self.paused == "retract":
             self._retract_all()
+        ended = self.machine.ended
         if self.paused in {None, "abort"} and not self.switching:
             self._start_pass()
+        self._again |= self.machine.ended != ended
         self._turning = False
         if self._again and self._timer is None:
             self._wake()

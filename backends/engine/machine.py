@@ -21,6 +21,8 @@ class Machine:
         self.clock = clock
         self.counters = Counters()
         self.live: dict[str, Resident] = {}
+        self.ended = 0
+        """Requests that left; who plans sees by it whether memory came free meanwhile."""
         self.take_role(config.role)
 
     def take_role(self, role: Role) -> None:
@@ -78,6 +80,7 @@ class Machine:
         """The request is over; its listener hears so last."""
         self.release(resident, keep=keep)
         self.forget(resident)
+        self.ended += 1
         if reason["type"] == "abort":
             self.counters.aborts += 1
         self.counters.e2e.observe(self.clock.time() - resident.arrived_s)
