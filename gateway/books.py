@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from gateway.lifecycle import State, Step, advance
@@ -90,6 +91,13 @@ class Candidates:
     decodes: list[Ledger]
     unified: list[Ledger]
 
+    def without(self, names: Collection[str]) -> Candidates:
+        return Candidates(
+            prefills=[e for e in self.prefills if e.worker.name not in names],
+            decodes=[e for e in self.decodes if e.worker.name not in names],
+            unified=[e for e in self.unified if e.worker.name not in names],
+        )
+
     @property
     def can_serve(self) -> bool:
         return bool(self.unified or (self.prefills and self.decodes))
@@ -150,7 +158,8 @@ class Fleet:
         else:
             if ledger.worker.url != worker.url:
                 ledger.breaker = Breaker(self._breaker)
-            ledger.worker, ledger.up, ledger.draining = worker, True, False
+            ledger.adopt(worker)
+            ledger.up, ledger.draining = True, False
 
     def candidates(self, model: str, kind: Kind) -> Candidates:
         """The order of names makes every tie the same everywhere."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.books import Candidates, Fleet, Lane, Ticket
+from gateway.choose import choose
 from gateway.lifecycle import State, Step
 from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
@@ -40,7 +41,7 @@ from policies.place import LeastWork, Place
 from policies.pools import Pools, Shared
 from policies.queue import KeyedHeap
 from policies.retry import RetryBudget, RetryRule
-from policies.types import Job, Kind, Role, Worker
+from policies.types import Job, Kind, Worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +160,7 @@ class Core:
                 continue
             lane = self._lane(ticket.job.model)
             if lane.is_quiet:
-                pair = self._choose(ticket, self._candidates(lane, ticket.job.kind), now_us)
+                pair = self._choose(ticket, lane, now_us)
                 if pair is not None:
                     self._place(ticket, *pair, now_us)
                     continue
@@ -366,56 +367,23 @@ class Core:
             waiting = lane.waiting[kind]
             while (job_id := waiting.peek()) is not None:
                 ticket = self._tickets[job_id]
-                pair = self._choose(ticket, self._candidates(lane, kind), now_us)
+                pair = self._choose(ticket, lane, now_us)
                 if pair is None:
                     return
                 lane.take(ticket.job)
                 self._give_up.discard(job_id)
                 self._place(ticket, *pair, now_us)
 
-    def _choose(
-        self, ticket: Ticket, candidates: Candidates, now_us: int
-    ) -> tuple[Ledger, Ledger] | None:
-        """A prefill and a decode server, or one unified server as both."""
-        job, admit, place = ticket.job, self._rules.admit, self._rules.place
-        # Prefill first: it is what a queue mostly waits for, and there are fewer of them.
-        free = [e for e in candidates.prefills if admit.prefill(job, e)]
-        prefills = self._open(free, ticket, now_us) if free else free
-        unified = [
-            e
-            for e in self._open(candidates.unified, ticket, now_us)
-            if admit.prefill(job, e) and admit.decode(job, e)
-        ]
-        decode = None
-        if prefills:
-            decodes = self._open(candidates.decodes, ticket, now_us)
-            decode = self._best(job, [e for e in decodes if admit.decode(job, e)], place.decode)
-        prefill = self._best(job, prefills + unified if decode else unified, place.prefill)
-        if prefill is None:
-            return None
-        if decode is None or prefill.worker.role is Role.UNIFIED:
-            return prefill, prefill
-        return prefill, decode
-
-    @staticmethod
-    def _open(ledgers: list[Ledger], ticket: Ticket, now_us: int) -> list[Ledger]:
-        """Those in rotation; one that has just failed this job only when there is no other."""
-        usable = [
-            e
-            for e in ledgers
-            if e.up and not e.draining and (e.breaker.is_closed or e.breaker.allows(now_us))
-        ]
-        if ticket.avoid:
-            return [e for e in usable if e.worker.name not in ticket.avoid] or usable
-        return usable
-
-    @staticmethod
-    def _best(
-        job: Job, ledgers: list[Ledger], rank: Callable[[Job, Ledger], tuple[float, ...]]
-    ) -> Ledger | None:
-        if len(ledgers) < 2:
-            return ledgers[0] if ledgers else None
-        return min(ledgers, key=lambda ledger: (rank(job, ledger), ledger.worker.name))
+    def _choose(self, ticket: Ticket, lane: Lane, now_us: int) -> tuple[Ledger, Ledger] | None:
+        rules, job = self._rules, ticket.job
+        return choose(
+            job,
+            self._candidates(lane, job.kind),
+            admit=rules.admit,
+            place=rules.place,
+            avoid=ticket.avoid,
+            now_us=now_us,
+        )
 
     def _place(self, ticket: Ticket, prefill: Ledger, decode: Ledger, now_us: int) -> None:
         """Booked in the step that decides, so that the next decision sees it."""
@@ -452,8 +420,10 @@ class Core:
         return candidates
 
     def _fits_ever(self, job: Job, candidates: Candidates) -> bool:
-        holders = candidates.decodes + candidates.unified
-        return any(self._rules.admit.fits_ever(job, ledger) for ledger in holders)
+        fits = self._rules.admit.fits_ever
+        return any(fits(job, ledger) for ledger in candidates.decodes) or any(
+            fits(job, ledger) for ledger in candidates.unified
+        )
 
     @staticmethod
     def _reopens_in_us(candidates: Candidates, now_us: int) -> int:

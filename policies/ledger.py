@@ -54,7 +54,9 @@ class Ledger:
         "dispatched",
         "draining",
         "foreign_tokens",
+        "kv_tokens",
         "load",
+        "max_running",
         "prefill_rate",
         "prefill_tokens",
         "prefills",
@@ -77,6 +79,9 @@ class Ledger:
         self.dispatched = 0
         self.foreign_tokens = 0
         self.load: Load | None = None
+        self.kv_tokens = worker.kv_tokens
+        """The capacity; 0 when nobody knows it."""
+        self.max_running = worker.max_running
         self._foreign_before = 0
 
     def __repr__(self) -> str:
@@ -90,23 +95,20 @@ class Ledger:
         return not self.prefills and not self.decodes
 
     def usable(self, now_us: int) -> bool:
-        return self.up and not self.draining and self.breaker.allows(now_us)
+        if not self.up or self.draining:
+            return False
+        return not self.breaker.open_until_us or self.breaker.allows(now_us)
 
-    @property
-    def kv_tokens(self) -> int:
-        """The capacity; 0 when nobody knows it."""
-        if self.load is not None and self.load.capacity_tokens:
-            return self.load.capacity_tokens
-        return self.worker.kv_tokens
-
-    @property
-    def max_running(self) -> int:
-        if self.load is not None and self.load.max_running:
-            return self.load.max_running
-        return self.worker.max_running
+    def adopt(self, worker: Worker) -> None:
+        """The same server, better known."""
+        self.worker = worker
+        load = self.load
+        self.kv_tokens = (load.capacity_tokens if load is not None else 0) or worker.kv_tokens
+        self.max_running = (load.max_running if load is not None else 0) or worker.max_running
 
     def correct(self, load: Load) -> None:
         self.load = load
+        self.adopt(self.worker)
         foreign = max(0, load.total_tokens - self.context_tokens - self.prefill_tokens)
         self.foreign_tokens = min(foreign, self._foreign_before)
         self._foreign_before = foreign
