@@ -94,16 +94,12 @@ class Ledger:
 
     @property
     def kv_tokens(self) -> int:
-        """The capacity; 0 when nobody knows it."""
-        if self.load is not None and self.load.capacity_tokens:
-            return self.load.capacity_tokens
-        return self.worker.kv_tokens
+        """The capacity, by the operator's word or the server's; 0 when nobody knows it."""
+        return _tighter(self.worker.kv_tokens, self.load.capacity_tokens if self.load else 0)
 
     @property
     def max_running(self) -> int:
-        if self.load is not None and self.load.max_running:
-            return self.load.max_running
-        return self.worker.max_running
+        return _tighter(self.worker.max_running, self.load.max_running if self.load else 0)
 
     def correct(self, load: Load) -> None:
         self.load = load
@@ -121,10 +117,9 @@ class Ledger:
         self.prefills += 1
         self.prefill_tokens += tokens
 
-    def end_prefill(self, tokens: int, now_us: int) -> None:
+    def end_prefill(self, tokens: int) -> None:
         self.prefills -= 1
         self.prefill_tokens -= tokens
-        self.prefill_rate.done(tokens, now_us)
 
     def add_decode(self, context: int, reserved: int) -> None:
         self.decodes += 1
@@ -135,3 +130,8 @@ class Ledger:
         self.decodes -= 1
         self.context_tokens -= context
         self.reserved_tokens -= reserved
+
+
+def _tighter(one: int, other: int) -> int:
+    """Of two limits where 0 is none."""
+    return min(one, other) if one and other else one or other
