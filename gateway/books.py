@@ -133,12 +133,19 @@ class Lane:
 
     def __init__(self, model: str) -> None:
         self.model = model
-        self.waiting: dict[Kind, KeyedHeap[Key]] = {kind: KeyedHeap() for kind in Kind}
+        self._online: KeyedHeap[Key] = KeyedHeap()
+        self._offline: KeyedHeap[Key] = KeyedHeap()
+        self.waiting = {Kind.ONLINE: self._online, Kind.OFFLINE: self._offline}
         self.aside: dict[Kind, dict[str, None]] = {kind: {} for kind in Kind}
         """Jobs that no server in rotation could take: they must not block those that can go."""
         self.waiting_tokens = dict.fromkeys(Kind, 0)
         self.last_key: dict[Kind, Key] = {}
         self.candidates: dict[Kind, Candidates] = {}
+
+    @property
+    def is_quiet(self) -> bool:
+        """Nobody waits for a server."""
+        return not (self._online or self._offline)
 
     def __len__(self) -> int:
         return sum(self.queued(kind) for kind in Kind)

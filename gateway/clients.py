@@ -99,7 +99,7 @@ class StreamClient:
         self._transport: asyncio.Transport | None = None
         self._chunked = True
 
-    async def attach(self, response: web.StreamResponse, request: web.Request) -> None:
+    async def attach(self, response: web.StreamResponse, request: web.BaseRequest) -> None:
         """From here on pieces go out by themselves; what came before goes with the headers."""
         pieces, self._pieces = self._pieces, []
         await response.write(b"".join(pieces))

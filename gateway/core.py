@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,7 @@ class Rules:
     load_stale_us: int = 5_000_000
 
 
+_NEVER_US = 2**63
 _MAX_LANES = 64
 """Beyond this, lanes without jobs are dropped: clients may make model names up."""
 
@@ -76,6 +77,8 @@ class Core:
         self._later: KeyedHeap[tuple[int, ...]] = KeyedHeap()
         self._stale: KeyedHeap[tuple[int, ...]] = KeyedHeap()
         self._alarm_us = 0
+        self._stale_us = _NEVER_US
+        self._alone = False
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
@@ -97,13 +100,16 @@ class Core:
         for worker in workers:
             self._fleet.add(worker)
 
-    def handle(self, events: Iterable[Event], now_us: int) -> list[Decision]:
+    def handle(self, events: Sequence[Event], now_us: int) -> list[Decision]:
+        self._alone = len(events) == 1
+        if now_us >= self._stale_us:
+            self._forget_stale(now_us)
         for event in events:
             self._on[type(event)](event, now_us)
-        self._pass_time(now_us)
-        if self._touched:
+        if self._give_up:  # all that wait, for a server or for their next attempt
+            self._pass_time(now_us)
             self._dispatch(now_us)
-        self._set_alarm(now_us)
+            self._set_alarm(now_us)
         decisions, self._out = self._out, []
         return decisions
 
@@ -142,12 +148,27 @@ class Core:
     def _arrived(self, event: Arrived, now_us: int) -> None:
         job = event.job
         lane = self._lane(job.model)
+        if self._alone and lane.is_quiet and self._goes_at_once(job, lane, now_us):
+            return
         if (refusal := self._refusal(job, lane, now_us)) is not None:
             self._out.append(refusal)
             return
         self._budget.earn(job)
         self._tickets[job.id] = ticket = Ticket(job)
         self._enqueue(ticket, lane)
+
+    def _goes_at_once(self, job: Job, lane: Lane, now_us: int) -> bool:
+        """Where nobody waits there is no order to keep, and the queue is spared."""
+        if job.kind is Kind.OFFLINE and self._online_waits_beside(lane):
+            return False
+        ticket = Ticket(job)
+        pair = self._choose(ticket, self._candidates(lane, job.kind), now_us)
+        if pair is None:
+            return False
+        self._budget.earn(job)
+        self._tickets[job.id] = ticket
+        self._place(ticket, *pair, now_us)
+        return True
 
     def _refusal(self, job: Job, lane: Lane, now_us: int) -> Reject | None:
         """What can be answered at once, before the job costs anything."""
@@ -277,7 +298,9 @@ class Core:
             return
         capacity_tokens = ledger.kv_tokens
         ledger.correct(event.load)
-        self._stale.put(event.worker, (event.load.seen_us + self._rules.load_stale_us,))
+        stale_us = event.load.seen_us + self._rules.load_stale_us
+        self._stale.put(event.worker, (stale_us,))
+        self._stale_us = min(self._stale_us, stale_us)
         if ledger.kv_tokens == capacity_tokens:
             self._touch_all()
         else:
@@ -340,14 +363,21 @@ class Core:
         if 0 < self._alarm_us <= now_us:
             # Another event may come first at the time of the alarm, and move the alarm on.
             self._look_again()
-        while (first := self._stale.first_key()) is not None and first[0] <= now_us:
-            self._fleet.ledgers[self._stale.pop()].forget_report()
-            self._touch_all()
         while (first := self._later.first_key()) is not None and first[0] <= now_us:
             ticket = self._tickets[self._later.pop()]
             self._enqueue(ticket, self._lane(ticket.job.model))
         while (first := self._give_up.first_key()) is not None and first[0] <= now_us:
             self._reject(self._tickets[self._give_up.pop()], Reason.EXPIRED, now_us)
+            self._touch_all()
+
+    def _forget_stale(self, now_us: int) -> None:
+        """Servers fell silent: the books alone go on."""
+        self._stale_us = _NEVER_US
+        while (first := self._stale.first_key()) is not None:
+            if first[0] > now_us:
+                self._stale_us = first[0]
+                return
+            self._fleet.ledgers[self._stale.pop()].forget_report()
             self._touch_all()
 
     def _set_alarm(self, now_us: int) -> None:
@@ -492,12 +522,12 @@ class Core:
     def _forget(self, ticket: Ticket) -> None:
         job = ticket.job
         self._tickets.pop(job.id, None)
-        self._later.discard(job.id)
-        self._give_up.discard(job.id)
-        self._lane(job.model).take(job)
+        if ticket.state in (State.REJECTED, State.CANCELLED):
+            self._later.discard(job.id)
+            self._give_up.discard(job.id)
+            self._lane(job.model).take(job)
 
     def _touch_all(self) -> None:
-        """Something was freed; lanes may share servers, so all that wait look again."""
-        for lane in self._lanes.values():
-            if len(lane):
-                self._touched[lane.model] = lane
+        """Something was freed: lanes share servers, so all that wait look again."""
+        if self._give_up:
+            self._touched = {lane.model: lane for lane in self._lanes.values() if not lane.is_quiet}

@@ -15,10 +15,12 @@ from gateway.clients import StreamClient, UnaryClient
 from gateway.config import Config
 from gateway.dialects import ROUTES, Ask, Dialect, Limits, read
 from gateway.driver import Driver
-from gateway.errors import ApiError, Code, error_body, error_event
+from gateway.errors import ApiError, Code, error_event
 from gateway.fanout import split
+from gateway.log import WriteRequest
 from gateway.metrics import Metrics
-from gateway.report import REQUEST_ID, headers_of, log_line
+from gateway.report import fields_of, headers_of
+from gateway.router import REQUEST_ID, Route, refusal
 from gateway.visit import FanOut, Part, Visit
 from policies.events import Arrived, Left
 from policies.types import Kind
@@ -38,11 +40,13 @@ class Front:
         backend: Sglang,
         metrics: Metrics,
         rng: Random,
+        write_line: WriteRequest,
     ) -> None:
         self._driver = driver
         self._backend = backend
         self._metrics = metrics
         self._rng = rng
+        self._write_line = write_line
         self._visits: dict[str, Visit] = {}
         self._by_rid: dict[tuple[str, str], Visit] = {}
         self.draining = False
@@ -62,21 +66,21 @@ class Front:
             max_asks=limits.max_fan_out,
         )
 
-    def routes(self) -> list[web.RouteDef]:
+    def routes(self) -> list[Route]:
         return [
-            web.post(path, self.generate)
+            (hdrs.METH_POST, path, self.generate)
             for path, dialect in ROUTES.items()
             if dialect is not Dialect.EMBEDDINGS
         ]
 
-    def caller(self, request: web.Request) -> Caller:
+    def caller(self, request: web.BaseRequest) -> Caller:
         return self._keys.caller(request.headers)
 
     def __len__(self) -> int:
         """Requests under way."""
         return len(self._visits)
 
-    async def generate(self, request: web.Request) -> web.StreamResponse:
+    async def generate(self, request: web.BaseRequest) -> web.StreamResponse:
         dialect = ROUTES[request.path]
         request_id = _request_id(request) or self._new_id()
         try:
@@ -97,7 +101,7 @@ class Front:
 
     # From a request to jobs.
 
-    async def _admit(self, request: web.Request, dialect: Dialect, request_id: str) -> Visit:
+    async def _admit(self, request: web.BaseRequest, dialect: Dialect, request_id: str) -> Visit:
         if self.draining:
             raise ApiError(Code.GATEWAY_DRAINING, "the gateway is shutting down", retry_after_s=1)
         caller = self._keys.caller(request.headers)
@@ -122,7 +126,7 @@ class Front:
         return visit
 
     def _part(
-        self, request: web.Request, visit: Visit, ask: Ask, client: Client, model: str
+        self, request: web.BaseRequest, visit: Visit, ask: Ask, client: Client, model: str
     ) -> Part:
         kind, timeouts = visit.kind, self._timeouts
         job = job_of(
@@ -172,8 +176,10 @@ class Front:
             param="model",
         )
 
-    async def body_of(self, request: web.Request) -> bytes:
+    async def body_of(self, request: web.BaseRequest) -> bytes:
         try:
+            if request.content.is_eof():
+                return await request.read()
             async with asyncio.timeout(self._body_timeout_s):
                 return await request.read()
         except TimeoutError:
@@ -188,15 +194,12 @@ class Front:
         if client.error is not None:
             return self._refuse(visit, client.error)
         self._end(visit, "ok")
-        return web.Response(
-            body=client.body,
-            status=client.status,
-            content_type=client.content_type,
-            headers=headers_of(visit),
-        )
+        headers = headers_of(visit)
+        headers[hdrs.CONTENT_TYPE] = client.content_type
+        return web.Response(body=client.body, status=client.status, headers=headers)
 
     async def _stream(
-        self, request: web.Request, visit: Visit, client: StreamClient
+        self, request: web.BaseRequest, visit: Visit, client: StreamClient
     ) -> web.StreamResponse:
         await client.begun
         if client.error is not None:
@@ -250,7 +253,7 @@ class Front:
         for part in visit.parts:
             self._metrics.record(part.exchange, part.job, outcome)
         if self._log.requests:
-            log_line(visit, outcome)
+            self._write_line(fields_of(visit, outcome))
 
     # Ends that others ask for.
 
@@ -274,19 +277,7 @@ class Front:
         self._drop_jobs(visit)
 
 
-def refusal(dialect: Dialect, error: ApiError, request_id: str) -> web.Response:
-    headers = {REQUEST_ID: request_id} if request_id else {}
-    if error.retry_after_s is not None:
-        headers[hdrs.RETRY_AFTER] = str(error.retry_after_s)
-    return web.Response(
-        body=error_body(dialect, error, request_id=request_id),
-        status=error.status,
-        content_type="application/json",
-        headers=headers,
-    )
-
-
-def _request_id(request: web.Request) -> str:
+def _request_id(request: web.BaseRequest) -> str:
     """The caller's own id, where it can stand in a header and a log line."""
     given = request.headers.get(REQUEST_ID, "")
     return given if len(given) <= 128 and given.isascii() and given.isprintable() else ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from backends.exchange import Exchange
@@ -14,6 +16,39 @@ from policies.types import Job, Kind
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
+
+
+class Tally:
+    """A histogram in plain numbers: a fifth of what the client library's costs to write."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def cumulated(self) -> tuple[list[tuple[str, float]], float]:
+        names = [*(f"{bound:g}" for bound in self._bounds), "+Inf"]
+        return list(zip(names, accumulate(self._counts), strict=True)), self._sum
+
+
+class _Histograms(Collector):
+    def __init__(self, name: str, text: str, tallies: dict[Kind, Tally]) -> None:
+        self._name = name
+        self._text = text
+        self._tallies = tallies
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=["class"])
+        for kind, tally in self._tallies.items():
+            buckets, total = tally.cumulated()
+            family.add_metric([kind.value], buckets, total)
+        yield family
 
 
 class Metrics:
@@ -49,9 +84,10 @@ class Metrics:
         family = Counter(name, text, ("class",), registry=self.registry)
         return {kind: family.labels(kind.value) for kind in Kind}
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> dict[Kind, Histogram]:
-        family = Histogram(name, text, ("class",), buckets=buckets, registry=self.registry)
-        return {kind: family.labels(kind.value) for kind in Kind}
+    def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> dict[Kind, Tally]:
+        tallies = {kind: Tally(bounds) for kind in Kind}
+        self.registry.register(_Histograms(name, text, tallies))
+        return tallies
 
     def record(self, exchange: Exchange, job: Job, outcome: str) -> None:
         kind, times = job.kind, exchange.timeline

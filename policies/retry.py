@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from policies.events import Fault, Reason
 from policies.types import Job, Kind
@@ -75,8 +75,7 @@ def continued(job: Job, generated: int, now_us: int) -> Job:
     give_up_us = job.give_up_us
     if job.kind is Kind.ONLINE:
         give_up_us = max(give_up_us, now_us + job.deadline_us - job.arrival_us)
-    return replace(
-        job,
+    return job._replace(
         prompt_tokens=job.prompt_tokens + generated,
         max_tokens=max(1, job.max_tokens - generated),
         give_up_us=give_up_us,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from gateway.core import Core, Rules
@@ -44,7 +43,7 @@ def online(name: str, tokens: int = 100, at_us: int = 0, **fields: Any) -> Job:
         give_up_us=at_us + PATIENCE_US,
         tpot_us=50_000,
     )
-    return replace(job, **fields)
+    return job._replace(**fields)
 
 
 def offline(name: str, tokens: int = 100, at_us: int = 0, **fields: Any) -> Job:
