@@ -95,8 +95,11 @@ class Talk:
         return self.say(*map(Arrived, jobs), at_us=at_us)
 
     def sleep(self) -> list[tuple[Any, ...]]:
-        """Until the alarm, as the driver does; another event may have moved it."""
-        return self.say(Wakeup(), at_us=self.alarms[-1])
+        """From alarm to alarm, as the driver does, until something is decided."""
+        while self.alarms and self.alarms[-1] > self.now_us:
+            if decisions := self.say(Wakeup(), at_us=self.alarms[-1]):
+                return decisions
+        return []
 
 
 def short(decision: Decision) -> tuple[Any, ...]:
