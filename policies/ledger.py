@@ -80,7 +80,7 @@ class Ledger:
         self.foreign_tokens = 0
         self.load: Load | None = None
         self.kv_tokens = worker.kv_tokens
-        """The capacity; 0 when nobody knows it."""
+        """The capacity, by the operator's word or the server's; 0 when nobody knows it."""
         self.max_running = worker.max_running
         self._foreign_before = 0
 
@@ -101,10 +101,9 @@ class Ledger:
 
     def adopt(self, worker: Worker) -> None:
         """The same server, better known."""
-        self.worker = worker
-        load = self.load
-        self.kv_tokens = (load.capacity_tokens if load is not None else 0) or worker.kv_tokens
-        self.max_running = (load.max_running if load is not None else 0) or worker.max_running
+        self.worker, load = worker, self.load
+        self.kv_tokens = _tighter(worker.kv_tokens, load.capacity_tokens if load else 0)
+        self.max_running = _tighter(worker.max_running, load.max_running if load else 0)
 
     def correct(self, load: Load) -> None:
         self.load = load
@@ -123,10 +122,9 @@ class Ledger:
         self.prefills += 1
         self.prefill_tokens += tokens
 
-    def end_prefill(self, tokens: int, now_us: int) -> None:
+    def end_prefill(self, tokens: int) -> None:
         self.prefills -= 1
         self.prefill_tokens -= tokens
-        self.prefill_rate.done(tokens, now_us)
 
     def add_decode(self, context: int, reserved: int) -> None:
         self.decodes += 1
@@ -137,3 +135,8 @@ class Ledger:
         self.decodes -= 1
         self.context_tokens -= context
         self.reserved_tokens -= reserved
+
+
+def _tighter(one: int, other: int) -> int:
+    """Of two limits where 0 is none."""
+    return min(one, other) if one and other else one or other
