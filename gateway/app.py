@@ -64,7 +64,7 @@ class Gateway:
         self.core = Core(rules_of(config))
         self.driver = Driver(self.core, clock, self.backend)
         self.metrics = Metrics(self.core, self.backend.now_us)
-        self.front = Front(config, self.driver, self.backend, self.metrics, rng, write_line)
+        self.front = Front(config, self.driver, self.backend, self.metrics, clock, rng, write_line)
         self.prober = Prober(self.backend, self.driver.post, clock, config.telemetry)
         self._entries: dict[str, WorkerEntry] = {}
         self._runner: web.ServerRunner | None = None

@@ -70,7 +70,7 @@ class Core:
         self._give_up: KeyedHeap[tuple[int, ...]] = KeyedHeap()
         self._later: KeyedHeap[tuple[int, ...]] = KeyedHeap()
         self._alarm_us = 0
-        self._alone = False
+        self._fresh: list[Ticket] = []
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
@@ -93,9 +93,10 @@ class Core:
             self._fleet.add(worker)
 
     def handle(self, events: Sequence[Event], now_us: int) -> list[Decision]:
-        self._alone = len(events) == 1
         for event in events:
             self._on[type(event)](event, now_us)
+        if self._fresh:
+            self._take_in(now_us)
         if self._give_up:  # all that wait, for a server or for their next attempt
             self._pass_time(now_us)
             lanes, self._touched = self._touched, {}
@@ -143,25 +144,31 @@ class Core:
 
     def _arrived(self, event: Arrived, now_us: int) -> None:
         job = event.job
-        lane = self._lane(job.model)
-        self._budget.earn(job)
-        if self._alone and lane.is_quiet and self._goes_at_once(job, lane, now_us):
-            return
-        if (refusal := self._refusal(job, lane, now_us)) is not None:
-            self._out.append(refusal)
-            return
         self._tickets[job.id] = ticket = Ticket(job)
-        self._enqueue(ticket, lane)
+        self._fresh.append(ticket)
+        self._budget.earn(job)
 
-    def _goes_at_once(self, job: Job, lane: Lane, now_us: int) -> bool:
-        """Where nobody waits there is no order to keep, and the queue is spared."""
-        ticket = Ticket(job)
-        pair = self._choose(ticket, self._candidates(lane, job.kind), now_us)
-        if pair is None:
-            return False
-        self._tickets[job.id] = ticket
-        self._place(ticket, *pair, now_us)
-        return True
+    def _take_in(self, now_us: int) -> None:
+        """Those of one instant in their order. Where nobody waits, the queue is spared."""
+        fresh, self._fresh = self._fresh, []
+        if len(fresh) > 1:
+            key = self._rules.order.key
+            fresh.sort(key=lambda t: (t.job.kind is Kind.OFFLINE, key(t.job), t.job.id))
+        for ticket in fresh:
+            if ticket.state is not State.QUEUED:  # its client left in the same instant
+                continue
+            lane = self._lane(ticket.job.model)
+            if lane.is_quiet:
+                pair = self._choose(ticket, self._candidates(lane, ticket.job.kind), now_us)
+                if pair is not None:
+                    self._place(ticket, *pair, now_us)
+                    continue
+            if (refusal := self._refusal(ticket.job, lane, now_us)) is not None:
+                ticket.step(Step.REFUSED)
+                self._out.append(refusal)
+                del self._tickets[ticket.job.id]
+            else:
+                self._enqueue(ticket, lane)
 
     def _refusal(self, job: Job, lane: Lane, now_us: int) -> Reject | None:
         """What can be answered at once, before the job costs anything."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from operator import or_
 from random import Random
 
@@ -16,17 +17,22 @@ from gateway.clients import StreamClient, UnaryClient
 from gateway.config import Config
 from gateway.dialects import ROUTES, Ask, Dialect, Limits, read
 from gateway.driver import Driver
-from gateway.errors import ApiError, Code, error_event
+from gateway.errors import ApiError, Code
 from gateway.fanout import split
 from gateway.log import WriteRequest
 from gateway.metrics import Metrics
-from gateway.report import fields_of, headers_of
+from gateway.report import fields_of, header_lines
 from gateway.router import REQUEST_ID, Route, refusal
 from gateway.visit import FanOut, Part, Visit
+from gateway.wire import Dates, Sent, head
+from policies.clock import Clock
 from policies.events import Arrived, Left
 from policies.types import Kind
 
-_STREAM_TYPES = {hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+_EVENTS = "content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
+_CHUNKED_LINES = f"{_EVENTS}transfer-encoding: chunked\r\n"
+_UNCHUNKED_LINES = f"{_EVENTS}connection: close\r\n"
+_CHUNKED_SINCE = (1, 1)
 _PRIORITY = {Kind.ONLINE: 100, Kind.OFFLINE: 0}
 _PATHS = {dialect: path.encode() for path, dialect in ROUTES.items()}
 
@@ -40,6 +46,7 @@ class Front:
         driver: Driver,
         backend: Sglang,
         metrics: Metrics,
+        clock: Clock,
         rng: Random,
         write_line: WriteRequest,
     ) -> None:
@@ -48,6 +55,7 @@ class Front:
         self._metrics = metrics
         self._rng = rng
         self._write_line = write_line
+        self._dates = Dates(clock)
         self._visits: dict[str, Visit] = {}
         self._by_rid: dict[tuple[str, str], Visit] = {}
         self.draining = False
@@ -92,7 +100,7 @@ class Front:
         try:
             if isinstance(visit.client, StreamClient):
                 return await self._stream(request, visit, visit.client)
-            return await self._whole(visit, visit.client)
+            return await self._whole(request, visit, visit.client)
         except (asyncio.CancelledError, ConnectionError):
             self._leave(visit)
             raise
@@ -113,8 +121,7 @@ class Front:
             rid = rid[0] if len(rid) == 1 else ""
         if rid and (caller.tenant, rid) in self._by_rid:
             raise ApiError(Code.DUPLICATE_RID, "a request with this rid is under way", param="rid")
-        loop = asyncio.get_running_loop()
-        client = StreamClient(loop) if ask.stream else UnaryClient(loop)
+        client = self._client(request, lambda: visit, ask)
         visit = Visit(request_id, caller.tenant, kind, ask, rid, client, [])
         model = self._model(ask.model)
         if not ask.fans_out:
@@ -192,43 +199,50 @@ class Front:
 
     # From answers to a response.
 
-    async def _whole(self, visit: Visit, client: UnaryClient) -> web.Response:
+    async def _whole(
+        self, request: web.BaseRequest, visit: Visit, client: UnaryClient
+    ) -> web.StreamResponse:
         await client.over
         if client.error is not None:
             return self._refuse(visit, client.error)
         self._end(visit, "ok")
-        headers = headers_of(visit)
-        headers[hdrs.CONTENT_TYPE] = client.content_type
-        return web.Response(body=client.body, status=client.status, headers=headers)
+        if (transport := request.transport) is None:
+            raise ConnectionResetError("the client is gone")
+        body = client.body
+        lines = f"content-type: {client.content_type}\r\ncontent-length: {len(body)}\r\n"
+        transport.write(self._head(request, visit, client.status, lines) + body)
+        return Sent(keep_alive=request.keep_alive)
 
     async def _stream(
         self, request: web.BaseRequest, visit: Visit, client: StreamClient
     ) -> web.StreamResponse:
-        await client.begun
-        if client.error is not None:
+        await client.over
+        if client.error is not None and not client.begun:
             return self._refuse(visit, client.error)
-        response = web.StreamResponse(headers=headers_of(visit) | _STREAM_TYPES)
-        if request.version >= (1, 1):
-            response.enable_chunked_encoding()
-        else:
-            response.force_close()
-        await response.prepare(request)
-        try:
-            await client.attach(response, request)
-            await client.over
-        finally:
-            client.detach()
-        try:
-            async with asyncio.timeout(self._timeouts.client_stall_s):
-                if client.error is not None:
-                    await response.write(error_event(visit.ask.dialect, client.error))
-                await response.write_eof()
-        except TimeoutError:
-            if request.transport is not None:
-                request.transport.abort()
-            raise ConnectionResetError("the client has stopped to read") from None
         self._end(visit, "ok" if client.error is None else client.error.code)
-        return response
+        return Sent(keep_alive=request.keep_alive and request.version >= _CHUNKED_SINCE)
+
+    def _client(
+        self, request: web.BaseRequest, visit_of: Callable[[], Visit], ask: Ask
+    ) -> StreamClient | UnaryClient:
+        loop = asyncio.get_running_loop()
+        if not ask.stream:
+            return UnaryClient(loop)
+        if (transport := request.transport) is None:
+            raise ConnectionResetError("the client is gone")
+        chunked = request.version >= _CHUNKED_SINCE
+        lines = _CHUNKED_LINES if chunked else _UNCHUNKED_LINES
+        return StreamClient(
+            loop,
+            transport,
+            lambda: self._head(request, visit_of(), 200, lines),
+            dialect=ask.dialect,
+            chunked=chunked,
+        )
+
+    def _head(self, request: web.BaseRequest, visit: Visit, status: int, lines: str) -> bytes:
+        closing = "" if request.keep_alive else "connection: close\r\n"
+        return head(status, f"{header_lines(visit)}{lines}{self._dates.line()}{closing}")
 
     def _refuse(self, visit: Visit, error: ApiError) -> web.Response:
         self._end(visit, error.code)
