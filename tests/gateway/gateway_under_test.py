@@ -6,10 +6,10 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 from structlog.testing import capture_logs
@@ -21,6 +21,8 @@ from gateway.app import Gateway
 from gateway.config import Config, Retry, Server, Telemetry, Timeouts, WorkerEntry
 from gateway.core import Core
 from policies.types import Pool, Role
+
+T = TypeVar("T")
 
 RELEASED_WITHIN_S = 10.0
 """SGLang notices at a tick of 4 s that the client of a whole answer has left."""
@@ -160,7 +162,7 @@ class Site:
         given = {"content-type": "application/json", **(headers or {})}
         async with self.http.request(method, self.url + path, data=data, headers=given) as response:
             raw = await response.read()
-            return Told(response.status, dict(response.headers), raw, self.now_s() - began_s)
+            return Told(response.status, response.headers, raw, self.now_s() - began_s)
 
     async def get(self, path: str, headers: Mapping[str, str] | None = None) -> Told:
         return await self.ask(path, b"", headers, method="GET")
@@ -192,7 +194,18 @@ class Site:
                 return left
             await asyncio.sleep(0.02)
 
-    async def until(self, what: str, holds: Any, within_s: float = 20.0) -> None:
+    @asynccontextmanager
+    async def meanwhile(self, asking: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
+        """Asks while the test goes on; what it has begun is ended with it."""
+        task = asyncio.create_task(asking)
+        try:
+            yield task
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError, aiohttp.ClientError):
+                await task
+
+    async def until(self, what: str, holds: Callable[[], object], within_s: float = 20.0) -> None:
         until_s = self.now_s() + within_s
         while not holds():
             assert self.now_s() < until_s, f"not within {within_s} s: {what}"
