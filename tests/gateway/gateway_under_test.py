@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import random
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -127,6 +128,7 @@ class Site:
     http: aiohttp.ClientSession
     lines: list[dict[str, Any]]
     """The log's lines about requests."""
+    strangers: list[RawClient] = field(default_factory=list)
     sent: list[Sent] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
     """Everything that a log would show as an error: there must be none."""
@@ -301,6 +303,8 @@ async def standing(
                 site.complaints += [str(one) for one in told if one["log_level"] == "error"]
                 assert site.complaints == []
             finally:
+                for stranger in site.strangers:
+                    stranger.vanish()
                 for logger in loggers:
                     logger.removeHandler(handler)
                 await gateway.close()
@@ -351,9 +355,15 @@ class RawClient:
         self.writer = writer
 
     @classmethod
-    async def connect(cls, site: Site, *, buffer_bytes: int = 2**16) -> RawClient:
-        pair = await asyncio.open_connection("127.0.0.1", site.gateway.port, limit=buffer_bytes)
-        return cls(*pair)
+    async def connect(cls, site: Site, *, buffer_bytes: int | None = None) -> RawClient:
+        plug = socket.socket()
+        if buffer_bytes is not None:
+            plug.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+        plug.settimeout(0.0)
+        await asyncio.get_running_loop().sock_connect(plug, ("127.0.0.1", site.gateway.port))
+        client = cls(*await asyncio.open_connection(sock=plug, limit=buffer_bytes or 2**16))
+        site.strangers.append(client)
+        return client
 
     def say(self, text: bytes) -> None:
         self.writer.write(text)
