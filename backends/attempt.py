@@ -73,11 +73,13 @@ class Attempt:
         "_prefill_body",
         "_prefill_call",
         "_quiet_since_s",
+        "_relays",
         "_rename",
         "_sent_s",
         "_splicer",
         "_status",
         "_torn",
+        "_write",
         "decode",
         "exchange",
         "flowing",
@@ -101,7 +103,9 @@ class Attempt:
         self._decode_call: Call | None = None
         self._prefill_body: bytes | None = None
         self._answer: list[bytes] = []
+        self._relays = False
         self._torn = b""
+        self._write = exchange.client.write
         self._last = b""
         self._status = 0
         self._moved = False
@@ -137,15 +141,27 @@ class Attempt:
         self._status = status
 
     def on_body(self, piece: bytes) -> None:
+        """The path of every token: what follows is what it costs."""
+        if not self._relays or piece[-3:] != b"}\n\n" or self._torn:
+            self._on_rare_body(piece)
+            return
+        # An escaped quote never looks like these, so text cannot raise a false alarm here.
+        if (b'"error":' in piece or b'"abort"' in piece) and self._judge(piece):
+            return
+        self._moved = True
+        self._last = piece
+        self.tokens += piece.count(b"\n\n")
+        if self._write(piece):
+            self._pause()
+
+    def _on_rare_body(self, piece: bytes) -> None:
+        """First pieces, torn ones, and all of those that are not relayed as they are."""
         if not self.exchange.stream or self._status != 200:
             self._answer.append(piece)
             return
         if self._torn or not piece.endswith(_WHOLE):
             piece = self._whole_events(piece)
-            if not piece:
-                return
-        # An escaped quote never looks like these, so text cannot raise a false alarm here.
-        if (b'"error":' in piece or b'"abort"' in piece) and self._judge(piece):
+        if not piece or self._judge(piece):
             return
         if not self.flowing:
             self._begin()
@@ -154,10 +170,13 @@ class Attempt:
         if self._splicer is not None:
             piece = self._splicer.feed(piece)
         self._last = piece
-        if self.exchange.transcript is not None:
-            self.exchange.transcript.feed(piece)
-        if not self.exchange.assembles:
-            self._relay(piece)
+        exchange = self.exchange
+        if exchange.transcript is not None:
+            exchange.transcript.feed(piece)
+        if self._rename is not None:
+            piece = piece.replace(*self._rename)
+        if not exchange.assembles and self._write(piece):
+            self._pause()
         if self._splicer is not None and self._splicer.finished:
             self._cut_short()
 
@@ -169,6 +188,12 @@ class Attempt:
             call.cancel()
             self._backend.abort_later(self.decode, self)
         self._finish()
+
+    def _pause(self) -> None:
+        """The client does not read as fast as it is written to."""
+        if self._decode_call is not None:
+            self._decode_call.pause()
+            self._paused_since_s = self._backend.now_s()
 
     def _whole_events(self, piece: bytes) -> bytes:
         """A client never gets half an event (what is torn waits for its rest), nor a broken one."""
@@ -190,18 +215,17 @@ class Attempt:
     def _begin(self) -> None:
         self.flowing = True
         exchange = self.exchange
+        self._relays = (
+            self._splicer is None
+            and self._rename is None
+            and exchange.transcript is None
+            and not exchange.assembles
+        )
         if not exchange.timeline.first_token_us:
             exchange.timeline.first_token_us = self._backend.now_us()
             if not exchange.assembles:
                 exchange.client.begin()
         self._backend.first_token(exchange.job_id)
-
-    def _relay(self, piece: bytes) -> None:
-        if self._rename is not None:
-            piece = piece.replace(*self._rename)
-        if self.exchange.client.write(piece) and self._decode_call is not None:
-            self._decode_call.pause()
-            self._paused_since_s = self._backend.now_s()
 
     def on_end(self) -> None:
         self._decode_ended = True

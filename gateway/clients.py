@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from backends.trouble import Blame, Trouble
 from gateway.errors import ApiError, Code, Dialect, error_event
-from gateway.wire import LAST_CHUNK, chunk
+from gateway.wire import LAST_CHUNK
 from policies.events import Fail, Fault, Reason, Reject
 
 HIGH_WATER_BYTES = 65_536
@@ -132,7 +132,7 @@ class StreamClient:
         if transport.is_closing():
             return False
         if self._chunked:
-            piece = chunk(piece)
+            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
         if self._head:
             piece, self._head = self._head + piece, b""
         transport.write(piece)
@@ -148,9 +148,6 @@ class StreamClient:
         self._write_last(b"")
         _resolve(self.over)
 
-    def refused(self, decision: Reject | Fail, trouble: Trouble | None) -> None:
-        self.ended(api_error(decision, trouble, begun=self.begun))
-
     def ended(self, error: ApiError) -> None:
         """Before the first byte it is an answer of its own, after it the stream's last event."""
         if self.over.done():
@@ -159,6 +156,9 @@ class StreamClient:
         if self.begun:
             self._write_last(error_event(self._dialect, error))
         _resolve(self.over)
+
+    def refused(self, decision: Reject | Fail, trouble: Trouble | None) -> None:
+        self.ended(api_error(decision, trouble, begun=self.begun))
 
     def _write_last(self, event: bytes) -> None:
         if event:

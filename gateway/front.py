@@ -14,6 +14,7 @@ from backends.sglang import Sglang
 from backends.transcript import Transcript
 from gateway.asking import Caller, Keyring, job_of, kind_of
 from gateway.clients import StreamClient, UnaryClient
+from gateway.clock import pause
 from gateway.config import Config
 from gateway.dialects import ROUTES, Ask, Dialect, Limits, read
 from gateway.driver import Driver
@@ -33,6 +34,7 @@ _EVENTS = "content-type: text/event-stream; charset=utf-8\r\ncache-control: no-c
 _CHUNKED_LINES = f"{_EVENTS}transfer-encoding: chunked\r\n"
 _UNCHUNKED_LINES = f"{_EVENTS}connection: close\r\n"
 _CHUNKED_SINCE = (1, 1)
+_FLUSH_POLL_S = 0.05
 _PRIORITY = {Kind.ONLINE: 100, Kind.OFFLINE: 0}
 _PATHS = {dialect: path.encode() for path, dialect in ROUTES.items()}
 
@@ -55,6 +57,7 @@ class Front:
         self._metrics = metrics
         self._rng = rng
         self._write_line = write_line
+        self._clock = clock
         self._dates = Dates(clock)
         self._visits: dict[str, Visit] = {}
         self._by_rid: dict[tuple[str, str], Visit] = {}
@@ -219,8 +222,18 @@ class Front:
         await client.over
         if client.error is not None and not client.begun:
             return self._refuse(visit, client.error)
+        await self._flushed(request)
         self._end(visit, "ok" if client.error is None else client.error.code)
         return Sent(keep_alive=request.keep_alive and request.version >= _CHUNKED_SINCE)
+
+    async def _flushed(self, request: web.BaseRequest) -> None:
+        """What aiohttp does not know of must be out before it goes on with the connection."""
+        until_s = self._backend.now_s() + self._timeouts.client_stall_s
+        while (transport := request.transport) is not None and transport.get_write_buffer_size():
+            if self._backend.now_s() > until_s:
+                transport.abort()
+                raise ConnectionResetError("the client has stopped to read")
+            await pause(self._clock, _FLUSH_POLL_S)
 
     def _client(
         self, request: web.BaseRequest, visit_of: Callable[[], Visit], ask: Ask

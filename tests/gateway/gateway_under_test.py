@@ -125,6 +125,7 @@ class Site:
 
     fleet: EmulatedFleet
     gateway: Gateway
+    config: Config
     http: aiohttp.ClientSession
     lines: list[dict[str, Any]]
     """The log's lines about requests."""
@@ -289,7 +290,7 @@ async def standing(
         async with asyncio.TaskGroup() as tasks, aiohttp.ClientSession() as http:
             lines: list[dict[str, Any]] = []
             gateway = Gateway(config, loop, random.Random(7), tasks, lines.append)
-            site = Site(fleet, gateway, http, lines)
+            site = Site(fleet, gateway, config, http, lines)
             handler = _Complaints(site.complaints)
             loggers = [logging.getLogger(name) for name in ("slackwater.http", "asyncio")]
             for logger in loggers:
