@@ -13,6 +13,7 @@ from backends.attempt import Attempt
 from backends.base import Post
 from backends.exchange import Exchange
 from backends.http import HttpError, Upstream
+from backends.progress import Kind
 from backends.resume import resume
 from backends.splice import Splicer
 from policies.clock import Clock
@@ -165,6 +166,8 @@ class Sglang:
         exchange.attempts = dispatch.attempt
         rid = f"{_RID_PREFIX.get(exchange.dialect, '')}{self._rng.getrandbits(128):032x}"
         attempt = Attempt(self, exchange, prefill, decode, rid)
+        if exchange.transcript is not None and decode.worker.streams_increments is not None:
+            exchange.transcript.kind = exchange.transcript.kind or _kind(exchange, decode.worker)
         self._live[exchange.job_id] = attempt
         if exchange.timeline.first_token_us:
             resume(attempt, exchange, prefill or decode, self._send)
@@ -300,6 +303,12 @@ class Sglang:
             attempt.close()
         for server in self._servers.values():
             server.upstream.close()
+
+
+def _kind(exchange: Exchange, worker: Worker) -> Kind:
+    if exchange.dialect != "generate":
+        return Kind.COMPLETIONS
+    return Kind.INCREMENTAL if worker.streams_increments else Kind.CUMULATIVE
 
 
 def _nobody(event: Event) -> None:
