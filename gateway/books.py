@@ -197,7 +197,8 @@ class Fleet:
         if ledger.up:
             # Announced while it was there already: whoever drained it wants it back.
             ledger.draining = False
-        ledger.worker, ledger.up = worker, True
+        ledger.adopt(worker)
+        ledger.up = True
 
     def _reopened(self, worker: Worker) -> Ledger:
         ledger = self._retired.pop(worker.name, None)

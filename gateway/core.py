@@ -78,7 +78,9 @@ class Core:
         self._stale: KeyedHeap[tuple[int, ...]] = KeyedHeap()
         self._alarm_us = 0
         self._stale_us = _NEVER_US
-        self._alone = False
+        self._fresh: list[Ticket] = []
+        self._tripped: list[Ledger] = []
+        """Servers whose breaker is open, or was when it was last looked at."""
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
@@ -101,11 +103,12 @@ class Core:
             self._fleet.add(worker)
 
     def handle(self, events: Sequence[Event], now_us: int) -> list[Decision]:
-        self._alone = len(events) == 1
         if now_us >= self._stale_us:
             self._forget_stale(now_us)
         for event in events:
             self._on[type(event)](event, now_us)
+        if self._fresh:
+            self._take_in(now_us)
         if self._give_up:  # all that wait, for a server or for their next attempt
             self._pass_time(now_us)
             self._dispatch(now_us)
@@ -146,27 +149,36 @@ class Core:
     # Jobs.
 
     def _arrived(self, event: Arrived, now_us: int) -> None:
-        job = event.job
-        lane = self._lane(job.model)
-        if self._alone and lane.is_quiet and self._goes_at_once(job, lane, now_us):
-            return
-        if (refusal := self._refusal(job, lane, now_us)) is not None:
-            self._out.append(refusal)
-            return
-        self._budget.earn(job)
-        self._tickets[job.id] = ticket = Ticket(job)
-        self._enqueue(ticket, lane)
+        self._tickets[event.job.id] = ticket = Ticket(event.job)
+        self._fresh.append(ticket)
 
-    def _goes_at_once(self, job: Job, lane: Lane, now_us: int) -> bool:
-        """Where nobody waits there is no order to keep, and the queue is spared."""
-        if job.kind is Kind.OFFLINE and self._online_waits_beside(lane):
+    def _take_in(self, now_us: int) -> None:
+        """Those of one instant in their order. Where nobody waits, the queue is spared."""
+        fresh, self._fresh = self._fresh, []
+        if len(fresh) > 1:
+            key = self._rules.order.key
+            fresh.sort(key=lambda t: (t.job.kind is Kind.OFFLINE, key(t.job), t.job.id))
+        for ticket in fresh:
+            if ticket.state is not State.QUEUED:  # its client left in the same instant
+                continue
+            lane = self._lane(ticket.job.model)
+            if lane.is_quiet and self._goes_at_once(ticket, lane, now_us):
+                self._budget.earn(ticket.job)
+            elif (refusal := self._refusal(ticket.job, lane, now_us)) is not None:
+                ticket.step(Step.REFUSED)
+                self._out.append(refusal)
+                del self._tickets[ticket.job.id]
+            else:
+                self._budget.earn(ticket.job)
+                self._enqueue(ticket, lane)
+
+    def _goes_at_once(self, ticket: Ticket, lane: Lane, now_us: int) -> bool:
+        kind = ticket.job.kind
+        if kind is Kind.OFFLINE and self._online_waits_beside(lane):
             return False
-        ticket = Ticket(job)
-        pair = self._choose(ticket, self._candidates(lane, job.kind), now_us)
+        pair = self._choose(ticket, self._candidates(lane, kind), now_us)
         if pair is None:
             return False
-        self._budget.earn(job)
-        self._tickets[job.id] = ticket
         self._place(ticket, *pair, now_us)
         return True
 
@@ -245,6 +257,7 @@ class Core:
         for name in event.blamed:
             if (blamed := self._fleet.ledgers.get(name)) is not None:
                 blamed.breaker.failed(now_us)
+                self._watch_breaker(blamed)
         if ticket.state is State.CANCELLED:
             self._end(ticket)
             return
@@ -257,6 +270,11 @@ class Core:
             self._forget(ticket)
         else:
             self._retry(ticket, event, now_us)
+
+    def _watch_breaker(self, ledger: Ledger) -> None:
+        self._tripped = [e for e in self._tripped if e is not ledger and not e.breaker.is_closed]
+        if not ledger.breaker.is_closed:
+            self._tripped.append(ledger)
 
     def _no_retry(self, ticket: Ticket, event: Failed, now_us: int) -> Reason | None:
         if not event.restartable:
@@ -354,7 +372,7 @@ class Core:
 
     def _look_again(self) -> None:
         self._alarm_us = 0
-        if all(ledger.breaker.is_closed for ledger in self._fleet.ledgers.values()):
+        if all(ledger.breaker.is_closed for ledger in self._tripped):
             self._touch_all()
         else:
             self._reconsider()
@@ -386,11 +404,7 @@ class Core:
             return
         heaps = (self._later, self._give_up, self._stale)
         due = [first[0] for heap in heaps if (first := heap.first_key()) is not None]
-        due += [
-            ledger.breaker.open_until_us
-            for ledger in self._fleet.ledgers.values()
-            if ledger.breaker.open_until_us > now_us
-        ]
+        due += [until_us for e in self._tripped if (until_us := e.breaker.open_until_us) > now_us]
         if not now_us < self._alarm_us <= min(due):
             self._alarm_us = min(due)
             self._out.append(WakeAt(self._alarm_us))

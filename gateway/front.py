@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from operator import or_
 from random import Random
 
-from aiohttp import hdrs, web
+from aiohttp import ClientPayloadError, hdrs, web
 
 from backends.exchange import Client, Exchange
 from backends.sglang import Sglang
 from backends.transcript import Transcript
 from gateway.asking import Caller, Keyring, job_of, kind_of
 from gateway.clients import StreamClient, UnaryClient
+from gateway.clock import pause
 from gateway.config import Config
 from gateway.dialects import ROUTES, Ask, Dialect, Limits, read
 from gateway.driver import Driver
-from gateway.errors import ApiError, Code, error_event
+from gateway.errors import ApiError, Code
 from gateway.fanout import split
 from gateway.log import WriteRequest
 from gateway.metrics import Metrics
-from gateway.report import fields_of, headers_of
+from gateway.report import fields_of, header_lines
 from gateway.router import REQUEST_ID, Route, refusal
 from gateway.visit import FanOut, Part, Visit
+from gateway.wire import Dates, Sent, head
+from policies.clock import Clock
 from policies.events import Arrived, Left
 from policies.types import Kind
 
-_STREAM_TYPES = {hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+_EVENTS = "content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
+_CHUNKED_LINES = f"{_EVENTS}transfer-encoding: chunked\r\n"
+_UNCHUNKED_LINES = f"{_EVENTS}connection: close\r\n"
+_CHUNKED_SINCE = (1, 1)
+_FLUSH_POLL_S = 0.05
 _PRIORITY = {Kind.ONLINE: 100, Kind.OFFLINE: 0}
 _PATHS = {dialect: path.encode() for path, dialect in ROUTES.items()}
 
@@ -39,6 +48,7 @@ class Front:
         driver: Driver,
         backend: Sglang,
         metrics: Metrics,
+        clock: Clock,
         rng: Random,
         write_line: WriteRequest,
     ) -> None:
@@ -47,6 +57,8 @@ class Front:
         self._metrics = metrics
         self._rng = rng
         self._write_line = write_line
+        self._clock = clock
+        self._dates = Dates(clock)
         self._visits: dict[str, Visit] = {}
         self._by_rid: dict[tuple[str, str], Visit] = {}
         self.draining = False
@@ -91,7 +103,7 @@ class Front:
         try:
             if isinstance(visit.client, StreamClient):
                 return await self._stream(request, visit, visit.client)
-            return await self._whole(visit, visit.client)
+            return await self._whole(request, visit, visit.client)
         except (asyncio.CancelledError, ConnectionError):
             self._leave(visit)
             raise
@@ -112,8 +124,7 @@ class Front:
             rid = rid[0] if len(rid) == 1 else ""
         if rid and (caller.tenant, rid) in self._by_rid:
             raise ApiError(Code.DUPLICATE_RID, "a request with this rid is under way", param="rid")
-        loop = asyncio.get_running_loop()
-        client = StreamClient(loop) if ask.stream else UnaryClient(loop)
+        client = self._client(request, lambda: visit, ask)
         visit = Visit(request_id, caller.tenant, kind, ask, rid, client, [])
         model = self._model(ask.model)
         if not ask.fans_out:
@@ -184,42 +195,67 @@ class Front:
                 return await request.read()
         except TimeoutError:
             raise ApiError(Code.REQUEST_TIMEOUT, "the body did not arrive in time") from None
+        except (web.RequestPayloadError, ClientPayloadError):
+            raise ApiError(Code.INVALID_REQUEST, "the body is not encoded as it says") from None
         except web.HTTPRequestEntityTooLarge:
             raise ApiError(Code.BODY_TOO_LARGE, "the body is too large for this gateway") from None
 
     # From answers to a response.
 
-    async def _whole(self, visit: Visit, client: UnaryClient) -> web.Response:
+    async def _whole(
+        self, request: web.BaseRequest, visit: Visit, client: UnaryClient
+    ) -> web.StreamResponse:
         await client.over
         if client.error is not None:
             return self._refuse(visit, client.error)
         self._end(visit, "ok")
-        headers = headers_of(visit)
-        headers[hdrs.CONTENT_TYPE] = client.content_type
-        return web.Response(body=client.body, status=client.status, headers=headers)
+        if (transport := request.transport) is None:
+            raise ConnectionResetError("the client is gone")
+        body = client.body
+        lines = f"content-type: {client.content_type}\r\ncontent-length: {len(body)}\r\n"
+        transport.write(self._head(request, visit, client.status, lines) + body)
+        return Sent(keep_alive=request.keep_alive)
 
     async def _stream(
         self, request: web.BaseRequest, visit: Visit, client: StreamClient
     ) -> web.StreamResponse:
-        await client.begun
-        if client.error is not None:
+        await client.over
+        if client.error is not None and not client.begun:
             return self._refuse(visit, client.error)
-        response = web.StreamResponse(headers=headers_of(visit) | _STREAM_TYPES)
-        if request.version >= (1, 1):
-            response.enable_chunked_encoding()
-        else:
-            response.force_close()
-        await response.prepare(request)
-        try:
-            await client.attach(response, request)
-            await client.over
-        finally:
-            client.detach()
-        if client.error is not None:
-            await response.write(error_event(visit.ask.dialect, client.error))
-        await response.write_eof()
+        await self._flushed(request)
         self._end(visit, "ok" if client.error is None else client.error.code)
-        return response
+        return Sent(keep_alive=request.keep_alive and request.version >= _CHUNKED_SINCE)
+
+    async def _flushed(self, request: web.BaseRequest) -> None:
+        """What aiohttp does not know of must be out before it goes on with the connection."""
+        until_s = self._backend.now_s() + self._timeouts.client_stall_s
+        while (transport := request.transport) is not None and transport.get_write_buffer_size():
+            if self._backend.now_s() > until_s:
+                transport.abort()
+                raise ConnectionResetError("the client has stopped to read")
+            await pause(self._clock, _FLUSH_POLL_S)
+
+    def _client(
+        self, request: web.BaseRequest, visit_of: Callable[[], Visit], ask: Ask
+    ) -> StreamClient | UnaryClient:
+        loop = asyncio.get_running_loop()
+        if not ask.stream:
+            return UnaryClient(loop)
+        if (transport := request.transport) is None:
+            raise ConnectionResetError("the client is gone")
+        chunked = request.version >= _CHUNKED_SINCE
+        lines = _CHUNKED_LINES if chunked else _UNCHUNKED_LINES
+        return StreamClient(
+            loop,
+            transport,
+            lambda: self._head(request, visit_of(), 200, lines),
+            dialect=ask.dialect,
+            chunked=chunked,
+        )
+
+    def _head(self, request: web.BaseRequest, visit: Visit, status: int, lines: str) -> bytes:
+        closing = "" if request.keep_alive else "connection: close\r\n"
+        return head(status, f"{header_lines(visit)}{lines}{self._dates.line()}{closing}")
 
     def _refuse(self, visit: Visit, error: ApiError) -> web.Response:
         self._end(visit, error.code)
@@ -262,18 +298,20 @@ class Front:
         visit = self._by_rid.get((tenant, rid))
         if visit is None:
             return False
-        running = [part for part in visit.parts if self._backend.abort(part.job.id)]
-        if not running:
-            self._cut(visit)
+        reached = [self._backend.abort(part.job.id) for part in visit.parts]
+        ended = [part.exchange.timeline.ended_us > 0 for part in visit.parts]
+        if not all(map(or_, reached, ended)):
+            self._cut(visit, ApiError(Code.REQUEST_CANCELLED, "the request was aborted"))
         return True
 
     def cut_off(self) -> None:
-        """The time for running requests is over: each ends as if its client had left."""
+        """The time for running requests is over."""
+        error = ApiError(Code.GATEWAY_DRAINING, "the gateway is shutting down", retry_after_s=1)
         for visit in list(self._visits.values()):
-            self._cut(visit)
+            self._cut(visit, error)
 
-    def _cut(self, visit: Visit) -> None:
-        visit.client.cancelled()
+    def _cut(self, visit: Visit, error: ApiError) -> None:
+        visit.client.ended(error)
         self._drop_jobs(visit)
 
 

@@ -9,15 +9,15 @@ from gateway.router import REQUEST_ID
 from gateway.visit import Visit
 
 
-def headers_of(visit: Visit) -> dict[str, str]:
+def header_lines(visit: Visit) -> str:
     exchange = visit.parts[0].exchange
     pair = f"{exchange.prefill},{exchange.decode}" if exchange.prefill else exchange.decode
-    return {
-        REQUEST_ID: visit.request_id,
-        "server-timing": _server_timing(exchange),
-        "x-slackwater-class": visit.kind.value,
-        "x-slackwater-worker": pair,
-    }
+    return (
+        f"{REQUEST_ID}: {visit.request_id}\r\n"
+        f"server-timing: {_server_timing(exchange)}\r\n"
+        f"x-slackwater-class: {visit.kind}\r\n"
+        f"x-slackwater-worker: {pair}\r\n"
+    )
 
 
 def _server_timing(exchange: Exchange) -> str:
@@ -39,6 +39,7 @@ def fields_of(visit: Visit, outcome: str) -> dict[str, Any]:
     """What the log says of a request, its timeline included; a fan-out is one request."""
     first = visit.parts[0].exchange
     times = first.timeline
+    alone = len(visit.parts) == 1
     return {
         "event": "request",
         "level": "info",
@@ -50,9 +51,9 @@ def fields_of(visit: Visit, outcome: str) -> dict[str, Any]:
         "prefill": first.prefill,
         "decode": first.decode,
         "parts": len(visit.parts),
-        "attempts": sum(part.exchange.attempts for part in visit.parts),
+        "attempts": first.attempts if alone else sum(p.exchange.attempts for p in visit.parts),
         "prompt_tokens": visit.ask.prompt_tokens,
-        "tokens": sum(part.exchange.tokens for part in visit.parts),
+        "tokens": first.tokens if alone else sum(p.exchange.tokens for p in visit.parts),
         "queue_ms": _ms(times.arrived_us, times.dispatched_us),
         "prefill_ms": _ms(times.dispatched_us, times.prefilled_us),
         "ttft_ms": _ms(times.arrived_us, times.first_token_us),

@@ -54,7 +54,9 @@ class Ledger:
         "dispatched",
         "draining",
         "foreign_tokens",
+        "kv_tokens",
         "load",
+        "max_running",
         "prefill_rate",
         "prefill_tokens",
         "prefills",
@@ -77,6 +79,9 @@ class Ledger:
         self.dispatched = 0
         self.foreign_tokens = 0
         self.load: Load | None = None
+        self.kv_tokens = worker.kv_tokens
+        """The capacity, by the operator's word or the server's; 0 when nobody knows it."""
+        self.max_running = worker.max_running
         self._foreign_before = 0
 
     def __repr__(self) -> str:
@@ -90,19 +95,19 @@ class Ledger:
         return not self.prefills and not self.decodes
 
     def usable(self, now_us: int) -> bool:
-        return self.up and not self.draining and self.breaker.allows(now_us)
+        if not self.up or self.draining:
+            return False
+        return not self.breaker.open_until_us or self.breaker.allows(now_us)
 
-    @property
-    def kv_tokens(self) -> int:
-        """The capacity, by the operator's word or the server's; 0 when nobody knows it."""
-        return _tighter(self.worker.kv_tokens, self.load.capacity_tokens if self.load else 0)
-
-    @property
-    def max_running(self) -> int:
-        return _tighter(self.worker.max_running, self.load.max_running if self.load else 0)
+    def adopt(self, worker: Worker) -> None:
+        """The same server, better known."""
+        self.worker, load = worker, self.load
+        self.kv_tokens = _tighter(worker.kv_tokens, load.capacity_tokens if load else 0)
+        self.max_running = _tighter(worker.max_running, load.max_running if load else 0)
 
     def correct(self, load: Load) -> None:
         self.load = load
+        self.adopt(self.worker)
         foreign = max(0, load.total_tokens - self.context_tokens - self.prefill_tokens)
         self.foreign_tokens = min(foreign, self._foreign_before)
         self._foreign_before = foreign
