@@ -38,6 +38,8 @@ class Job:
     arrival_us: int
     deadline_us: int
     """Online: the first token is due. Offline: the last one is."""
+    give_up_us: int
+    """Waiting longer than this helps nobody: it is answered without being served."""
     tpot_us: int = 0
     """The time a token may take after the first; 0 when nobody waits for it."""
     cached_tokens: int = 0
@@ -62,3 +64,4 @@ class Worker:
     max_running: int = 0
     chunk_tokens: int = 0
     page_size: int = 1
+    orders_by_priority: bool = False

@@ -1,0 +1,366 @@
+"""One try at one job: a prefill leg and a decode leg that succeed or end together."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import orjson
+
+from backends.exchange import Exchange
+from backends.http import Call, HttpError, Reason
+from backends.logprobs import with_prompt_logprobs
+from backends.sse import DONE, ends_stream
+from backends.transcript import Splicer
+from backends.trouble import Blame, Trouble, judge, judge_answer, judge_event
+from policies.events import Fault
+
+if TYPE_CHECKING:
+    from backends.sglang import Server, Sglang
+
+_FAULT = {
+    Reason.CONNECT: Fault.UNREACHABLE,
+    Reason.CONNECT_TIMEOUT: Fault.UNREACHABLE,
+    Reason.CLOSED: Fault.DIED,
+    Reason.TIMEOUT: Fault.TIMEOUT,
+}
+_COMPLETION_TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s*(\d+)')
+_FINISHED = re.compile(rb'"finish_reason":\s*["{]')
+_OVERLOADED = frozenset({429, 503})
+
+
+class PrefillLeg:
+    """The prompt's side. Its answer is judged, never relayed."""
+
+    __slots__ = ("_attempt", "_pieces", "status")
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._pieces: list[bytes] = []
+        self.status = 0
+
+    def on_head(self, status: int) -> None:
+        self.status = status
+
+    def on_body(self, piece: bytes) -> None:
+        self._pieces.append(piece)
+
+    def on_end(self) -> None:
+        body = b"".join(self._pieces)
+        exchange = self._attempt.exchange
+        trouble = judge_answer(exchange.dialect, self.status, body, leg=Blame.PREFILL)
+        self._attempt.prefill_ended(trouble, body)
+
+    def on_error(self, error: HttpError) -> None:
+        trouble = judge(502, str(error), leg=Blame.PREFILL)
+        self._attempt.prefill_ended(trouble, b"", _FAULT.get(error.reason, Fault.ENGINE))
+
+
+class Attempt:
+    """Hears the decode leg itself: that is the path that every streamed token takes."""
+
+    __slots__ = (
+        "_answer",
+        "_backend",
+        "_decode_call",
+        "_decode_ended",
+        "_last",
+        "_moved",
+        "_paused_since_s",
+        "_prefill_body",
+        "_prefill_call",
+        "_quiet_since_s",
+        "_rename",
+        "_sent_s",
+        "_splicer",
+        "_status",
+        "_torn",
+        "decode",
+        "exchange",
+        "flowing",
+        "over",
+        "prefill",
+        "rid",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        backend: Sglang,
+        exchange: Exchange,
+        prefill: Server | None,
+        decode: Server,
+        rid: str,
+    ) -> None:
+        self._backend = backend
+        self.prefill, self.decode = prefill, decode
+        self._prefill_call: Call | None = None
+        self._decode_call: Call | None = None
+        self._prefill_body: bytes | None = None
+        self._answer: list[bytes] = []
+        self._torn = b""
+        self._last = b""
+        self._status = 0
+        self._moved = False
+        self._decode_ended = False
+        self._paused_since_s = 0.0
+        self._quiet_since_s = 0.0
+        self._sent_s = backend.now_s()
+        self._splicer: Splicer | None = None
+        self._rename: tuple[bytes, bytes] | None = None
+        self.exchange = exchange
+        self.rid = rid
+        self.flowing = False
+        self.over = False
+        self.tokens = 0
+
+    def send(self, body: bytes, splicer: Splicer | None) -> None:
+        if self.over:
+            return
+        self._sent_s = self._quiet_since_s = self._backend.now_s()
+        self._splicer = splicer
+        if self.exchange.client_rid:
+            shown = orjson.dumps(self.exchange.client_rid)[1:-1]
+            self._rename = (self.rid.encode(), shown)
+        path = self.exchange.path
+        if self.prefill is not None:
+            leg = PrefillLeg(self)
+            self._prefill_call = self.prefill.upstream.send(b"POST", path, body, leg)
+        self._decode_call = self.decode.upstream.send(b"POST", path, body, self)
+
+    # The decode leg.
+
+    def on_head(self, status: int) -> None:
+        self._status = status
+
+    def on_body(self, piece: bytes) -> None:
+        if not self.exchange.stream or self._status != 200:
+            self._answer.append(piece)
+            return
+        if self._torn or piece[-2:] != b"\n\n":
+            piece = self._whole_events(piece)
+            if not piece:
+                return
+        # An escaped quote never looks like these, so text cannot raise a false alarm here.
+        if (b'"error":' in piece or b'"abort"' in piece) and self._judge(piece):
+            return
+        if not self.flowing:
+            self._begin()
+        self._moved = True
+        self.tokens += piece.count(b"\n\n")
+        if self._splicer is not None:
+            piece = self._splicer.feed(piece)
+        self._last = piece
+        if self.exchange.transcript is not None:
+            self.exchange.transcript.feed(piece)
+        if not self.exchange.assembles:
+            self._relay(piece)
+        if self._splicer is not None and self._splicer.finished:
+            self._finish()
+
+    def _whole_events(self, piece: bytes) -> bytes:
+        """A client never gets half an event: what is torn waits for its rest."""
+        whole, _, self._torn = (self._torn + piece).rpartition(b"\n\n")
+        return whole + b"\n\n" if whole else b""
+
+    def _judge(self, piece: bytes) -> bool:
+        trouble = judge_event(piece)
+        if trouble is None or (self.exchange.aborted and trouble.blames is Blame.ABORTED):
+            return False
+        self.fail(self._fault(trouble), self._blamed(trouble), trouble)
+        return True
+
+    def _begin(self) -> None:
+        self.flowing = True
+        exchange = self.exchange
+        if not exchange.timeline.first_token_us:
+            exchange.timeline.first_token_us = self._backend.now_us()
+            if not exchange.assembles:
+                exchange.client.begin()
+        self._backend.first_token(exchange.job_id)
+
+    def _relay(self, piece: bytes) -> None:
+        if self._rename is not None:
+            piece = piece.replace(*self._rename)
+        if self.exchange.client.write(piece) and self._decode_call is not None:
+            self._decode_call.pause()
+            self._paused_since_s = self._backend.now_s()
+
+    def on_end(self) -> None:
+        self._decode_ended = True
+        if self.over:
+            return
+        if not self.exchange.stream or self._status != 200:
+            self._whole_answer()
+        elif self.flowing and ends_stream(self._last):
+            self._finish()
+        elif self.flowing and _FINISHED.search(self._last):
+            # The last token has come; what is lost is the line that says so.
+            self._relay_end()
+            self._finish()
+        else:
+            self.fail(Fault.DIED, (self.decode.name,), judge(502, "the stream was cut off"))
+
+    def _relay_end(self) -> None:
+        if not self.exchange.assembles:
+            self.exchange.client.write(DONE)
+
+    def _whole_answer(self) -> None:
+        body = b"".join(self._answer)
+        trouble = judge_answer(self.exchange.dialect, self._status, body)
+        if trouble is not None and not (self.exchange.aborted and trouble.blames is Blame.ABORTED):
+            self.fail(self._fault(trouble), self._blamed(trouble), trouble)
+            return
+        found = _COMPLETION_TOKENS.findall(body[-4096:])
+        self.tokens = int(found[-1]) if found else 1
+        self._answer = [body]
+        if not self._waits_for_prompt_logprobs():
+            self._finish()
+
+    def _waits_for_prompt_logprobs(self) -> bool:
+        """Only the prefill leg has computed them."""
+        if self.prefill is None or not self.exchange.body.get("return_logprob"):
+            return False
+        if self._prefill_body is None:
+            return self._prefill_call is not None
+        self._answer = [with_prompt_logprobs(self._answer[0], self._prefill_body)]
+        return False
+
+    def on_error(self, error: HttpError) -> None:
+        self._decode_ended = True
+        fault = _FAULT.get(error.reason, Fault.ENGINE)
+        self.fail(fault, (self.decode.name,), judge(502, str(error)))
+
+    # The prefill leg.
+
+    def prefill_ended(
+        self, trouble: Trouble | None, body: bytes, fault: Fault | None = None
+    ) -> None:
+        self._prefill_call = None
+        if self.over:
+            return
+        if trouble is None:
+            self.exchange.timeline.prefilled_us = self._backend.now_us()
+            self._prefill_body = body
+            self._backend.prefill_done(self.exchange.job_id)
+            if self._decode_ended and not self._waits_for_prompt_logprobs():
+                self._finish()
+        elif not self.flowing and self.prefill is not None:
+            # Decode would wait for its KV for minutes: nobody else tells it.
+            self.fail(fault or self._fault(trouble), self._blamed(trouble), trouble)
+
+    # How it ends.
+
+    def _finish(self) -> None:
+        self.over = True
+        if self.exchange.stream and not self.exchange.assembles:
+            self.exchange.client.end()
+        else:
+            self._answer_whole()
+        self._backend.finished(self)
+
+    def _answer_whole(self) -> None:
+        exchange = self.exchange
+        if exchange.assembles and exchange.transcript is not None:
+            body = exchange.transcript.final_answer()
+        else:
+            body = self._answer[0]
+        if self._rename is not None:
+            body = body.replace(*self._rename)
+        exchange.client.answer(self._status, "application/json", body)
+
+    def fail(self, fault: Fault, blamed: tuple[str, ...], trouble: Trouble) -> None:
+        if self.over:
+            return
+        self.exchange.trouble = trouble
+        self.close()
+        self._backend.failed(self, fault, blamed)
+
+    def close(self) -> None:
+        """Both legs, decode first: it tells its prefill. Idempotent."""
+        self.over = True
+        for server, call in self.open_legs():
+            call.cancel()
+            self._backend.abort_later(server, self)
+        self._decode_call = self._prefill_call = None
+
+    def open_legs(self) -> list[tuple[Server, Call]]:
+        legs: list[tuple[Server, Call]] = []
+        if self._decode_call is not None and not self._decode_ended:
+            legs.append((self.decode, self._decode_call))
+        if self._prefill_call is not None and self.prefill is not None:
+            legs.append((self.prefill, self._prefill_call))
+        return legs
+
+    @property
+    def closes_at_once(self) -> bool:
+        """SGLang watches the socket of a /generate stream; others it looks at now and then."""
+        return self.exchange.stream and (self.exchange.path == b"/generate" or self.flowing)
+
+    @property
+    def sent_s(self) -> float:
+        return self._sent_s
+
+    # Time.
+
+    def progress(self, now_s: float) -> bool:
+        """Whether tokens came since the last look."""
+        if not self._moved:
+            return False
+        self._moved, self._quiet_since_s = False, now_s
+        return True
+
+    def check(self, now_s: float) -> None:
+        """Looks at the clock for all phases at once: a timer per request would cost more."""
+        patience = self._backend.patience
+        if self._paused_since_s:
+            self._check_client(now_s)
+        elif now_s - self._sent_s > patience.total_s:
+            self._time_out(f"no end after {patience.total_s:g} s")
+        elif self.flowing and now_s - self._quiet_since_s > patience.between_tokens_s:
+            self._time_out(f"no token for {patience.between_tokens_s:g} s")
+        elif (
+            not self.flowing
+            and self.exchange.stream
+            and now_s - self._sent_s > self.exchange.first_token_timeout_s
+        ):
+            self._time_out(f"no first token after {self.exchange.first_token_timeout_s:g} s")
+
+    def _check_client(self, now_s: float) -> None:
+        if self.exchange.client.has_room():
+            self._paused_since_s, self._quiet_since_s = 0.0, now_s
+            if self._decode_call is not None:
+                self._decode_call.resume()
+        elif now_s - self._paused_since_s > self._backend.patience.client_stall_s:
+            self._backend.client_stalled(self.exchange)
+
+    def _time_out(self, what: str) -> None:
+        """Before the KV has arrived nobody can tell which side hangs, so both are to blame."""
+        blamed: tuple[str, ...] = (self.decode.name,)
+        if self._prefill_call is not None and self.prefill is not None and not self.flowing:
+            blamed = (self.prefill.name, self.decode.name)
+        self.fail(Fault.TIMEOUT, blamed, judge(504, what))
+
+    # Whose fault it is.
+
+    @staticmethod
+    def _fault(trouble: Trouble) -> Fault:
+        if trouble.blames is Blame.ABORTED:
+            return Fault.ENGINE
+        if not trouble.retryable:
+            return Fault.REQUEST
+        if trouble.status in _OVERLOADED:
+            return Fault.BUSY
+        return Fault.PAIRING if trouble.blames is Blame.PAIR else Fault.ENGINE
+
+    def _blamed(self, trouble: Trouble) -> tuple[str, ...]:
+        prefill = self.prefill.name if self.prefill is not None else self.decode.name
+        match trouble.blames:
+            case Blame.PREFILL:
+                return (prefill,)
+            case Blame.DECODE:
+                return (self.decode.name,)
+            case Blame.PAIR:
+                return (prefill, self.decode.name)
+            case Blame.REQUEST | Blame.ABORTED:
+                return ()

@@ -1,0 +1,80 @@
+"""The next token of every running request, and who gives way when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from backends.engine.machine import Machine
+from backends.engine.prefilling import LAST_RATIO, RATIO_DECAY, Prefilling
+from backends.engine.request import Resident, aborted
+
+RETRACT_STEPS = 20
+"""After a retraction the rest can go on for so many steps."""
+
+OUT_OF_MEMORY = "Out of memory even after retracting all other requests in the decode batch."
+
+
+class Decoding:
+    """Steps of the running batch."""
+
+    def __init__(
+        self, machine: Machine, prefilling: Prefilling, retracted: Callable[[Resident], None]
+    ) -> None:
+        self._machine = machine
+        self._prefilling = prefilling
+        self._retracted = retracted
+
+    def plan(self) -> int:
+        """Make room for a step; answers how many requests take part."""
+        batch, kv = self._machine.batch, self._machine.kv
+        if not batch.members:
+            return 0
+        due = batch.tokens_due()
+        if due > kv.available:
+            self._retract()
+            due = batch.tokens_due()
+        if not kv.take(due):
+            self._give_up()
+            return 0
+        ratio = self._prefilling.ratio
+        self._prefilling.ratio = max(LAST_RATIO, ratio - RATIO_DECAY)
+        return len(batch.members)
+
+    def settle(self, step_us: float) -> None:
+        """Count a finished step, tell who listens, and end who is done."""
+        machine = self._machine
+        count = len(machine.batch.members)
+        machine.counters.decoded(count, step_us)
+        machine.counters.generated_tokens += count
+        over = machine.batch.step()
+        for resident in list(machine.batch.streaming.values()):
+            resident.listener.tokens(resident)
+        for resident in over:
+            machine.end(resident, resident.end_reason or resident.natural_end)
+
+    def _retract(self) -> None:
+        """Those with the fewest tokens generated go first, the longest prompt among them."""
+        batch, kv = self._machine.batch, self._machine.kv
+        victims = sorted(
+            batch.members.values(),
+            key=lambda it: (it.generated, -it.request.prompt.tokens, -it.serial),
+        )
+        each = max(RETRACT_STEPS, kv.page)
+        for position, victim in enumerate(victims[:-1]):
+            if position and kv.available >= each * len(batch):
+                break
+            self._machine.release(victim, keep=False)
+            victim.retractions += 1
+            self._machine.counters.retractions += 1
+            self._retracted(victim)
+        self._raise_ratio()
+
+    def _give_up(self) -> None:
+        for resident in list(self._machine.batch.members.values()):
+            self._machine.end(resident, aborted(OUT_OF_MEMORY, 500), keep=False)
+
+    def _raise_ratio(self) -> None:
+        members = self._machine.batch.members.values()
+        decoded = sum(it.generated for it in members) + RETRACT_STEPS * len(members)
+        asked = sum(it.budget for it in members) + 1
+        self._prefilling.ratio = min(1.0, decoded / asked)

@@ -1,0 +1,144 @@
+"""Which prompts are computed in the next forward pass, and how much of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from backends.engine.config import CLIP_NEW_TOKENS
+from backends.engine.machine import Machine
+from backends.engine.request import Resident, Stage
+from policies.types import Role
+
+FIRST_RATIO = 0.7
+LAST_RATIO = 0.7 * 0.14
+RATIO_DECAY = (FIRST_RATIO - LAST_RATIO) / 600
+"""How much of the promised output admission reserves: SGLang's new_token_ratio."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens of one prompt in one forward pass."""
+
+    resident: Resident
+    new_tokens: int
+    cached_tokens: int
+
+
+class Prefilling:
+    """The waiting queue and the prompt that is in the middle of its chunks."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self.clear()
+
+    def clear(self) -> None:
+        self.waiting: dict[int, Resident] = {}
+        self.chunked: Resident | None = None
+        self.ratio = FIRST_RATIO
+
+    def enqueue(self, resident: Resident) -> None:
+        resident.stage = Stage.WAITING
+        self.waiting[resident.serial] = resident
+
+    def remove(self, resident: Resident) -> None:
+        self.waiting.pop(resident.serial, None)
+        if self.chunked is resident:
+            self.chunked = None
+
+    def plan(self, busy_slots: int) -> list[Chunk]:
+        """The chunked prompt goes on first; then the queue in order, until one does not fit."""
+        chunks: list[Chunk] = []
+        budget = self._machine.config.chunk_tokens
+        if self.chunked is not None:
+            chunk = self._continue(self.chunked, budget)
+            if chunk is None:
+                return []
+            chunks.append(chunk)
+            budget -= chunk.new_tokens
+        promised = self._promised()
+        slots = self._machine.config.max_running - busy_slots - len(chunks)
+        while budget > 0 and slots > 0 and self.waiting and self.chunked is None:
+            resident = self._first()
+            admitted = self._admit(resident, budget, promised)
+            if admitted is None:
+                break
+            chunks.append(admitted)
+            slots -= 1
+            budget -= admitted.new_tokens
+            promised += self._output_reserve(resident)
+        return chunks
+
+    def settle(self, chunks: Iterable[Chunk]) -> list[Resident]:
+        """Count a finished pass; answers the prompts that are complete."""
+        complete = []
+        for chunk in chunks:
+            resident = chunk.resident
+            resident.prefilled += chunk.new_tokens
+            self._machine.counters.prefill_uncached_tokens += chunk.new_tokens
+            self._machine.share(resident)
+            if resident.prefilled == resident.fill_tokens:
+                complete.append(resident)
+        return complete
+
+    def uncached_tokens(self) -> int:
+        """The work that waits, prefixes not looked up."""
+        parts = [resident.fill_tokens for resident in self.waiting.values()]
+        if self.chunked is not None:
+            parts.append(self.chunked.fill_tokens - self.chunked.prefilled)
+        return sum(parts)
+
+    def _first(self) -> Resident:
+        if self._machine.config.priority:
+            return min(self.waiting.values(), key=urgency)
+        return next(iter(self.waiting.values()))
+
+    def _promised(self) -> int:
+        return int(self._machine.batch.promised_tokens * self.ratio)
+
+    def _output_reserve(self, resident: Resident) -> int:
+        if self._machine.role == Role.PREFILL:
+            return 1
+        return min(resident.budget - resident.generated, CLIP_NEW_TOKENS)
+
+    def _admit(self, resident: Resident, budget: int, promised: int) -> Chunk | None:
+        kv = self._machine.kv
+        fill = resident.fill_tokens
+        prompt = resident.full_prompt()
+        node, matched = kv.match(resident.request.space, prompt, fill - 1)
+        if node is not None:
+            kv.cache.lock(node)
+        rest = fill - matched
+        new = rest if rest <= budget else kv.whole(budget)
+        needed = kv.pages(rest + self._output_reserve(resident))
+        if new == 0 or needed > kv.available - promised or not kv.take(kv.pages(new)):
+            if node is not None:
+                kv.cache.unlock(node)
+            return None
+        resident.node, resident.shared, resident.prefilled = node, matched, matched
+        resident.held = kv.pages(new)
+        if not resident.generated_before:
+            resident.cached_tokens = matched
+            self._machine.counters.prefill_cached_tokens += matched
+        resident.stage = Stage.PREFILL
+        del self.waiting[resident.serial]
+        self.chunked = resident if new < rest else None
+        return Chunk(resident, new, matched)
+
+    def _continue(self, resident: Resident, budget: int) -> Chunk | None:
+        kv = self._machine.kv
+        rest = resident.fill_tokens - resident.prefilled
+        new = rest if rest <= budget else max(kv.page, kv.whole(budget))
+        pages = kv.pages(resident.prefilled + new) - kv.pages(resident.prefilled)
+        if not kv.take(pages):
+            return None
+        resident.held += pages
+        if new == rest:
+            self.chunked = None
+        return Chunk(resident, new, resident.prefilled)
+
+
+def urgency(resident: Resident) -> tuple[float, int]:
+    """Larger priorities first, those without one last, then in order of arrival."""
+    priority = resident.request.priority
+    return (float("inf") if priority is None else -priority, resident.serial)

@@ -1,0 +1,87 @@
+"""One job on the data path: what to send, whom to answer, and when what happened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from backends.transcript import Transcript
+from backends.trouble import Trouble
+from policies.events import Fail, Reject
+
+
+class Client(Protocol):
+    """Whoever waits for the answer. Exactly one of answer, end and refused is called."""
+
+    def answer(self, status: int, content_type: str, body: bytes) -> None:
+        """The whole answer of a request that was not streamed."""
+
+    def begin(self) -> None:
+        """A stream has its first piece: from here on its status can not change."""
+
+    def write(self, piece: bytes) -> bool:
+        """Whole SSE events. True asks to pause: the client does not read as fast."""
+
+    def has_room(self) -> bool: ...
+
+    def drop(self) -> None:
+        """It does not read: its connection is closed."""
+
+    def end(self) -> None: ...
+
+    def cancelled(self) -> None:
+        """It asked for the end itself, or the gateway's own end has come."""
+
+    def refused(self, decision: Reject | Fail, trouble: Trouble | None) -> None:
+        """There is no answer, or no more of it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Timeline:
+    """When what happened, in microseconds of the gateway's clock; 0 is never."""
+
+    arrived_us: int = 0
+    dispatched_us: int = 0
+    prefilled_us: int = 0
+    first_token_us: int = 0
+    ended_us: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Exchange:
+    """Lives as long as its job, over all attempts."""
+
+    job_id: str
+    path: bytes
+    dialect: str
+    body: dict[str, Any]
+    stream: bool
+    """What the servers are asked for."""
+    client: Client
+    client_rid: str = ""
+    """The id that the client chose: servers never see it, answers carry it."""
+    priority: int | None = None
+    transcript: Transcript | None = None
+    """What the client was given, for requests that can go on elsewhere."""
+    prompt_ids: list[int] | None = None
+    """The prompt as tokens, once a resume has needed them."""
+    assembles: bool = False
+    """The client wants one answer, the servers are asked for a stream: it can be resumed."""
+    first_token_timeout_s: float = 0.0
+    aborted: bool = False
+    """The client asked for the end; what servers say of it is the answer."""
+
+    timeline: Timeline = field(default_factory=Timeline)
+    prefill: str = ""
+    decode: str = ""
+    attempts: int = 0
+    tokens: int = 0
+    trouble: Trouble | None = None
+
+    @property
+    def tpot_us(self) -> float | None:
+        """The mean time of a token after the first; none for an answer of one token."""
+        times = self.timeline
+        if not times.first_token_us or not times.ended_us or self.tokens < 2:
+            return None
+        return (times.ended_us - times.first_token_us) / (self.tokens - 1)

@@ -1,0 +1,85 @@
+"""How a stream that broke goes on elsewhere: from the token ids of its prompt and its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from backends.exchange import Exchange
+from backends.http import HttpError
+from backends.splice import Splicer
+from backends.transcript import resumed_body
+from backends.trouble import judge
+from policies.events import Fault
+
+if TYPE_CHECKING:
+    from backends.attempt import Attempt
+    from backends.sglang import Server
+
+Send = Callable[["Attempt", dict[str, Any], Splicer], None]
+
+
+def resume(attempt: Attempt, exchange: Exchange, tokenizer: Server, send: Send) -> None:
+    """Sends the attempt now, or once a server has told the prompt's ids."""
+    ids = exchange.prompt_ids or _ids_in(exchange.body)
+    if ids is not None:
+        _go_on(attempt, exchange, ids, send)
+        return
+
+    def go_on_with(found: list[int]) -> None:
+        exchange.prompt_ids = found
+        _go_on(attempt, exchange, found, send)
+
+    asked = orjson.dumps({"model": exchange.body.get("model") or "", "prompt": _text_in(exchange)})
+    listener = _Tokenized(attempt, tokenizer.name, go_on_with)
+    tokenizer.upstream.send(b"POST", b"/v1/tokenize", asked, listener)
+
+
+def _go_on(attempt: Attempt, exchange: Exchange, ids: list[int], send: Send) -> None:
+    assert exchange.transcript is not None
+    earlier = exchange.transcript.state()
+    send(attempt, resumed_body(exchange.body, ids, earlier), Splicer(exchange.body, earlier))
+
+
+def _ids_in(body: dict[str, Any]) -> list[int] | None:
+    for name in ("input_ids", "prompt"):
+        if isinstance(value := body.get(name), list):
+            return value
+    return None
+
+
+def _text_in(exchange: Exchange) -> str:
+    return str(exchange.body.get("text") or exchange.body.get("prompt") or "")
+
+
+class _Tokenized:
+    """Waits for a prompt's token ids."""
+
+    def __init__(self, attempt: Attempt, server: str, found: Callable[[list[int]], None]) -> None:
+        self._attempt = attempt
+        self._server = server
+        self._found = found
+        self._pieces: list[bytes] = []
+        self._status = 0
+
+    def on_head(self, status: int) -> None:
+        self._status = status
+
+    def on_body(self, piece: bytes) -> None:
+        self._pieces.append(piece)
+
+    def on_end(self) -> None:
+        body = b"".join(self._pieces)
+        try:
+            tokens = orjson.loads(body)["tokens"]
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            message = f"/v1/tokenize answered {self._status}"
+            self._attempt.fail(Fault.ENGINE, (self._server,), judge(502, message))
+            return
+        if not self._attempt.over:
+            self._found(tokens)
+
+    def on_error(self, error: HttpError) -> None:
+        self._attempt.fail(Fault.UNREACHABLE, (self._server,), judge(502, str(error)))

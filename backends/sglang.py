@@ -1,0 +1,294 @@
+"""SGLang servers over HTTP: pairs, cancels and retries as their wire contract asks for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from backends.attempt import Attempt
+from backends.base import Post
+from backends.exchange import Exchange
+from backends.http import HttpError, Upstream
+from backends.resume import resume
+from backends.splice import Splicer
+from policies.clock import Clock
+from policies.events import (
+    Dispatch,
+    Event,
+    Fail,
+    Failed,
+    Fault,
+    Finished,
+    FirstToken,
+    Freed,
+    Left,
+    PrefillDone,
+    Progress,
+    Reject,
+)
+from policies.types import Job, Worker
+
+_RID_PREFIX = {"chat": "chatcmpl-", "completions": "cmpl-"}
+"""What clients of the OpenAI routes expect their ids to begin with."""
+
+_ROOM_BITS = 62
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long each phase may take before its servers are given up."""
+
+    connect_s: float = 5.0
+    first_token_online_s: float = 60.0
+    first_token_offline_s: float = 600.0
+    between_tokens_s: float = 60.0
+    total_s: float = 3600.0
+    client_stall_s: float = 60.0
+    """A client that does not read for this long is taken for gone."""
+    linger_s: float = 2.0
+    """A prefill leg may answer this long after its decode leg has ended."""
+
+
+@dataclass(slots=True)
+class Server:
+    """A worker and the connections to it."""
+
+    worker: Worker
+    upstream: Upstream
+
+    @property
+    def name(self) -> str:
+        return self.worker.name
+
+
+class _Deaf:
+    """Listens to an answer that nobody needs."""
+
+    def on_head(self, status: int) -> None: ...
+    def on_body(self, piece: bytes) -> None: ...
+    def on_end(self) -> None: ...
+    def on_error(self, error: HttpError) -> None: ...
+
+
+_DEAF = _Deaf()
+
+
+class Sglang:
+    """The live backend: one attempt per dispatched job, one sweep over all of them per tick."""
+
+    TICK_S = 0.1
+    ABORT_AFTER_S = 0.1
+    """An abort that overtakes its own request is lost and blocks the next one."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        rng: random.Random,
+        patience: Patience,
+        connect: Callable[[Worker, str], Upstream],
+    ) -> None:
+        self._clock = clock
+        self._rng = rng
+        self._connect = connect
+        self._post: Post = _nobody
+        self._servers: dict[str, Server] = {}
+        self._exchanges: dict[str, Exchange] = {}
+        self._live: dict[str, Attempt] = {}
+        self._lingering: list[tuple[float, Attempt]] = []
+        self._ticking = False
+        self.patience = patience
+
+    def connect(self, post: Post) -> None:
+        self._post = post
+
+    # Servers.
+
+    def add(self, worker: Worker, api_key: str = "") -> Server:
+        server = Server(worker, self._connect(worker, api_key))
+        if (known := self._servers.get(worker.name)) is not None:
+            known.upstream.close()
+        self._servers[worker.name] = server
+        return server
+
+    def update(self, worker: Worker) -> None:
+        """The same server, better known."""
+        self._servers[worker.name].worker = worker
+
+    def remove(self, name: str) -> None:
+        """Attempts under way keep their own reference and their own sockets."""
+        self._servers.pop(name, None)
+
+    def server(self, name: str) -> Server:
+        return self._servers[name]
+
+    def servers(self) -> Iterable[Server]:
+        return self._servers.values()
+
+    # Jobs, as the driver sees them.
+
+    def open(self, exchange: Exchange) -> None:
+        """Must come before the job does."""
+        exchange.timeline.arrived_us = self.now_us()
+        self._exchanges[exchange.job_id] = exchange
+
+    def forget(self, job_id: str) -> None:
+        """Nobody waits for this job any more; what runs for it is stopped by the driver."""
+        self._exchanges.pop(job_id, None)
+
+    def start(self, dispatch: Dispatch) -> None:
+        exchange = self._exchanges[dispatch.job.id]
+        prefill = None if dispatch.prefill is None else self._servers.get(dispatch.prefill)
+        decode = self._servers.get(dispatch.decode)
+        if decode is None or (prefill is None and dispatch.prefill is not None):
+            # Taken off the list between the decision and here.
+            self._post(Failed(exchange.job_id, Fault.UNREACHABLE))
+            return
+        exchange.timeline.dispatched_us = exchange.timeline.dispatched_us or self.now_us()
+        exchange.prefill = dispatch.prefill or ""
+        exchange.decode = dispatch.decode
+        exchange.attempts = dispatch.attempt
+        rid = f"{_RID_PREFIX.get(exchange.dialect, '')}{self._rng.getrandbits(128):032x}"
+        attempt = Attempt(self, exchange, prefill, decode, rid)
+        self._live[exchange.job_id] = attempt
+        if exchange.timeline.first_token_us:
+            resume(attempt, exchange, prefill or decode, self._send)
+        else:
+            self._send(attempt, exchange.body, None)
+        self._tick_on()
+
+    def _send(self, attempt: Attempt, body: dict[str, Any], splicer: Splicer | None) -> None:
+        attempt.send(orjson.dumps(self._body(attempt, body)), splicer)
+
+    def stop(self, job: Job) -> None:
+        attempt = self._live.pop(job.id, None)
+        if attempt is not None:
+            attempt.close()
+        self._exchanges.pop(job.id, None)
+        self._post(Freed(job.id))
+
+    def refuse(self, decision: Reject | Fail) -> None:
+        exchange = self._exchanges.pop(decision.job.id, None)
+        if exchange is not None:
+            exchange.timeline.ended_us = self.now_us()
+            exchange.client.refused(decision, exchange.trouble)
+
+    def abort(self, job_id: str) -> bool:
+        """Passes a client's own abort on: the server's last words become the answer."""
+        attempt = self._live.get(job_id)
+        if attempt is None:
+            return False
+        attempt.exchange.aborted = True
+        for server, _ in attempt.open_legs():
+            self._abort_at(server, attempt.rid, attempt.sent_s + self.ABORT_AFTER_S)
+        return True
+
+    def __len__(self) -> int:
+        """Attempts with an open leg."""
+        return len(self._live) + len(self._lingering)
+
+    def _body(self, attempt: Attempt, asked: dict[str, Any]) -> dict[str, Any]:
+        exchange, prefill = attempt.exchange, attempt.prefill
+        body = {**asked, "rid": attempt.rid}
+        if exchange.assembles:
+            body["stream"] = True
+        if exchange.priority is not None and attempt.decode.worker.orders_by_priority:
+            body["priority"] = exchange.priority
+        if prefill is not None:
+            body["bootstrap_host"] = prefill.worker.bootstrap_host
+            body["bootstrap_port"] = prefill.worker.bootstrap_port
+            body["bootstrap_room"] = self._rng.getrandbits(_ROOM_BITS) + 1
+        return body
+
+    # What attempts say.
+
+    def now_s(self) -> float:
+        return self._clock.time()
+
+    def now_us(self) -> int:
+        return round(self._clock.time() * 1e6)
+
+    def prefill_done(self, job_id: str) -> None:
+        self._post(PrefillDone(job_id))
+
+    def first_token(self, job_id: str) -> None:
+        self._post(FirstToken(job_id))
+
+    def finished(self, attempt: Attempt) -> None:
+        exchange = attempt.exchange
+        exchange.timeline.ended_us = self.now_us()
+        exchange.tokens += attempt.tokens
+        if attempt.open_legs():
+            self._lingering.append((self.now_s() + self.patience.linger_s, attempt))
+        self._live.pop(exchange.job_id, None)
+        self._exchanges.pop(exchange.job_id, None)
+        self._post(Finished(exchange.job_id, exchange.tokens))
+
+    def failed(self, attempt: Attempt, fault: Fault, blamed: tuple[str, ...]) -> None:
+        exchange = attempt.exchange
+        self._live.pop(exchange.job_id, None)
+        exchange.tokens += attempt.tokens
+        restartable = exchange.transcript is not None or not exchange.timeline.first_token_us
+        self._post(Failed(exchange.job_id, fault, blamed, attempt.tokens, restartable))
+
+    def client_stalled(self, exchange: Exchange) -> None:
+        exchange.client.drop()
+        self._post(Left(exchange.job_id))
+
+    def abort_later(self, server: Server, attempt: Attempt) -> None:
+        """A closed socket is enough for a /generate stream; other routes need to be told."""
+        if not attempt.closes_at_once:
+            self._abort_at(server, attempt.rid, attempt.sent_s + self.ABORT_AFTER_S)
+
+    def _abort_at(self, server: Server, rid: str, at_s: float) -> None:
+        when = max(at_s, self.now_s())
+        self._clock.call_at(when, self._send_abort, server, orjson.dumps({"rid": rid}))
+
+    @staticmethod
+    def _send_abort(server: Server, body: bytes) -> None:
+        server.upstream.send(b"POST", b"/abort_request", body, _DEAF)
+
+    # Time.
+
+    def _tick_on(self) -> None:
+        if not self._ticking:
+            self._ticking = True
+            self._clock.call_at(self.now_s() + self.TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        now_s = self.now_s()
+        self._ticking = False
+        moved = tuple(
+            (job_id, attempt.tokens)
+            for job_id, attempt in self._live.items()
+            if attempt.progress(now_s)
+        )
+        if moved:
+            self._post(Progress(moved))
+        for attempt in list(self._live.values()):
+            attempt.check(now_s)
+        self._release_lingering(now_s)
+        if self._live or self._lingering:
+            self._tick_on()
+
+    def _release_lingering(self, now_s: float) -> None:
+        kept = []
+        for deadline_s, attempt in self._lingering:
+            if now_s >= deadline_s:
+                attempt.close()
+            elif attempt.open_legs():
+                kept.append((deadline_s, attempt))
+        self._lingering = kept
+
+    def close(self) -> None:
+        for attempt in list(self._live.values()):
+            attempt.close()
+        for server in self._servers.values():
+            server.upstream.close()
+
+
+def _nobody(event: Event) -> None:
+    raise RuntimeError(f"{event} before anyone listens")

@@ -1,0 +1,148 @@
+"""How long one forward pass takes: constants, measured tables, and noise around either."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import exp
+from pathlib import Path
+from typing import Protocol
+
+
+class Gaussian(Protocol):
+    """The part of random.Random that noise needs."""
+
+    def gauss(self, mu: float = 0.0, sigma: float = 1.0) -> float: ...
+
+
+class StepTimes(Protocol):
+    """Seconds a forward pass takes on one server."""
+
+    def prefill_s(self, chunks: Sequence[tuple[int, int]]) -> float:
+        """Of (new tokens, tokens already cached) for each sequence in the pass."""
+        ...
+
+    def decode_s(self, batch: int, context_tokens: int) -> float:
+        """Of one token for each of `batch` sequences that hold `context_tokens` together."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearStepTimes:
+    """Constants per token; the defaults resemble Llama-3.1-8B in bf16 on one H100.
+
+    Fitted by hand to AIConfigurator 0.12's step times for SGLang 0.5.14: decode 6.6 ms at batch 1,
+    9.5 at 32 x 2k, 18.3 at 128 x 2k; prefill 22.8 ms at 1k, 206 at 8k, 1175 at 32k.
+    """
+
+    prefill_floor_s: float = 7.5e-3
+    prefill_base_s: float = 0.5e-3
+    prefill_token_s: float = 21.6e-6
+    prefill_pair_s: float = 0.86e-9
+    """For each pair of tokens that attention brings together."""
+    decode_base_s: float = 6.55e-3
+    decode_sequence_s: float = 2e-6
+    decode_context_token_s: float = 43.5e-9
+
+    def prefill_s(self, chunks: Sequence[tuple[int, int]]) -> float:
+        tokens = sum(new for new, _ in chunks)
+        pairs = sum(new * (cached + new / 2) for new, cached in chunks)
+        work = self.prefill_base_s + self.prefill_token_s * tokens + self.prefill_pair_s * pairs
+        return max(self.prefill_floor_s, work)
+
+    def decode_s(self, batch: int, context_tokens: int) -> float:
+        return (
+            self.decode_base_s
+            + self.decode_sequence_s * batch
+            + self.decode_context_token_s * context_tokens
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Noisy:
+    """Log-normal noise with mean 1 around another source."""
+
+    inner: StepTimes
+    random: Gaussian
+    sigma: float = 0.05
+
+    def prefill_s(self, chunks: Sequence[tuple[int, int]]) -> float:
+        return self.inner.prefill_s(chunks) * self._factor()
+
+    def decode_s(self, batch: int, context_tokens: int) -> float:
+        return self.inner.decode_s(batch, context_tokens) * self._factor()
+
+    def _factor(self) -> float:
+        return exp(self.random.gauss(-(self.sigma**2) / 2, self.sigma))
+
+
+class Curve:
+    """A line through measured points, continued straight beyond both ends."""
+
+    def __init__(self, points: Iterable[tuple[float, float]]) -> None:
+        ordered = sorted(points)
+        self._x = [x for x, _ in ordered]
+        self._y = [y for _, y in ordered]
+
+    def at(self, x: float) -> float:
+        if len(self._x) == 1:
+            return self._y[0]
+        right = min(max(bisect_right(self._x, x), 1), len(self._x) - 1)
+        x0, x1, y0, y1 = self._x[right - 1], self._x[right], self._y[right - 1], self._y[right]
+        return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measured pass: `batch` sequences of `context_tokens` each."""
+
+    batch: int
+    context_tokens: int
+    seconds: float
+
+
+class Table:
+    """Measured steps, interpolated in both directions."""
+
+    def __init__(self, prefill: Sequence[Row], decode: Sequence[Row]) -> None:
+        if not any(row.batch == 1 for row in prefill) or not decode:
+            raise ValueError("a step table needs prefill rows of batch 1 and decode rows")
+        self._prefill = Curve((r.context_tokens, r.seconds) for r in prefill if r.batch == 1)
+        self._decode_batches = sorted({row.batch for row in decode})
+        self._decode = [
+            Curve((r.context_tokens, r.seconds) for r in decode if r.batch == batch)
+            for batch in self._decode_batches
+        ]
+
+    def prefill_s(self, chunks: Sequence[tuple[int, int]]) -> float:
+        whole = self._prefill.at(sum(new for new, _ in chunks))
+        apart = sum(self._prefill.at(old + new) - self._prefill.at(old) for new, old in chunks)
+        return max(whole, apart)
+
+    def decode_s(self, batch: int, context_tokens: int) -> float:
+        each = context_tokens / batch
+        right = min(bisect_right(self._decode_batches, batch), len(self._decode) - 1)
+        if right == 0:
+            return self._decode[0].at(each)
+        b0, b1 = self._decode_batches[right - 1], self._decode_batches[right]
+        y0, y1 = self._decode[right - 1].at(each), self._decode[right].at(each)
+        return y0 + (y1 - y0) * (batch - b0) / (b1 - b0)
+
+
+def read_table(path: Path, *, system: str, model: str, tp: int) -> Table:
+    """Read a CSV with columns system, model, tp, phase, batch_size, ctx_len, latency_ms."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    rows: dict[str, list[Row]] = {"prefill": [], "decode": []}
+    with opener(path, "rt", newline="") as lines:
+        for line in csv.DictReader(lines):
+            if (line["system"], line["model"], int(line["tp"])) == (system, model, tp):
+                row = Row(
+                    int(line["batch_size"]), int(line["ctx_len"]), float(line["latency_ms"]) / 1e3
+                )
+                rows[line["phase"]].append(row)
+    if not rows["decode"]:
+        raise ValueError(f"{path} holds no steps of {model} tp{tp} on {system}")
+    return Table(rows["prefill"], rows["decode"])

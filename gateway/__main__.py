@@ -1,0 +1,60 @@
+"""The command line: `slackwater serve`, and a subcommand for each other thing it can do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from backends.emulator import command as emulator
+from gateway import check, serve
+from gateway.clock import LiveClock
+from gateway.settings import ConfigError
+
+Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
+
+COMMANDS: dict[str, Command] = {
+    "serve": ("run the gateway", serve.add_arguments, serve.run_serve),
+    "emulate": (
+        "run emulated SGLang servers",
+        emulator.add_arguments,
+        lambda given: emulator.run_emulator(given, LiveClock),
+    ),
+    "check": ("probe every server of a configuration", check.add_arguments, check.run_check),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="slackwater",
+        description="A reverse proxy for SGLang: online requests keep their latency targets, "
+        "offline work fills the rest.",
+    )
+    top.add_argument("--version", action="version", version=_version())
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (summary, add_arguments, _) in COMMANDS.items():
+        add_arguments(commands.add_parser(name, help=summary, description=summary))
+    return top
+
+
+def _version() -> str:
+    try:
+        return f"slackwater {version('slackwater')}"
+    except PackageNotFoundError:
+        return "slackwater, not installed"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parser().parse_args(arguments)
+    try:
+        return COMMANDS[given.command][2](given)
+    except ConfigError as error:
+        sys.stderr.write(f"slackwater: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""The gateway as a whole: its parts are built, kept while it serves, and taken down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+from aiohttp import web
+
+from backends.http import Upstream
+from backends.sglang import Sglang
+from gateway.clock import pause
+from gateway.config import (
+    Config,
+    ConfigError,
+    WorkerEntry,
+    patience_of,
+    rules_of,
+    worker_of,
+)
+from gateway.core import Core
+from gateway.driver import Driver
+from gateway.errors import ApiError, Code, Dialect
+from gateway.front import Front, refusal
+from gateway.metrics import Metrics
+from gateway.pages import Pages
+from gateway.probe import Prober
+from policies.clock import Clock
+from policies.events import WorkerDown, WorkerGone, WorkerUp
+from policies.types import Worker
+
+log = structlog.get_logger("slackwater")
+
+_FIRST_LOOK_S = 3.0
+"""How long a start waits for servers to answer their first probe."""
+_WATCH_S = 1.0
+_DRAIN_POLL_S = 0.05
+
+
+class Gateway:
+    """Everything between a socket that listens and the servers behind it."""
+
+    def __init__(
+        self, config: Config, clock: Clock, rng: random.Random, tasks: asyncio.TaskGroup
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._tasks = tasks
+        self.backend = Sglang(clock, rng, patience_of(config.timeouts), self._connect)
+        self.core = Core(rules_of(config))
+        self.driver = Driver(self.core, clock, self.backend)
+        self.metrics = Metrics(self.core, self.backend.now_us)
+        self.front = Front(config, self.driver, self.backend, self.metrics, rng)
+        self.prober = Prober(self.backend, self.driver.post, clock, config.telemetry)
+        self._entries: dict[str, WorkerEntry] = {}
+        self._runner: web.AppRunner | None = None
+        self.port = 0
+
+    async def start(self) -> None:
+        """Listens once each server was asked for the first time; one that is down may come."""
+        looks = [self._add(entry) for entry in self._config.worker]
+        await self._wait_for_first_looks(looks)
+        pages = Pages(
+            self._config,
+            self.front,
+            self.driver,
+            self.backend,
+            self.prober,
+            self.metrics,
+            self._tasks,
+        )
+        server = self._config.server
+        app = web.Application(client_max_size=round(server.max_body_mb * 1_048_576))
+        app.add_routes([*self.front.routes(), *pages.routes()])
+        app.middlewares.append(_in_our_words)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            handler_cancellation=True,
+            keepalive_timeout=server.header_timeout_s,
+            shutdown_timeout=1.0,
+        )
+        await self._runner.setup()
+        await web.TCPSite(self._runner, server.host, server.port, backlog=4096).start()
+        self.port = self._runner.addresses[0][1]
+        log.info("listening", host=server.host, port=self.port, workers=len(self._entries))
+
+    async def _wait_for_first_looks(self, looks: list[asyncio.Event]) -> None:
+        try:
+            async with asyncio.timeout(_FIRST_LOOK_S):
+                for look in looks:
+                    await look.wait()
+        except TimeoutError:
+            log.warning("some servers have not answered yet: going on without them")
+
+    def _connect(self, worker: Worker, api_key: str) -> Upstream:
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        return Upstream(
+            worker.url, connect_timeout_s=self._config.timeouts.connect_s, headers=headers
+        )
+
+    def _add(self, entry: WorkerEntry) -> asyncio.Event:
+        worker = worker_of(entry, "worker")
+        self._entries[worker.name] = entry
+        server = self.backend.add(worker, entry.api_key)
+        # Known from the start, so that requests are told "unavailable" rather than "no server".
+        self.driver.post(WorkerUp(worker))
+        self.driver.post(WorkerDown(worker.name))
+        return self.prober.watch(server, self._tasks)
+
+    def _remove(self, name: str) -> None:
+        del self._entries[name]
+        self.prober.forget(name)
+        self.driver.post(WorkerGone(name))
+        self.backend.remove(name)
+
+    def adopt(self, config: Config) -> None:
+        """A new configuration, without dropping a request."""
+        if config.server != self._config.server:
+            log.warning("[server] has changed: that needs a restart")
+        self._config = config
+        self.core.adopt(rules_of(config))
+        self.front.adopt(config)
+        self.backend.patience = patience_of(config.timeouts)
+        self.prober.settings = config.telemetry
+        wanted = {worker_of(entry, "worker").name: entry for entry in config.worker}
+        for name, entry in list(self._entries.items()):
+            if wanted.get(name) != entry:
+                self._remove(name)
+        for name, entry in wanted.items():
+            if name not in self._entries:
+                self._add(entry)
+
+    async def drain(self) -> None:
+        """No new requests; those under way may end until the time for it is over."""
+        self.front.draining = True
+        until_s = self._clock.time() + self._config.server.drain_s
+        log.info("draining", requests=len(self.front), for_s=self._config.server.drain_s)
+        while len(self.front) and self._clock.time() < until_s:
+            await pause(self._clock, _DRAIN_POLL_S)
+        if len(self.front):
+            log.warning("cutting off what still runs", requests=len(self.front))
+            self.front.cut_off()
+            await pause(self._clock, _DRAIN_POLL_S)
+
+    async def close(self) -> None:
+        self.prober.close()
+        if self._runner is not None:
+            await self._runner.cleanup()
+        self.backend.close()
+
+
+async def run(
+    read: Callable[[], Config], path: Path | None, clock: Clock, rng: random.Random
+) -> None:
+    """Serves until SIGTERM or SIGINT; a second one ends it at once.
+
+    `read` gives the configuration, now and whenever the file at `path` has changed.
+    """
+    loop = asyncio.get_running_loop()
+    stop, reload = asyncio.Event(), asyncio.Event()
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sign, _stop, stop, loop)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
+    async with asyncio.TaskGroup() as tasks:
+        gateway = Gateway(read(), clock, rng, tasks)
+        await gateway.start()
+        watcher = None
+        if path is not None:
+            watcher = tasks.create_task(_watch(path, reload, clock, lambda: gateway.adopt(read())))
+        await stop.wait()
+        if watcher is not None:
+            watcher.cancel()
+        await gateway.drain()
+        await gateway.close()
+
+
+def _stop(stop: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
+    if stop.is_set():
+        loop.stop()
+    stop.set()
+
+
+async def _watch(
+    path: Path, reload: asyncio.Event, clock: Clock, adopt: Callable[[], None]
+) -> None:
+    """SIGHUP, or a file that is not what it was, brings the new configuration in."""
+    seen = _stamp(path)
+    while True:
+        await pause(clock, _WATCH_S)
+        stamp = _stamp(path)
+        if not reload.is_set() and stamp == seen:
+            continue
+        reload.clear()
+        seen = stamp
+        try:
+            adopt()
+        except ConfigError as error:
+            log.error("the new configuration is refused, the old one stays", error=str(error))
+        else:
+            log.info("configuration reloaded", path=str(path))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return (0, 0)
+    return (status.st_mtime_ns, status.st_size)
+
+
+@web.middleware
+async def _in_our_words(
+    request: web.Request, handler: Callable[[web.Request], object]
+) -> web.StreamResponse:
+    """aiohttp's own refusals (no such page, wrong method) in the shape that clients parse."""
+    try:
+        return await handler(request)  # type: ignore[misc,no-any-return]
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        code = {404: Code.NOT_FOUND, 405: Code.METHOD_NOT_ALLOWED, 413: Code.BODY_TOO_LARGE}.get(
+            error.status, Code.INVALID_REQUEST
+        )
+        refused = ApiError(code, f"{request.method} {request.path}: {error.reason}")
+        return refusal(Dialect.CHAT, refused, request.headers.get("x-request-id", ""))

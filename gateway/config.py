@@ -1,0 +1,293 @@
+"""Everything an operator can set, with its default; read once from TOML."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from backends.sglang import Patience
+from gateway.core import Rules
+from gateway.settings import ConfigError, bounded, decode, one_of
+from policies.admit import Headroom
+from policies.breaker import BreakerRule
+from policies.registry import ORDER, PLACE, POOLS
+from policies.retry import RetryRule
+from policies.types import Kind, Pool, Role, Worker
+
+__all__ = ["Config", "ConfigError", "load", "rules_of", "workers_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    host: str = "127.0.0.1"
+    port: int = bounded(30000, low=0, high=65535)
+    max_body_mb: float = bounded(64.0, low=0.001)
+    """A larger request is answered 413."""
+    header_timeout_s: float = bounded(15.0, low=0.1)
+    """A client that opens a connection sends its request line and headers within this time."""
+    body_timeout_s: float = bounded(60.0, low=0.1)
+    """... and its body within this time after them."""
+    drain_s: float = bounded(60.0, low=0)
+    """After SIGTERM, running requests may end for this long."""
+    admin_key: str = ""
+    """Asked for on /workers; empty: the same keys as for requests."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerEntry:
+    url: str
+    name: str = ""
+    """How logs, metrics and headers call it; its address when empty."""
+    role: Role = Role.UNIFIED
+    pool: Pool = Pool.STRICT
+    bootstrap_port: int = bounded(0, low=0, high=65535)
+    """Of a prefill server; 0: the one that it names itself, or 8998."""
+    bootstrap_host: str = ""
+    """Where decode servers reach its bootstrap server; the host of `url` when empty."""
+    model: str = ""
+    """The served model; empty: what the server says."""
+    host: str = ""
+    """Servers with the same host share one GPU."""
+    api_key: str = ""
+    kv_tokens: int = bounded(0, low=0)
+    """KV capacity; 0: what the server says."""
+    max_running: int = bounded(0, low=0)
+    """Jobs that may decode at once; 0: what the server says."""
+    chunk_tokens: int = bounded(0, low=0)
+    """Prompt tokens in one prefill step; 0: what the server says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policies:
+    order: str = one_of("edf", ORDER)
+    """Which queued prompt goes next."""
+    place: str = one_of("least-work", PLACE)
+    """Which of the servers that may take a job gets it."""
+    pools: str = one_of("latency", POOLS)
+    """Whether strict servers are kept for online work."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Online:
+    ttft_ms: float = bounded(2000.0, low=1)
+    """Target for the first token. A caller may ask for less, not for more."""
+    tpot_ms: float = bounded(100.0, low=1)
+    """Target for each further token."""
+    patience: float = bounded(5.0, low=1)
+    """A prompt that waits (or would have to) for this many TTFT targets is answered 503."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offline:
+    window_s: float = bounded(86_400.0, low=1)
+    """A held offline request is given up when it has waited this long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Classes:
+    default: Kind = Kind.ONLINE
+    """The class of a request that names none."""
+    online: Online = field(default_factory=Online)
+    offline: Offline = field(default_factory=Offline)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    max_queued: int = bounded(10_000, low=1)
+    """Jobs of one class that may wait for one model; more are answered 429."""
+    max_tokens: int = bounded(1_048_576, low=1)
+    """The largest number of output tokens that a request may ask for."""
+    default_max_tokens: int = bounded(1024, low=1)
+    """Booked for a request that names no limit on a route where the server has none."""
+    max_fan_out: int = bounded(128, low=1)
+    """Prompts times samples in one request."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    prefill_cap_tokens: int = bounded(16_384, low=1)
+    """Prompt tokens outstanding at a prefill server that does not tell its chunk size."""
+    prefill_chunks: int = bounded(2, low=1)
+    """The same in chunks, where the chunk size is known."""
+    kv_watermark: float = bounded(0.92, low=0.01, high=1.0)
+    """Share of a decode server's KV cache that is booked at most."""
+    output_reserve_tokens: int = bounded(512, low=1)
+    """KV booked ahead for an answer of unknown length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    connect_s: float = bounded(5.0, low=0.01)
+    first_token_online_s: float = bounded(60.0, low=0.01)
+    """From dispatch to the first byte of a stream."""
+    first_token_offline_s: float = bounded(600.0, low=0.01)
+    between_tokens_s: float = bounded(60.0, low=0.01)
+    total_s: float = bounded(3600.0, low=0.01)
+    """One attempt, streamed or not."""
+    client_stall_s: float = bounded(60.0, low=0.01)
+    """A client that does not read its stream for this long is cut off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    online_attempts: int = bounded(3, low=1)
+    """All tries of one online job, the first included. They follow each other at once."""
+    offline_attempts: int = bounded(10, low=1)
+    backoff_ms: float = bounded(250.0, low=0)
+    """Offline: the pause before the second try; it doubles each time."""
+    burst_tokens: int = bounded(262_144, low=0)
+    """Prompt tokens that retries may cost before fresh work has earned more."""
+    share: float = bounded(0.2, low=0, high=1)
+    """What a fresh prompt token adds to that budget."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BreakerSettings:
+    failures: int = bounded(3, low=1)
+    """Failures in a row that take a server out of rotation. 4xx and own aborts never count."""
+    cooldown_ms: float = bounded(2000.0, low=1)
+    """Until one request tries it again; one success closes the breaker."""
+    cooldown_max_ms: float = bounded(30_000.0, low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Telemetry:
+    poll_ms: float = bounded(500.0, low=10)
+    """How often each server is asked for its load."""
+    timeout_ms: float = bounded(2000.0, low=10)
+    stale_ms: float = bounded(5000.0, low=10)
+    """A report older than this is not believed: the gateway's own books go on alone."""
+    failures: int = bounded(3, low=1)
+    """Unanswered probes in a row that take a server out of rotation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    key: str
+    tenant: str
+    kind: Kind = Kind.ONLINE
+    """The most urgent class that this key may use, and the one it gets by default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Log:
+    level: str = one_of("info", dict.fromkeys(("debug", "info", "warning", "error")))
+    format: str = one_of("auto", dict.fromkeys(("auto", "json", "console")))
+    """auto: JSON, and a readable form on a terminal."""
+    requests: bool = True
+    """One line a request."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    server: Server = field(default_factory=Server)
+    policies: Policies = field(default_factory=Policies)
+    classes: Classes = field(default_factory=Classes)
+    admission: Admission = field(default_factory=Admission)
+    limits: Limits = field(default_factory=Limits)
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    retry: Retry = field(default_factory=Retry)
+    breaker: BreakerSettings = field(default_factory=BreakerSettings)
+    telemetry: Telemetry = field(default_factory=Telemetry)
+    log: Log = field(default_factory=Log)
+    worker: tuple[WorkerEntry, ...] = ()
+    key: tuple[Key, ...] = ()
+
+
+def load(path: Path) -> Config:
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return check(decode(Config, table))
+
+
+def check(config: Config) -> Config:
+    """What no single key can know: names and addresses that clash."""
+    names = [worker.name for worker in workers_of(config)]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"two workers are called {doubled[0]}: give each a worker.name")
+    secrets = [key.key for key in config.key]
+    if "" in secrets or len(set(secrets)) < len(secrets):
+        raise ConfigError("each [[key]] needs a key of its own")
+    return config
+
+
+def workers_of(config: Config) -> list[Worker]:
+    return [worker_of(entry, f"worker[{i}]") for i, entry in enumerate(config.worker)]
+
+
+def worker_of(entry: WorkerEntry, where: str) -> Worker:
+    url = urlsplit(entry.url)
+    try:
+        address = (url.hostname, url.port)
+    except ValueError as error:
+        raise ConfigError(f"{where}.url: {error}") from None
+    if url.scheme not in ("http", "https") or not address[0]:
+        raise ConfigError(f"{where}.url must be http://HOST:PORT, got {entry.url!r}")
+    hostname = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return Worker(
+        name=entry.name or url.netloc.rpartition("@")[2],
+        url=entry.url.rstrip("/"),
+        role=entry.role,
+        pool=entry.pool,
+        model=entry.model,
+        host=entry.host,
+        bootstrap_host=entry.bootstrap_host or hostname,
+        bootstrap_port=entry.bootstrap_port or None,
+        kv_tokens=entry.kv_tokens,
+        max_running=entry.max_running,
+        chunk_tokens=entry.chunk_tokens,
+    )
+
+
+def rules_of(config: Config) -> Rules:
+    admission, retry, breaker = config.admission, config.retry, config.breaker
+    return Rules(
+        order=ORDER[config.policies.order](),
+        place=PLACE[config.policies.place](),
+        pools=POOLS[config.policies.pools](),
+        admit=Headroom(
+            prefill_cap_tokens=admission.prefill_cap_tokens,
+            prefill_chunks=admission.prefill_chunks,
+            kv_watermark=admission.kv_watermark,
+            output_reserve_tokens=admission.output_reserve_tokens,
+        ),
+        breaker=BreakerRule(
+            failures=breaker.failures,
+            cooldown_us=_us(breaker.cooldown_ms),
+            cooldown_max_us=_us(breaker.cooldown_max_ms),
+        ),
+        retry=RetryRule(
+            online_attempts=retry.online_attempts,
+            offline_attempts=retry.offline_attempts,
+            backoff_us=_us(retry.backoff_ms),
+            burst_tokens=retry.burst_tokens,
+            share=retry.share,
+        ),
+        max_queued=config.limits.max_queued,
+        load_stale_us=_us(config.telemetry.stale_ms),
+    )
+
+
+def patience_of(timeouts: Timeouts) -> Patience:
+    return Patience(
+        connect_s=timeouts.connect_s,
+        first_token_online_s=timeouts.first_token_online_s,
+        first_token_offline_s=timeouts.first_token_offline_s,
+        between_tokens_s=timeouts.between_tokens_s,
+        total_s=timeouts.total_s,
+        client_stall_s=timeouts.client_stall_s,
+    )
+
+
+def with_workers(config: Config, entries: tuple[WorkerEntry, ...]) -> Config:
+    return check(replace(config, worker=entries))
+
+
+def _us(ms: float) -> int:
+    return round(ms * 1000)

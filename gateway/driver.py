@@ -1,0 +1,65 @@
+"""Runs the core on a clock: the one place where decisions become effects, live and simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from backends.base import Backend
+from gateway.core import Core
+from policies.clock import Clock, Timer
+from policies.events import (
+    Cancel,
+    Decision,
+    Dispatch,
+    Event,
+    Fail,
+    Reject,
+    WakeAt,
+    Wakeup,
+)
+
+Observer = Callable[[int, Decision], None]
+
+
+class Driver:
+    """Collects the events of one instant and hands them to the core together."""
+
+    def __init__(
+        self, core: Core, clock: Clock, backend: Backend, observe: Observer | None = None
+    ) -> None:
+        self.core = core
+        self._clock = clock
+        self._backend = backend
+        self._observe = observe
+        self._inbox: list[Event] = []
+        self._alarm: Timer | None = None
+        backend.connect(self.post)
+
+    def post(self, event: Event) -> None:
+        self._inbox.append(event)
+        if len(self._inbox) == 1:
+            self._clock.call_at(self._clock.time(), self._drain)
+
+    def _drain(self) -> None:
+        now_us = round(self._clock.time() * 1e6)
+        events, self._inbox = self._inbox, []
+        for decision in self.core.handle(events, now_us):
+            if self._observe is not None:
+                self._observe(now_us, decision)
+            self._do(decision)
+
+    def _do(self, decision: Decision) -> None:
+        match decision:
+            case Dispatch():
+                self._backend.start(decision)
+            case Cancel(job, _):
+                self._backend.stop(job)
+            case Reject() | Fail():
+                self._backend.refuse(decision)
+            case WakeAt(us):
+                self._wake_at(us)
+
+    def _wake_at(self, us: int) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm = self._clock.call_at(us / 1e6, self.post, Wakeup())

@@ -1,0 +1,292 @@
+"""The routes that generate: from a client's bytes to jobs, and from the answers back to bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from random import Random
+
+from aiohttp import hdrs, web
+
+from backends.exchange import Client, Exchange
+from backends.sglang import Sglang
+from backends.transcript import Transcript
+from gateway.asking import Caller, Keyring, job_of, kind_of
+from gateway.clients import StreamClient, UnaryClient
+from gateway.config import Config
+from gateway.dialects import ROUTES, Ask, Dialect, Limits, read
+from gateway.driver import Driver
+from gateway.errors import ApiError, Code, error_body, error_event
+from gateway.fanout import split
+from gateway.metrics import Metrics
+from gateway.report import REQUEST_ID, headers_of, log_line
+from gateway.visit import FanOut, Part, Visit
+from policies.events import Arrived, Left
+from policies.types import Kind
+
+_STREAM_TYPES = {hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+_PRIORITY = {Kind.ONLINE: 100, Kind.OFFLINE: 0}
+_PATHS = {dialect: path.encode() for path, dialect in ROUTES.items()}
+
+
+class Front:
+    """Turns requests into jobs for the driver, and what comes of them into responses."""
+
+    def __init__(
+        self,
+        config: Config,
+        driver: Driver,
+        backend: Sglang,
+        metrics: Metrics,
+        rng: Random,
+    ) -> None:
+        self._driver = driver
+        self._backend = backend
+        self._metrics = metrics
+        self._rng = rng
+        self._visits: dict[str, Visit] = {}
+        self._by_rid: dict[tuple[str, str], Visit] = {}
+        self.draining = False
+        self.adopt(config)
+
+    def adopt(self, config: Config) -> None:
+        """Everything that a reload may change here."""
+        limits = config.limits
+        self._classes, self._timeouts, self._log = config.classes, config.timeouts, config.log
+        self._body_timeout_s = config.server.body_timeout_s
+        self._keys = Keyring(config.key)
+        self._limits = Limits(
+            max_tokens=limits.max_tokens,
+            default_max_tokens=limits.default_max_tokens,
+            max_prompts=limits.max_fan_out,
+            max_samples=limits.max_fan_out,
+            max_asks=limits.max_fan_out,
+        )
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.post(path, self.generate)
+            for path, dialect in ROUTES.items()
+            if dialect is not Dialect.EMBEDDINGS
+        ]
+
+    def caller(self, request: web.Request) -> Caller:
+        return self._keys.caller(request.headers)
+
+    def __len__(self) -> int:
+        """Requests under way."""
+        return len(self._visits)
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        dialect = ROUTES[request.path]
+        request_id = _request_id(request) or self._new_id()
+        try:
+            visit = await self._admit(request, dialect, request_id)
+        except ApiError as error:
+            return refusal(dialect, error, request_id)
+        self._begin(visit)
+        try:
+            if isinstance(visit.client, StreamClient):
+                return await self._stream(request, visit, visit.client)
+            return await self._whole(visit, visit.client)
+        except (asyncio.CancelledError, ConnectionError):
+            self._leave(visit)
+            raise
+
+    def _new_id(self) -> str:
+        return f"{self._rng.getrandbits(128):032x}"
+
+    # From a request to jobs.
+
+    async def _admit(self, request: web.Request, dialect: Dialect, request_id: str) -> Visit:
+        if self.draining:
+            raise ApiError(Code.GATEWAY_DRAINING, "the gateway is shutting down", retry_after_s=1)
+        caller = self._keys.caller(request.headers)
+        ask = read(dialect, await self.body_of(request), limits=self._limits)
+        kind = kind_of(request.headers, ask, caller, self._classes.default)
+        rid = ask.body.get("rid") or ""
+        if isinstance(rid, list):
+            rid = rid[0] if len(rid) == 1 else ""
+        if rid and (caller.tenant, rid) in self._by_rid:
+            raise ApiError(Code.DUPLICATE_RID, "a request with this rid is under way", param="rid")
+        loop = asyncio.get_running_loop()
+        client = StreamClient(loop) if ask.stream else UnaryClient(loop)
+        visit = Visit(request_id, caller.tenant, kind, ask, rid, client, [])
+        model = self._model(ask.model)
+        if not ask.fans_out:
+            visit.parts.append(self._part(request, visit, ask, client, model))
+            return visit
+        asks = split(ask)
+        whole = FanOut(ask, client, len(asks), lambda: self._drop_jobs(visit))
+        for index, one in enumerate(asks):
+            visit.parts.append(self._part(request, visit, one, whole.part(index), model))
+        return visit
+
+    def _part(
+        self, request: web.Request, visit: Visit, ask: Ask, client: Client, model: str
+    ) -> Part:
+        kind, timeouts = visit.kind, self._timeouts
+        job = job_of(
+            ask,
+            job_id=self._new_id(),
+            kind=kind,
+            model=model,
+            headers=request.headers,
+            classes=self._classes,
+            now_us=self._backend.now_us(),
+        )
+        rid = ask.body.pop("rid", None) or ""
+        # A whole answer of /generate is asked for as a stream where it may have to be resumed.
+        assembles = (
+            not ask.stream
+            and ask.resumable
+            and kind is Kind.OFFLINE
+            and ask.dialect is Dialect.GENERATE
+        )
+        exchange = Exchange(
+            job_id=job.id,
+            path=_PATHS[ask.dialect],
+            dialect=ask.dialect.value,
+            body=ask.body,
+            stream=ask.stream or assembles,
+            assembles=assembles,
+            client=client,
+            client_rid=rid if isinstance(rid, str) else rid[0],
+            priority=_PRIORITY[kind] if ask.priority is None else ask.priority,
+            transcript=Transcript() if ask.resumable and (ask.stream or assembles) else None,
+            first_token_timeout_s=timeouts.first_token_online_s
+            if kind is Kind.ONLINE
+            else timeouts.first_token_offline_s,
+        )
+        return Part(job, exchange)
+
+    def _model(self, named: str) -> str:
+        """A model that no server has is refused, unless some server did not say what it has."""
+        models = {server.worker.model for server in self._backend.servers()}
+        if not named or named in models or not models:
+            return named if named in models else ""
+        if "" in models:
+            return ""
+        raise ApiError(
+            Code.UNKNOWN_MODEL,
+            f"the model {named!r} is not served here; known: {', '.join(sorted(models))}",
+            param="model",
+        )
+
+    async def body_of(self, request: web.Request) -> bytes:
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                return await request.read()
+        except TimeoutError:
+            raise ApiError(Code.REQUEST_TIMEOUT, "the body did not arrive in time") from None
+        except web.HTTPRequestEntityTooLarge:
+            raise ApiError(Code.BODY_TOO_LARGE, "the body is too large for this gateway") from None
+
+    # From answers to a response.
+
+    async def _whole(self, visit: Visit, client: UnaryClient) -> web.Response:
+        await client.over
+        if client.error is not None:
+            return self._refuse(visit, client.error)
+        self._end(visit, "ok")
+        return web.Response(
+            body=client.body,
+            status=client.status,
+            content_type=client.content_type,
+            headers=headers_of(visit),
+        )
+
+    async def _stream(
+        self, request: web.Request, visit: Visit, client: StreamClient
+    ) -> web.StreamResponse:
+        await client.begun
+        if client.error is not None:
+            return self._refuse(visit, client.error)
+        response = web.StreamResponse(headers=headers_of(visit) | _STREAM_TYPES)
+        if request.version >= (1, 1):
+            response.enable_chunked_encoding()
+        else:
+            response.force_close()
+        await response.prepare(request)
+        try:
+            await client.attach(response, request)
+            await client.over
+        finally:
+            client.detach()
+        if client.error is not None:
+            await response.write(error_event(visit.ask.dialect, client.error))
+        await response.write_eof()
+        self._end(visit, "ok" if client.error is None else client.error.code)
+        return response
+
+    def _refuse(self, visit: Visit, error: ApiError) -> web.Response:
+        self._end(visit, error.code)
+        return refusal(visit.ask.dialect, error, visit.request_id)
+
+    # A visit's beginning and end.
+
+    def _begin(self, visit: Visit) -> None:
+        self._visits[visit.parts[0].job.id] = visit
+        if visit.rid:
+            self._by_rid[visit.tenant, visit.rid] = visit
+        for part in visit.parts:
+            self._backend.open(part.exchange)
+            self._driver.post(Arrived(part.job))
+
+    def _leave(self, visit: Visit) -> None:
+        """The client is gone: whatever still works for it stops."""
+        self._drop_jobs(visit)
+        self._end(visit, Code.REQUEST_CANCELLED)
+
+    def _drop_jobs(self, visit: Visit) -> None:
+        for part in visit.parts:
+            self._backend.forget(part.job.id)
+            self._driver.post(Left(part.job.id))
+
+    def _end(self, visit: Visit, outcome: str) -> None:
+        if self._visits.pop(visit.parts[0].job.id, None) is None:
+            return
+        if visit.rid:
+            self._by_rid.pop((visit.tenant, visit.rid), None)
+        for part in visit.parts:
+            self._metrics.record(part.exchange, part.job, outcome)
+        if self._log.requests:
+            log_line(visit, outcome)
+
+    # Ends that others ask for.
+
+    def abort(self, tenant: str, rid: str) -> bool:
+        """A client's own abort: servers end what they run, and their last words are the answer."""
+        visit = self._by_rid.get((tenant, rid))
+        if visit is None:
+            return False
+        running = [part for part in visit.parts if self._backend.abort(part.job.id)]
+        if not running:
+            self._cut(visit)
+        return True
+
+    def cut_off(self) -> None:
+        """The time for running requests is over: each ends as if its client had left."""
+        for visit in list(self._visits.values()):
+            self._cut(visit)
+
+    def _cut(self, visit: Visit) -> None:
+        visit.client.cancelled()
+        self._drop_jobs(visit)
+
+
+def refusal(dialect: Dialect, error: ApiError, request_id: str) -> web.Response:
+    headers = {REQUEST_ID: request_id} if request_id else {}
+    if error.retry_after_s is not None:
+        headers[hdrs.RETRY_AFTER] = str(error.retry_after_s)
+    return web.Response(
+        body=error_body(dialect, error, request_id=request_id),
+        status=error.status,
+        content_type="application/json",
+        headers=headers,
+    )
+
+
+def _request_id(request: web.Request) -> str:
+    """The caller's own id, where it can stand in a header and a log line."""
+    given = request.headers.get(REQUEST_ID, "")
+    return given if len(given) <= 128 and given.isascii() and given.isprintable() else ""

@@ -1,0 +1,62 @@
+"""Every state a job can be in, and every step between them."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+
+class State(Enum):
+    QUEUED = auto()
+    PREFILL = auto()
+    DECODE = auto()
+    DONE = auto()
+    REJECTED = auto()
+    FAILED = auto()
+    CANCELLED = auto()
+
+
+class Step(Enum):
+    DISPATCHED = auto()
+    FIRST_TOKEN = auto()
+    LAST_TOKEN = auto()
+    RETRIED = auto()
+    REFUSED = auto()
+    BROKE = auto()
+    CLIENT_LEFT = auto()
+
+
+TRANSITIONS: dict[State, dict[Step, State]] = {
+    State.QUEUED: {
+        Step.DISPATCHED: State.PREFILL,
+        Step.REFUSED: State.REJECTED,
+        Step.CLIENT_LEFT: State.CANCELLED,
+    },
+    State.PREFILL: {
+        Step.FIRST_TOKEN: State.DECODE,
+        Step.LAST_TOKEN: State.DONE,
+        Step.RETRIED: State.QUEUED,
+        Step.BROKE: State.FAILED,
+        Step.CLIENT_LEFT: State.CANCELLED,
+    },
+    State.DECODE: {
+        Step.LAST_TOKEN: State.DONE,
+        Step.RETRIED: State.QUEUED,
+        Step.BROKE: State.FAILED,
+        Step.CLIENT_LEFT: State.CANCELLED,
+    },
+    State.DONE: {},
+    State.REJECTED: {},
+    State.FAILED: {},
+    State.CANCELLED: {},
+}
+
+
+class IllegalStep(RuntimeError):
+    """A bug in the gateway, never an answer to a client."""
+
+
+def advance(state: State, step: Step) -> State:
+    try:
+        return TRANSITIONS[state][step]
+    except KeyError:
+        raise IllegalStep(f"{step.name} while {state.name}") from None

@@ -1,0 +1,300 @@
+"""The routes that do not generate: health, metrics, models, servers, and what is passed through."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import unquote
+
+import orjson
+from aiohttp import hdrs, web
+
+from backends.http import HttpError, fetch
+from backends.sglang import Server, Sglang
+from gateway.config import Config, WorkerEntry, worker_of
+from gateway.core import Core
+from gateway.dialects import Dialect
+from gateway.driver import Driver
+from gateway.errors import ApiError, Code
+from gateway.front import Front, refusal
+from gateway.metrics import Metrics
+from gateway.probe import Prober
+from gateway.settings import ConfigError, decode
+from policies.events import WorkerDraining, WorkerGone
+from policies.ledger import Ledger
+from policies.types import Kind, Role
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_ANY_SERVER = (
+    "/v1/tokenize",
+    "/tokenize",
+    "/v1/detokenize",
+    "/detokenize",
+    "/v1/messages/count_tokens",
+    "/parse_function_call",
+    "/separate_reasoning",
+)
+_UNIFIED_SERVER = (
+    "/v1/embeddings",
+    "/v1/rerank",
+    "/v1/score",
+    "/v1/classify",
+    "/classify",
+    "/encode",
+)
+_INFO = ("/get_model_info", "/model_info", "/get_server_info", "/server_info")
+_TYPES = {"regular": "unified", "unified": "unified", "prefill": "prefill", "decode": "decode"}
+_PASS_TIMEOUT_S = 120.0
+
+
+class Pages:
+    def __init__(
+        self,
+        config: Config,
+        front: Front,
+        driver: Driver,
+        backend: Sglang,
+        prober: Prober,
+        metrics: Metrics,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self._front = front
+        self._driver = driver
+        self._backend = backend
+        self._prober = prober
+        self._metrics = metrics
+        self._tasks = tasks
+        self._admin_key = config.server.admin_key
+
+    @property
+    def _core(self) -> Core:
+        return self._driver.core
+
+    def routes(self) -> list[web.RouteDef]:
+        opened = [
+            web.get("/liveness", self.liveness),
+            web.get("/health", self.readiness),
+            web.get("/readiness", self.readiness),
+            web.get("/ready", self.readiness),
+            web.get("/metrics", self.metrics),
+        ]
+        called: list[tuple[str, str, Handler]] = [
+            ("GET", "/v1/models", self.models),
+            ("POST", "/abort_request", self.abort),
+            *(("GET", path, self.info) for path in _INFO),
+            *(("POST", path, self.pass_any) for path in _ANY_SERVER),
+            *(("POST", path, self.pass_unified) for path in _UNIFIED_SERVER),
+        ]
+        governed: list[tuple[str, str, Handler]] = [
+            ("GET", "/workers", self.list_workers),
+            ("POST", "/workers", self.add_worker),
+            ("DELETE", "/workers/{name:.+}", self.remove_worker),
+            ("POST", "/workers/{name:.+}/drain", self.drain_worker),
+        ]
+        return [
+            *opened,
+            *(web.route(method, path, self._guarded(h)) for method, path, h in called),
+            *(
+                web.route(method, path, self._guarded(h, admin=True))
+                for method, path, h in governed
+            ),
+        ]
+
+    def _guarded(self, handler: Handler, *, admin: bool = False) -> Handler:
+        async def call(request: web.Request) -> web.StreamResponse:
+            try:
+                if admin and self._admin_key:
+                    _check_admin(request, self._admin_key)
+                else:
+                    self._front.caller(request)
+                return await handler(request)
+            except ApiError as error:
+                return refusal(Dialect.CHAT, error, request.headers.get("x-request-id", ""))
+
+        return call
+
+    # Health.
+
+    async def liveness(self, _: web.Request) -> web.Response:
+        return web.Response(text="OK")
+
+    async def readiness(self, _: web.Request) -> web.Response:
+        """Ready when some job could be served now; a load balancer looks here."""
+        if self._front.draining:
+            return web.Response(status=503, text="draining")
+        now_us = self._backend.now_us()
+        roles = {e.worker.role for e in self._core.ledgers.values() if e.usable(now_us)}
+        if Role.UNIFIED in roles or {Role.PREFILL, Role.DECODE} <= roles:
+            return web.Response(text="OK")
+        return web.Response(status=503, text="no server is available")
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        return web.Response(
+            body=self._metrics.render(),
+            headers={hdrs.CONTENT_TYPE: "text/plain; version=0.0.4; charset=utf-8"},
+        )
+
+    # What servers say, passed on.
+
+    async def models(self, _: web.Request) -> web.Response:
+        """The models of all servers together, each once, in the words of the first that has it."""
+        known: dict[str, Any] = {}
+        for server in self._usable():
+            try:
+                answer = await fetch(server.upstream, b"GET", b"/v1/models", timeout_s=5.0)
+                for entry in orjson.loads(answer.body)["data"] if answer.status == 200 else ():
+                    known.setdefault(entry["id"], entry)
+            except (HttpError, ValueError, KeyError, TypeError):
+                continue
+        return _json({"object": "list", "data": list(known.values())})
+
+    async def info(self, request: web.Request) -> web.Response:
+        return await self._pass(self._usable(), b"GET", request.path_qs.encode(), b"")
+
+    async def pass_any(self, request: web.Request) -> web.Response:
+        body = await self._front.body_of(request)
+        return await self._pass(self._usable(), b"POST", request.path.encode(), body)
+
+    async def pass_unified(self, request: web.Request) -> web.Response:
+        body = await self._front.body_of(request)
+        servers = [s for s in self._usable() if s.worker.role is Role.UNIFIED]
+        if not servers:
+            message = f"{request.path} needs a unified server, and none is available"
+            raise ApiError(Code.NO_WORKER, message)
+        return await self._pass(servers, b"POST", request.path.encode(), body)
+
+    async def _pass(
+        self, servers: list[Server], method: bytes, path: bytes, body: bytes
+    ) -> web.Response:
+        """The first server that answers; these calls cost nothing that a scheduler should see."""
+        trouble = "no server is available"
+        for server in servers:
+            try:
+                answer = await fetch(server.upstream, method, path, body, timeout_s=_PASS_TIMEOUT_S)
+            except HttpError as error:
+                trouble = str(error)
+                continue
+            return web.Response(
+                body=answer.body,
+                status=answer.status,
+                headers={hdrs.CONTENT_TYPE: answer.content_type or "application/json"},
+            )
+        code = Code.UPSTREAM_FAILED if servers else Code.WORKERS_UNAVAILABLE
+        raise ApiError(code, trouble, retry_after_s=1)
+
+    def _usable(self) -> list[Server]:
+        """Least busy first."""
+        now_us = self._backend.now_us()
+        ledgers = [e for e in self._core.ledgers.values() if e.usable(now_us)]
+        ledgers.sort(key=lambda e: (e.decodes + e.prefills, e.worker.name))
+        return [self._backend.server(e.worker.name) for e in ledgers]
+
+    async def abort(self, request: web.Request) -> web.Response:
+        """As SGLang answers: 200 whatever the rid. Only a caller's own requests are found."""
+        body = _object(await self._front.body_of(request))
+        if body.get("abort_all"):
+            message = "abort_all would end the requests of others: abort each rid of yours"
+            raise ApiError(Code.UNSUPPORTED, message, param="abort_all")
+        rid = body.get("rid")
+        if not isinstance(rid, str) or not rid:
+            raise ApiError(Code.INVALID_REQUEST, "rid must be a string", param="rid")
+        self._front.abort(self._front.caller(request).tenant, rid)
+        return web.Response()
+
+    # Servers.
+
+    async def list_workers(self, _: web.Request) -> web.Response:
+        now_us = self._backend.now_us()
+        ledgers = self._core.ledgers
+        queued = {kind.value: self._core.queued(kind) for kind in Kind}
+        workers = [_worker_page(ledgers[name], now_us) for name in sorted(ledgers)]
+        return _json({"workers": workers, "total": len(workers), "queued": queued})
+
+    async def add_worker(self, request: web.Request) -> web.Response:
+        """The fields of [[worker]]; `worker_type` is understood as SGLang's router has it."""
+        table = _object(await self._front.body_of(request))
+        if (named := table.pop("worker_type", None)) is not None:
+            if named not in _TYPES:
+                known = ", ".join(_TYPES)
+                raise ApiError(Code.INVALID_REQUEST, f"worker_type must be one of {known}")
+            table["role"] = _TYPES[named]
+        if table.get("bootstrap_port", 0) is None:
+            del table["bootstrap_port"]
+        try:
+            entry = decode(WorkerEntry, table)
+            worker = worker_of(entry, "worker")
+        except ConfigError as error:
+            raise ApiError(Code.INVALID_REQUEST, str(error)) from None
+        known_worker = self._core.ledgers.get(worker.name)
+        if known_worker is not None and known_worker.worker.url != worker.url:
+            message = f"another worker is called {worker.name}: remove it first"
+            raise ApiError(Code.INVALID_REQUEST, message, param="name")
+        server = self._backend.add(worker, entry.api_key)
+        self._prober.watch(server, self._tasks)
+        return _json({"status": "accepted", "worker_id": worker.name, "url": worker.url}, 202)
+
+    async def remove_worker(self, request: web.Request) -> web.Response:
+        """Running requests end there as they would have; nothing new goes."""
+        name = self._named(request)
+        self._prober.forget(name)
+        self._driver.post(WorkerGone(name))
+        self._backend.remove(name)
+        return _json({"status": "removed", "worker_id": name}, 202)
+
+    async def drain_worker(self, request: web.Request) -> web.Response:
+        name = self._named(request)
+        self._driver.post(WorkerDraining(name))
+        resident = self._core.ledgers[name].decodes + self._core.ledgers[name].prefills
+        return _json({"status": "draining", "worker_id": name, "resident": resident}, 202)
+
+    def _named(self, request: web.Request) -> str:
+        """By name or by address, as SGLang's router takes it."""
+        given = unquote(request.match_info["name"])
+        for name, ledger in self._core.ledgers.items():
+            if given in (name, ledger.worker.url):
+                return name
+        raise ApiError(Code.NOT_FOUND, f"no worker is called {given!r}")
+
+
+def _check_admin(request: web.Request, key: str) -> None:
+    if request.headers.get("authorization", "") != f"Bearer {key}":
+        raise ApiError(Code.UNAUTHORIZED, "the admin key is needed: Authorization: Bearer KEY")
+
+
+def _worker_page(ledger: Ledger, now_us: int) -> dict[str, Any]:
+    worker, load = ledger.worker, ledger.load
+    return {
+        "id": worker.name,
+        "url": worker.url,
+        "role": worker.role.value,
+        "pool": worker.pool.value,
+        "model_id": worker.model,
+        "bootstrap_port": worker.bootstrap_port,
+        "is_healthy": ledger.up,
+        "draining": ledger.draining,
+        "breaker": repr(ledger.breaker).strip("<>"),
+        "usable": ledger.usable(now_us),
+        "prefill_tokens": ledger.prefill_tokens,
+        "decodes": ledger.decodes,
+        "context_tokens": ledger.context_tokens,
+        "reserved_tokens": ledger.reserved_tokens,
+        "foreign_tokens": ledger.foreign_tokens,
+        "kv_tokens": ledger.kv_tokens,
+        "load_age_ms": None if load is None else (now_us - load.seen_us) // 1000,
+    }
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise ApiError(Code.INVALID_JSON, f"the body is not valid JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise ApiError(Code.INVALID_REQUEST, "the body must be a JSON object")
+    return body
+
+
+def _json(value: object, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")

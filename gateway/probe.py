@@ -1,0 +1,156 @@
+"""Asks each server who it is and how loaded it is, and tells the core when that changes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import orjson
+import structlog
+
+from backends.base import Post
+from backends.http import HttpError, fetch
+from backends.sglang import Server, Sglang
+from gateway.clock import pause
+from gateway.config import Telemetry
+from policies.clock import Clock
+from policies.events import Load, LoadReport, WorkerDown, WorkerUp
+from policies.types import Role, Worker
+
+log = structlog.get_logger("slackwater.worker")
+
+_ROLES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "null": Role.UNIFIED, None: Role.UNIFIED}
+_LOADS = b"/v1/loads?include=core"
+
+
+class Prober:
+    """One loop a server: its facts when it appears, its load ever after."""
+
+    def __init__(self, backend: Sglang, post: Post, clock: Clock, settings: Telemetry) -> None:
+        self._backend = backend
+        self._post = post
+        self._clock = clock
+        self._loops: dict[str, asyncio.Task[None]] = {}
+        self.settings = settings
+
+    def watch(self, server: Server, group: asyncio.TaskGroup) -> asyncio.Event:
+        """The event is set once the server has answered or failed for the first time."""
+        looked = asyncio.Event()
+        self.forget(server.name)
+        self._loops[server.name] = group.create_task(self._loop(server, looked))
+        return looked
+
+    def forget(self, name: str) -> None:
+        if (task := self._loops.pop(name, None)) is not None:
+            task.cancel()
+
+    def close(self) -> None:
+        for name in list(self._loops):
+            self.forget(name)
+
+    async def _loop(self, server: Server, looked: asyncio.Event) -> None:
+        failures, up = 0, False
+        while True:
+            try:
+                if not up:
+                    worker = await self._introduce(server)
+                    self._post(WorkerUp(worker))
+                    log.info("worker up", worker=worker.name, role=worker.role.value)
+                await self._report(server)
+                failures, up = 0, True
+            except (HttpError, ValueError, KeyError, TypeError, AttributeError) as error:
+                failures += 1
+                if up and failures >= self.settings.failures:
+                    up = False
+                    self._post(WorkerDown(server.name))
+                    log.warning("worker down", worker=server.name, error=str(error))
+                elif failures == 1:
+                    log.warning("probe failed", worker=server.name, error=str(error))
+            looked.set()
+            await pause(self._clock, self.settings.poll_ms / 1000)
+
+    async def _introduce(self, server: Server) -> Worker:
+        """The server's own word on its role and size; what the operator wrote goes first."""
+        worker = learnt(server.worker, await self._facts(server), await self._models(server))
+        if worker.role is not server.worker.role:
+            log.warning(
+                "the server has another role than configured",
+                worker=worker.name,
+                configured=server.worker.role.value,
+                actual=worker.role.value,
+            )
+        self._backend.update(worker)
+        return worker
+
+    async def _facts(self, server: Server) -> Mapping[str, Any]:
+        """A server without these pages is taken as configured, one without a voice is down."""
+        for path in (b"/server_info", b"/get_server_info"):
+            answer = await self._fetch(server, path)
+            if answer is not None:
+                return answer
+        return {}
+
+    async def _models(self, server: Server) -> str:
+        answer = await self._fetch(server, b"/v1/models")
+        data = answer.get("data") if answer else None
+        return str(data[0]["id"]) if data else ""
+
+    async def _report(self, server: Server) -> None:
+        answer = await self._fetch(server, _LOADS)
+        if answer is not None and answer.get("loads"):
+            load = load_of(answer["loads"], round(self._clock.time() * 1e6))
+            self._post(LoadReport(server.name, load))
+
+    async def _fetch(self, server: Server, path: bytes) -> Mapping[str, Any] | None:
+        answer = await fetch(
+            server.upstream, b"GET", path, timeout_s=self.settings.timeout_ms / 1000
+        )
+        if answer.status != 200:
+            return None
+        parsed = orjson.loads(answer.body)
+        if not isinstance(parsed, dict):
+            raise ValueError(f"{path.decode()} did not answer an object")
+        return parsed
+
+
+def learnt(worker: Worker, info: Mapping[str, Any], model: str) -> Worker:
+    mode = info.get("disaggregation_mode", "unknown")
+    return replace(
+        worker,
+        role=_ROLES.get(mode, worker.role),
+        model=worker.model or model,
+        bootstrap_port=worker.bootstrap_port
+        or _whole(info, "disaggregation_bootstrap_port")
+        or (8998 if _ROLES.get(mode, worker.role) is Role.PREFILL else None),
+        dp_size=_whole(info, "dp_size") or 1,
+        page_size=_whole(info, "page_size") or 1,
+        kv_tokens=worker.kv_tokens or _whole(info, "max_total_num_tokens"),
+        max_running=worker.max_running or _whole(info, "max_running_requests"),
+        chunk_tokens=worker.chunk_tokens or max(0, _whole(info, "chunked_prefill_size")),
+        orders_by_priority=info.get("enable_priority_scheduling") is True,
+    )
+
+
+def load_of(ranks: list[Mapping[str, Any]], now_us: int) -> Load:
+    """The ranks of one server together."""
+    return Load(
+        seen_us=now_us,
+        running=_sum(ranks, "num_running_reqs"),
+        waiting=_sum(ranks, "num_waiting_reqs"),
+        used_tokens=_sum(ranks, "num_used_tokens"),
+        total_tokens=_sum(ranks, "num_total_tokens"),
+        capacity_tokens=_sum(ranks, "max_total_num_tokens"),
+        max_running=_sum(ranks, "max_running_requests"),
+        waiting_uncached_tokens=_sum(ranks, "num_waiting_uncached_tokens"),
+    )
+
+
+def _sum(ranks: list[Mapping[str, Any]], key: str) -> int:
+    return sum(_whole(rank, key) for rank in ranks)
+
+
+def _whole(table: Mapping[str, Any], key: str) -> int:
+    value = table.get(key)
+    return int(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0

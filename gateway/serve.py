@@ -1,0 +1,129 @@
+"""`slackwater serve`: a configuration file, the flags that SGLang's router knows, or neither."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import uvloop
+
+from backends.emulator import EmulatedFleet, ServerSpec
+from backends.engine import EngineConfig
+from gateway import log
+from gateway.app import run
+from gateway.clock import LiveClock
+from gateway.config import Config, WorkerEntry, check, load, with_workers
+from gateway.settings import ConfigError
+from policies.clock import Clock
+from policies.types import Pool, Role
+
+_EMBEDDED = (
+    ServerSpec(engine=EngineConfig(name="prefill-1", role=Role.PREFILL), pool=Pool.RELAXED),
+    ServerSpec(engine=EngineConfig(name="decode-strict", role=Role.DECODE), pool=Pool.STRICT),
+    ServerSpec(engine=EngineConfig(name="decode-relaxed", role=Role.DECODE), pool=Pool.RELAXED),
+)
+_WELCOME = """
+No server is configured, so slackwater has started three EMULATED ones: a relaxed prefill server,
+a strict and a relaxed decode server. They keep the times of an 8B model on one H100 each and
+answer made-up words. Try:
+
+  curl -N http://{host}:{port}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{{"stream": true, "messages": [{{"role": "user", "content": "Hello"}}]}}'
+
+"""
+_POLICIES = {"round_robin": "round-robin"}
+"""SGLang's router calls it so; its other policies balance load, as `least-work` does."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", help="config.toml; the flags below go before it")
+    add("--host", help="address to listen on (127.0.0.1)")
+    add("--port", type=int, help="port to listen on (30000)")
+    add(
+        "--prefill",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="URL [PORT]",
+        help="a prefill server and its bootstrap port; may be repeated",
+    )
+    add("--decode", action="append", default=[], metavar="URL", help="a decode server")
+    add("--worker-urls", nargs="*", default=[], metavar="URL", help="unified servers")
+    add("--api-key", default="", help="sent to the servers that the flags name")
+    add("--policy", metavar="NAME", help="placement: least-work, round_robin, ...")
+    add("--request-timeout-secs", type=float, metavar="S", help="the longest a request may take")
+    add("--log-level", choices=("debug", "info", "warning", "error"))
+    add("--pd-disaggregation", action="store_true", help="accepted; it follows from --prefill")
+
+
+def run_serve(given: argparse.Namespace) -> int:
+    config = configuration(given)
+    log.configure(config.log)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        clock = LiveClock(runner.get_loop())
+        rng = random.Random(random.SystemRandom().getrandbits(128))
+        if config.worker:
+            runner.run(run(lambda: configuration(given), given.config, clock, rng))
+        else:
+            runner.run(_run_embedded(given, clock, rng))
+    return 0
+
+
+async def _run_embedded(given: argparse.Namespace, clock: Clock, rng: random.Random) -> None:
+    """Without a server to stand in front of, the gateway brings its own, made up but alive."""
+    async with EmulatedFleet(_EMBEDDED, clock) as fleet:
+        entries = tuple(
+            WorkerEntry(
+                url=server.url,
+                name=name,
+                role=server.spec.engine.role,
+                pool=server.spec.pool,
+                bootstrap_port=server.bootstrap_port,
+            )
+            for name, server in fleet.servers.items()
+        )
+        server = configuration(given).server
+        sys.stderr.write(_WELCOME.format(host=server.host, port=server.port))
+        await run(lambda: with_workers(configuration(given), entries), given.config, clock, rng)
+
+
+def configuration(given: argparse.Namespace) -> Config:
+    config = load(given.config) if given.config is not None else Config()
+    server = config.server
+    if given.host is not None:
+        server = replace(server, host=given.host)
+    if given.port is not None:
+        server = replace(server, port=given.port)
+    config = replace(config, server=server)
+    if given.request_timeout_secs is not None:
+        timeouts = replace(config.timeouts, total_s=given.request_timeout_secs)
+        config = replace(config, timeouts=timeouts)
+    if given.log_level is not None:
+        config = replace(config, log=replace(config.log, level=given.log_level))
+    if given.policy is not None:
+        place = _POLICIES.get(given.policy, "least-work")
+        config = replace(config, policies=replace(config.policies, place=place))
+    entries = _entries(given)
+    return check(replace(config, worker=entries) if entries else config)
+
+
+def _entries(given: argparse.Namespace) -> tuple[WorkerEntry, ...]:
+    key = given.api_key
+    prefills = [_prefill(values, key) for values in given.prefill]
+    decodes = [WorkerEntry(url=url, role=Role.DECODE, api_key=key) for url in given.decode]
+    unified = [WorkerEntry(url=url, api_key=key) for url in given.worker_urls]
+    return (*prefills, *decodes, *unified)
+
+
+def _prefill(values: list[str], key: str) -> WorkerEntry:
+    url, *port = values
+    if port in ([], ["none"]):
+        return WorkerEntry(url=url, role=Role.PREFILL, api_key=key)
+    if len(port) > 1 or not port[0].isdigit():
+        raise ConfigError(f"--prefill takes a URL and at most one port, got {' '.join(values)}")
+    return WorkerEntry(url=url, role=Role.PREFILL, bootstrap_port=int(port[0]), api_key=key)

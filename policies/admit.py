@@ -1,0 +1,62 @@
+"""Whether a server may take one more job now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from policies.ledger import Ledger
+from policies.types import Job
+
+
+class Admit(Protocol):
+    def prefill(self, job: Job, ledger: Ledger) -> bool: ...
+
+    def decode(self, job: Job, ledger: Ledger) -> bool: ...
+
+    def reserved(self, job: Job) -> int:
+        """The KV tokens to book for a job whose output length nobody knows."""
+        ...
+
+    def fits_ever(self, job: Job, ledger: Ledger) -> bool:
+        """Whether the server could take the job if it were empty."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Headroom:
+    """Late binding at prefill, KV headroom at decode.
+
+    A prefill server gets little more than it can work on, so that the gateway's order stays the
+    order. A decode server is filled up to a watermark, because running out costs a retraction.
+    """
+
+    prefill_cap_tokens: int = 16_384
+    """Prompt tokens outstanding at a server that does not tell its chunk size."""
+    prefill_chunks: int = 2
+    """The same in chunks, where the chunk size is known."""
+    kv_watermark: float = 0.92
+    output_reserve_tokens: int = 512
+    """Booked for an answer that may be longer; what it really takes is booked as it grows."""
+
+    def prefill(self, job: Job, ledger: Ledger) -> bool:
+        if not ledger.prefills:
+            return True
+        cap = ledger.worker.chunk_tokens * self.prefill_chunks or self.prefill_cap_tokens
+        return ledger.prefill_tokens + job.prompt_tokens - job.cached_tokens <= cap
+
+    def decode(self, job: Job, ledger: Ledger) -> bool:
+        if ledger.max_running and ledger.decodes >= ledger.max_running:
+            return False
+        if not ledger.kv_tokens:
+            return True
+        taken = ledger.reserved_tokens + ledger.foreign_tokens
+        return taken + self.reserved(job) <= ledger.kv_tokens * self.kv_watermark or (
+            not ledger.decodes and self.fits_ever(job, ledger)
+        )
+
+    def reserved(self, job: Job) -> int:
+        return job.prompt_tokens + min(job.max_tokens, self.output_reserve_tokens)
+
+    def fits_ever(self, job: Job, ledger: Ledger) -> bool:
+        return not ledger.kv_tokens or job.prompt_tokens < ledger.kv_tokens

@@ -1,0 +1,207 @@
+"""Everything that can happen, and everything that can be decided about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from policies.types import Job, Worker
+
+
+class Fault(StrEnum):
+    """Why an attempt ended without an answer."""
+
+    UNREACHABLE = "unreachable"
+    TIMEOUT = "timeout"
+    DIED = "died"
+    BUSY = "busy"
+    ENGINE = "engine_error"
+    PAIRING = "pairing_failed"
+    REQUEST = "bad_request"
+    """The request itself is at fault: no server is to blame and no other will do better."""
+
+
+class Reason(StrEnum):
+    """Why a decision was taken; it reaches the log, the metrics and the client."""
+
+    LEAST_WORK = "least_work"
+    RETRY = "retry"
+    RESUME = "resume"
+    QUEUE_FULL = "queue_full"
+    NO_WORKER = "no_worker"
+    UNAVAILABLE = "workers_unavailable"
+    HOPELESS = "deadline_hopeless"
+    EXPIRED = "deadline_passed"
+    TOO_LARGE = "request_too_large"
+    CLIENT_LEFT = "client_left"
+    DRAINING = "gateway_draining"
+    ATTEMPTS = "attempts_exhausted"
+    RETRY_BUDGET = "retry_budget_spent"
+    NOT_RESUMABLE = "not_resumable"
+    BAD_REQUEST = "bad_request"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a server says of itself; a snapshot that was true at `seen_us`."""
+
+    seen_us: int
+    running: int
+    waiting: int
+    used_tokens: int
+    total_tokens: int
+    capacity_tokens: int = 0
+    max_running: int = 0
+    waiting_uncached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """The client went away; nobody waits for this job any more."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillDone:
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Tokens of each job in its present attempt, told once a tick for all that moved."""
+
+    tokens: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    job_id: str
+    generated: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An attempt is over, both its legs are closed, and there is no answer."""
+
+    job_id: str
+    fault: Fault
+    blamed: tuple[str, ...] = ()
+    generated: int = 0
+    restartable: bool = True
+    """A new attempt can take over without the client noticing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """Both legs of a stopped attempt are closed."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    worker: str
+    load: Load
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerUp:
+    worker: Worker
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDown:
+    """Out of rotation: it does not answer its probes."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDraining:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGone:
+    """Taken off the list; what it still runs may end."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wakeup:
+    pass
+
+
+Event = (
+    Arrived
+    | Left
+    | PrefillDone
+    | FirstToken
+    | Progress
+    | Finished
+    | Failed
+    | Freed
+    | LoadReport
+    | WorkerUp
+    | WorkerDown
+    | WorkerDraining
+    | WorkerGone
+    | Wakeup
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Send both legs now. A unified server takes the whole job as `decode`."""
+
+    job: Job
+    prefill: str | None
+    decode: str
+    attempt: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Cancel both legs for good."""
+
+    job: Job
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """The job is answered without having been served."""
+
+    job: Job
+    reason: Reason
+    retry_after_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """The job was tried and there is no further try."""
+
+    job: Job
+    reason: Reason
+    fault: Fault
+
+
+@dataclass(frozen=True, slots=True)
+class WakeAt:
+    us: int
+
+
+Decision = Dispatch | Cancel | Reject | Fail | WakeAt

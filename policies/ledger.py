@@ -1,0 +1,137 @@
+"""What the gateway has sent to one server and not got back, corrected by what the server says."""
+
+from __future__ import annotations
+
+from policies.breaker import Breaker
+from policies.events import Load
+from policies.types import Worker
+
+
+class PrefillRate:
+    """Prompt tokens a microsecond while there was anything to do, over the last seconds of work."""
+
+    __slots__ = ("_busy_us", "_since_us", "_tokens")
+
+    WINDOW_US = 10_000_000
+    EVIDENCE_TOKENS = 2_048
+    """Below this nothing is claimed."""
+
+    def __init__(self) -> None:
+        self._since_us = 0
+        self._busy_us = 0.0
+        self._tokens = 0.0
+
+    def begin(self, now_us: int) -> None:
+        self._since_us = now_us
+
+    def done(self, tokens: int, now_us: int) -> None:
+        self._busy_us += now_us - self._since_us
+        self._tokens += tokens
+        self._since_us = now_us
+        if self._busy_us > self.WINDOW_US:
+            self._busy_us /= 2
+            self._tokens /= 2
+
+    @property
+    def tokens_per_us(self) -> float | None:
+        if self._tokens < self.EVIDENCE_TOKENS or self._busy_us <= 0:
+            return None
+        return self._tokens / self._busy_us
+
+
+class Ledger:
+    """Written by the core in the step that decides; policies only read it.
+
+    The server's own report never replaces the books: it adds the work of others, and only the
+    smaller of its last two readings counts, because a report lags behind what was sent just now.
+    """
+
+    __slots__ = (
+        "_foreign_before",
+        "breaker",
+        "context_tokens",
+        "decodes",
+        "dispatched",
+        "draining",
+        "foreign_tokens",
+        "load",
+        "prefill_rate",
+        "prefill_tokens",
+        "prefills",
+        "reserved_tokens",
+        "up",
+        "worker",
+    )
+
+    def __init__(self, worker: Worker, breaker: Breaker) -> None:
+        self.worker = worker
+        self.breaker = breaker
+        self.up = True
+        self.draining = False
+        self.prefills = 0
+        self.prefill_tokens = 0
+        self.prefill_rate = PrefillRate()
+        self.decodes = 0
+        self.context_tokens = 0
+        self.reserved_tokens = 0
+        self.dispatched = 0
+        self.foreign_tokens = 0
+        self.load: Load | None = None
+        self._foreign_before = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"<Ledger {self.worker.name}: {self.prefills} prefills of {self.prefill_tokens}, "
+            f"{self.decodes} decodes of {self.context_tokens}, {self.reserved_tokens} reserved>"
+        )
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.prefills and not self.decodes
+
+    def usable(self, now_us: int) -> bool:
+        return self.up and not self.draining and self.breaker.allows(now_us)
+
+    @property
+    def kv_tokens(self) -> int:
+        """The capacity; 0 when nobody knows it."""
+        if self.load is not None and self.load.capacity_tokens:
+            return self.load.capacity_tokens
+        return self.worker.kv_tokens
+
+    @property
+    def max_running(self) -> int:
+        if self.load is not None and self.load.max_running:
+            return self.load.max_running
+        return self.worker.max_running
+
+    def correct(self, load: Load) -> None:
+        self.load = load
+        foreign = max(0, load.total_tokens - self.context_tokens - self.prefill_tokens)
+        self.foreign_tokens = min(foreign, self._foreign_before)
+        self._foreign_before = foreign
+
+    def forget_report(self) -> None:
+        """The report is too old to be believed: the books alone go on."""
+        self.foreign_tokens = self._foreign_before = 0
+
+    def add_prefill(self, tokens: int, now_us: int) -> None:
+        if not self.prefills:
+            self.prefill_rate.begin(now_us)
+        self.prefills += 1
+        self.prefill_tokens += tokens
+
+    def end_prefill(self, tokens: int, now_us: int) -> None:
+        self.prefills -= 1
+        self.prefill_tokens -= tokens
+        self.prefill_rate.done(tokens, now_us)
+
+    def add_decode(self, context: int, reserved: int) -> None:
+        self.decodes += 1
+        self.context_tokens += context
+        self.reserved_tokens += reserved
+
+    def end_decode(self, context: int, reserved: int) -> None:
+        self.decodes -= 1
+        self.context_tokens -= context
+        self.reserved_tokens -= reserved

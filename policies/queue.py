@@ -1,0 +1,67 @@
+"""A heap of ids under keys that are fixed when an entry goes in; any entry can be taken out."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound="tuple[int, ...]")
+
+
+class KeyedHeap(Generic[K]):
+    """`heapq` with lazy removal: O(log n) amortised, and the comparisons stay in C.
+
+    Equal keys leave in the order of their ids, so that no order is left to chance.
+    """
+
+    __slots__ = ("_heap", "_keys")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[K, str]] = []
+        self._keys: dict[str, K] = {}
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, entry: str) -> bool:
+        return entry in self._keys
+
+    def __iter__(self) -> Iterator[str]:
+        """Every entry, in order; for reports, not for decisions."""
+        return (entry for _, entry in sorted((key, entry) for entry, key in self._keys.items()))
+
+    def put(self, entry: str, key: K) -> None:
+        """Insert, or move to another key."""
+        self._keys[entry] = key
+        heapq.heappush(self._heap, (key, entry))
+        if len(self._heap) > 2 * len(self._keys) + 64:
+            self._compact()
+
+    def discard(self, entry: str) -> bool:
+        return self._keys.pop(entry, None) is not None
+
+    def peek(self) -> str | None:
+        heap, keys = self._heap, self._keys
+        while heap:
+            key, entry = heap[0]
+            if keys.get(entry) == key:
+                return entry
+            heapq.heappop(heap)
+        return None
+
+    def first_key(self) -> K | None:
+        entry = self.peek()
+        return None if entry is None else self._keys[entry]
+
+    def pop(self) -> str:
+        entry = self.peek()
+        if entry is None:
+            raise IndexError("pop from an empty heap")
+        heapq.heappop(self._heap)
+        del self._keys[entry]
+        return entry
+
+    def _compact(self) -> None:
+        self._heap = [(key, entry) for entry, key in self._keys.items()]
+        heapq.heapify(self._heap)

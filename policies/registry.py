@@ -1,0 +1,11 @@
+"""The policies by the names that config.toml uses."""
+
+from __future__ import annotations
+
+from policies.order import Edf, Fcfs, Order
+from policies.place import LeastWork, Place, RoundRobin
+from policies.pools import ByLatency, Pools, Shared
+
+ORDER: dict[str, type[Order]] = {"fcfs": Fcfs, "edf": Edf}
+PLACE: dict[str, type[Place]] = {"least-work": LeastWork, "round-robin": RoundRobin}
+POOLS: dict[str, type[Pools]] = {"none": Shared, "latency": ByLatency}
