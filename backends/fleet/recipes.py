@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import random  # noqa: TID251 - a made model is a function of its seed
+import random
 import string
 import sys
 import warnings

@@ -15,6 +15,8 @@ import aiohttp
 import pytest
 import uvloop
 
+from backends.emulator.fleet import EmulatedFleet
+from tests.conformance.emulated_fleet import Emulated, specs
 from tests.conformance.sglang_fleet import SGLangFleet
 from tests.conformance.under_test import Client, FleetUnderTest
 from tests.virtual_loop import VirtualTimeLoop
@@ -31,15 +33,24 @@ def has_sglang() -> bool:
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    required = os.environ.get("SLACKWATER_REQUIRE_SGLANG") == "1"
-    return {"sglang": uvloop.new_event_loop} if has_sglang() or required else {}
+    emulator = {"emulator": VirtualTimeLoop}
+    return {**emulator, "sglang": uvloop.new_event_loop} if is_included() else emulator
+
+
+def is_included() -> bool:
+    return has_sglang() or os.environ.get("SLACKWATER_REQUIRE_SGLANG") == "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.name.endswith("[sglang]"):
+        if "sglang" in item.name.rpartition("[")[2].rstrip("]").split("-"):
             item.add_marker(pytest.mark.real_time)
             item.add_marker(pytest.mark.timeout(REAL_TIMEOUT_S))
+
+
+def pytest_report_header() -> str:
+    told = "included" if is_included() else "left out (SGLang is not installed: docs/sglang.md)"
+    return f"conformance on real SGLang: {told}"
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +61,10 @@ def real_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FleetUnderT
 
 @pytest.fixture
 async def fleet(request: pytest.FixtureRequest) -> AsyncIterator[FleetUnderTest]:
+    if isinstance(asyncio.get_running_loop(), VirtualTimeLoop):
+        async with EmulatedFleet(specs()) as fleet:
+            yield Emulated(fleet)
+        return
     real: FleetUnderTest = request.getfixturevalue("real_fleet")
     yield real
 

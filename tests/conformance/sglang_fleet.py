@@ -16,6 +16,7 @@ from policies.types import Pool, Role
 from tests.conformance.under_test import (
     CHUNK_TOKENS,
     HEARTBEAT_S,
+    KV_TOKENS,
     RELAXED_RUNNING,
     RENDEZVOUS_TIMEOUT_S,
     UNIFIED_QUEUED,
@@ -27,6 +28,7 @@ def spec(logs: Path) -> FleetSpec:
     return FleetSpec(
         model="tiny",
         logs=str(logs),
+        kv_tokens=KV_TOKENS,
         env={
             "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(RENDEZVOUS_TIMEOUT_S),
             "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(RENDEZVOUS_TIMEOUT_S),

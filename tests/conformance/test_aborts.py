@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.conformance.under_test import SLOW_S, UNIFIED_RUNNING, Client, FleetUnderTest, Leg
+from tests.conformance.under_test import (
+    CHUNK_TOKENS,
+    SLOW_S,
+    UNIFIED_RUNNING,
+    Client,
+    FleetUnderTest,
+    Leg,
+)
 
 
 def waits(queue: str) -> Any:
@@ -97,10 +104,8 @@ async def test_an_unknown_id_is_accepted_and_changes_nothing(
 async def test_an_abort_in_the_queue_says_so(client: Client, fleet: FleetUnderTest) -> None:
     rid = client.rid()
     await client.slow(fleet.unified, SLOW_S)
-    holders = [
-        client.generate(fleet.unified, client.prompt(9), 4000) for _ in range(UNIFIED_RUNNING)
-    ]
-    await asyncio.gather(*(leg.begun.wait() for leg in holders))
+    for _ in range(UNIFIED_RUNNING):
+        await client.generate(fleet.unified, client.prompt(9), 4000).begun.wait()
     queued = client.generate(fleet.unified, client.prompt(9), 5, rid=rid)
     await client.until(fleet.unified, lambda load: load["queues"]["waiting"] == 1)
     await client.abort(fleet.unified, rid)
@@ -160,14 +165,12 @@ async def test_a_prefill_leg_that_leaves_is_not_told_to_decode(
     client: Client, fleet: FleetUnderTest
 ) -> None:
     meeting, rid = client.meeting(), client.rid()
-    prompt = client.prompt(9)
+    prompt = client.prompt(8 * CHUNK_TOKENS)
     decode = client.generate(fleet.decode, prompt, 5, rid=rid, **meeting)
     await client.until(fleet.decode, waits("decode_transfer_queue_reqs"))
-    await client.slow(fleet.prefill, 0.3)
+    await client.slow(fleet.prefill, 0.2)
     prefill = client.generate(fleet.prefill, prompt, 5, **meeting)
-    await client.until(
-        fleet.prefill, lambda load: load["num_waiting_reqs"] + load["num_running_reqs"] > 0
-    )
+    await asyncio.sleep(0.6)
     prefill.task.cancel()
     await client.slow(fleet.prefill, None)
     await asyncio.sleep(1.0)

@@ -68,9 +68,8 @@ async def test_a_decode_leg_without_a_peer_times_out(client: Client, fleet: Flee
 async def filled(client: Client, fleet: FleetUnderTest) -> None:
     """Every slot and every place in the unified server's queue, at priority 1."""
     await client.slow(fleet.unified, SLOW_S)
-    prompts = [client.prompt(9) for _ in range(UNIFIED_RUNNING)]
-    holders = [client.generate(fleet.unified, prompt, 4000, priority=1) for prompt in prompts]
-    await asyncio.gather(*(leg.begun.wait() for leg in holders))
+    for _ in range(UNIFIED_RUNNING):
+        await client.generate(fleet.unified, client.prompt(9), 4000, priority=1).begun.wait()
     for _ in range(UNIFIED_QUEUED):
         client.generate(fleet.unified, client.prompt(9), 4000, priority=1)
     await client.until(fleet.unified, lambda load: load["queues"]["waiting"] == UNIFIED_QUEUED)

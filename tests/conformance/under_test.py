@@ -13,13 +13,15 @@ import aiohttp
 
 CHUNK_TOKENS = 1024
 """The prefill server's chunk."""
+CONTEXT_TOKENS = 16_384
+KV_TOKENS = 65_536
 UNIFIED_RUNNING = 4
 UNIFIED_QUEUED = 2
 RELAXED_RUNNING = 4
 """The second decode server's slots; it streams incrementally."""
-RENDEZVOUS_TIMEOUT_S = 8.0
+RENDEZVOUS_TIMEOUT_S = 8
 """How long a leg waits for its peer."""
-HEARTBEAT_S = 2.0
+HEARTBEAT_S = 2
 SLOW_S = 0.02
 """A step's floor where a test must act in the middle of one request."""
 
@@ -232,6 +234,6 @@ async def until(
     look: Callable[[], Awaitable[Any]], holds: Callable[[Any], bool], within_s: float = 15.0
 ) -> Any:
     async with asyncio.timeout(within_s):
-        while not holds(seen := await look()):
+        while not holds(seen := await look()):  # noqa: ASYNC110 - a server does not call back
             await asyncio.sleep(0.02)
     return seen
