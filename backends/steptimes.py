@@ -119,7 +119,11 @@ class Table:
 
     def prefill_s(self, chunks: Sequence[tuple[int, int]]) -> float:
         whole = self._prefill.at(sum(new for new, _ in chunks))
-        apart = sum(self._prefill.at(old + new) - self._prefill.at(old) for new, old in chunks)
+        fixed = max(0.0, self._prefill.at(0))
+        apart = sum(
+            self._prefill.at(old + new) - (self._prefill.at(old) if old else fixed)
+            for new, old in chunks
+        )
         return max(whole, apart)
 
     def decode_s(self, batch: int, context_tokens: int) -> float:

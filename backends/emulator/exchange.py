@@ -249,10 +249,7 @@ class Exchange:
 
     def _congested(self) -> bool:
         transport = self._request.transport
-        return (
-            isinstance(transport, asyncio.WriteTransport)
-            and transport.get_write_buffer_size() > HIGH_WATER_BYTES
-        )
+        return transport is None or transport.get_write_buffer_size() > HIGH_WATER_BYTES
 
     def _meets_fault(self, resident: Resident) -> bool:
         fault = self._fault

@@ -30,6 +30,7 @@ from policies.types import Role
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Reader = Callable[..., Call]
 
+FAULT = web.RequestKey("fault", Fault)
 MAX_BODY_BYTES = 256 * 1024 * 1024
 EMBEDDING_SIZE = 64
 
@@ -95,7 +96,7 @@ class Face:
             self.faults.count_slow_request()
         fault = self.faults.take(request.path, inference=inference)
         if fault is not None:
-            request["fault"] = fault
+            request[FAULT] = fault
             early = await self._early_fault(request, fault)
             if early is not None:
                 return early
@@ -149,7 +150,7 @@ class Face:
             if dialect is self._native:
                 return json_response({"error": str(bad)}, status=400)
             return json_response(dialect.refusal(400, str(bad)), status=400)
-        exchange = Exchange(request, self.engine, dialect, call, request.get("fault"))
+        exchange = Exchange(request, self.engine, dialect, call, request.get(FAULT))
         return await exchange.run()
 
     async def _body(self, request: web.Request) -> Body:

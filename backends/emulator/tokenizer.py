@@ -11,7 +11,7 @@ FIRST_BYTE = 3
 FIRST_PACKED = 1024
 _WORD_IDS = {f" {word}": FIRST_WORD + index for index, word in enumerate(WORDS)}
 _WORD_TEXTS = tuple(_WORD_IDS)
-_WORD = r" [a-z]{3}(?![a-z])"
+_WORD = r" [bdfgklmn][aeio][lmnrstkp](?![a-z])"
 _PIECES = re.compile(rf"{_WORD}|[\x00-\x7f]{{1,4}}?(?={_WORD})|[\x00-\x7f]{{1,4}}|.")
 
 

@@ -30,6 +30,8 @@ from backends.steptimes import StepTimes
 from policies.clock import Clock, Timer
 from policies.types import Role
 
+LATENESS_S = 0.005
+"""Timers that fire this late shorten the next pass, so that live timers do not slow a server."""
 ABORTED_BY_REQUEST = "Aborted by AbortReq."
 NO_ROOM = "Invalid request: Disaggregated request received without bootstrap room id."
 QUEUE_FULL = "The request queue is full."
@@ -75,6 +77,7 @@ class Engine:
         self._switch_timer: Timer | None = None
         self._turning = False
         self._again = False
+        self._due_s = 0.0
 
     @property
     def role(self) -> Role:
@@ -302,7 +305,8 @@ class Engine:
         if self._turning:
             self._again = True
         elif self._timer is None and self.alive:
-            self._timer = self.clock.call_at(self.clock.time(), self._turn)
+            self._due_s = self.clock.time()
+            self._timer = self.clock.call_at(self._due_s, self._turn)
 
     def _turn(self) -> None:
         """Between two passes: take aborts in, then start the next pass if there is work."""
@@ -336,7 +340,8 @@ class Engine:
 
     def _run(self, seconds: float, done: Callable[..., object], *args: object) -> None:
         took = seconds * self.slow_factor + self.forward_sleep_s
-        self._timer = self.clock.call_at(self.clock.time() + took, done, took * 1e6, *args)
+        self._due_s = max(self._due_s, self.clock.time() - LATENESS_S) + took
+        self._timer = self.clock.call_at(self._due_s, done, took * 1e6, *args)
 
     def _prefilled(self, took_us: float, chunks: Sequence[Chunk]) -> None:
         self._timer, self._turning = None, True

@@ -71,7 +71,7 @@ class Fabric:
         life = server.life
 
         def notice() -> None:
-            if server.life == life and not server.serves_rooms():
+            if not server.serves_rooms():
                 for other in self._servers.values():
                     other.peer_lost(server.name, life, address)
 

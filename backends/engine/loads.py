@@ -41,7 +41,7 @@ def load_report(
         "max_total_num_tokens": machine.kv.capacity,
         "max_running_requests": machine.config.max_running,
         "token_usage": round(used / machine.kv.capacity, 4),
-        "gen_throughput": 0.0,
+        "gen_throughput": round(counters.tokens_per_s, 2) if len(machine.batch) else 0.0,
         "cache_hit_rate": _hit_rate(machine),
         "utilization": 0.0,
         "total_prefill_uncached_tokens": counters.prefill_uncached_tokens,

@@ -30,8 +30,11 @@ class Counters:
     bootstrap_failures: int = 0
     transfer_failures: int = 0
     transferred_bytes: int = 0
+    tokens_per_s: float = 0.0
+    """Of the last decode step."""
 
     def decoded(self, batch: int, step_us: float) -> None:
+        self.tokens_per_s = batch / step_us * 1e6 if step_us else 0.0
         moments = self.decode_moments
         moments[0] += 1
         moments[1] += batch
