@@ -95,7 +95,8 @@ class SGLangFleet:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _server(self, url: str) -> Server:
-        return next(server for server in self._fleet.servers if server.url == url)
+        servers: tuple[Server, ...] = self._fleet.servers
+        return next(server for server in servers if server.url == url)
 
     def bootstrap_port(self, url: str) -> int:
         port = self._server(url).bootstrap_port

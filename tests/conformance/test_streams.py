@@ -60,8 +60,8 @@ async def test_an_unstreamed_answer_is_the_last_chunk_of_a_stream(
 async def test_a_chat_stream_is_a_role_then_deltas_then_the_end_then_the_usage(
     client: Client, fleet: FleetUnderTest
 ) -> None:
-    usage = {"stream_options": {"include_usage": True}}
-    leg = client.chat(fleet.unified, "hello", 5, rid="0123456789abcdef", **usage)
+    usage = {"include_usage": True}
+    leg = client.chat(fleet.unified, "hello", 5, rid="0123456789abcdef", stream_options=usage)
     await leg.task
     *chunks, last = leg.chunks
     assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"

@@ -134,8 +134,8 @@ async def test_prefilled_tokens_are_counted_without_the_cached_ones(
             await client.paired(prompt, 2)
         else:
             await client.generated(url, prompt, 2)
-        total: float = (await client.idle(url))["total_prefill_uncached_tokens"]
-        return total - before
+        after = (await client.idle(url))["total_prefill_uncached_tokens"]
+        return float(after - before)
 
     assert await counted() == 500
     assert await counted() <= 10

@@ -212,7 +212,34 @@ class Client:
         within_s: float = 15.0,
     ) -> dict[str, Any]:
         """The first load report that satisfies the condition."""
-        return await until(lambda: self.loads(url), holds, within_s)
+        load: dict[str, Any] = await until(lambda: self.loads(url), holds, within_s)
+        return load
+
+    async def idle(self, url: str) -> dict[str, Any]:
+        return await self.until(url, is_idle)
+
+    async def close(self) -> None:
+        for leg in self.legs:
+            leg.task.cancel()
+        await asyncio.gather(*(leg.task for leg in self.legs), return_exceptions=True)
+
+
+def is_idle(load: dict[str, Any]) -> bool:
+    """A prompt whose chunks are being prefilled counts as uncached tokens only."""
+    queued = [count for name, count in load["disaggregation"].items() if "queue_reqs" in name]
+    counts = ("num_running_reqs", "num_waiting_reqs", "num_waiting_uncached_tokens")
+    return not any(load[name] for name in counts) and not any(queued)
+
+
+async def until(
+        self,
+        url: str,
+        holds: Callable[[dict[str, Any]], bool],
+        within_s: float = 15.0,
+    ) -> dict[str, Any]:
+        """The first load report that satisfies the condition."""
+        load: dict[str, Any] = await until(lambda: self.loads(url), holds, within_s)
+        return load
 
     async def idle(self, url: str) -> dict[str, Any]:
         return await self.until(url, is_idle)
