@@ -232,32 +232,6 @@ def is_idle(load: dict[str, Any]) -> bool:
 
 
 async def until(
-        self,
-        url: str,
-        holds: Callable[[dict[str, Any]], bool],
-        within_s: float = 15.0,
-    ) -> dict[str, Any]:
-        """The first load report that satisfies the condition."""
-        load: dict[str, Any] = await until(lambda: self.loads(url), holds, within_s)
-        return load
-
-    async def idle(self, url: str) -> dict[str, Any]:
-        return await self.until(url, is_idle)
-
-    async def close(self) -> None:
-        for leg in self.legs:
-            leg.task.cancel()
-        await asyncio.gather(*(leg.task for leg in self.legs), return_exceptions=True)
-
-
-def is_idle(load: dict[str, Any]) -> bool:
-    queues = {k: v for k, v in load["disaggregation"].items() if k.endswith("_queue_reqs")}
-    return (
-        not load["num_running_reqs"] and not load["num_waiting_reqs"] and not any(queues.values())
-    )
-
-
-async def until(
     look: Callable[[], Awaitable[Any]], holds: Callable[[Any], bool], within_s: float = 15.0
 ) -> Any:
     async with asyncio.timeout(within_s):
