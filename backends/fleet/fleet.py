@@ -63,11 +63,11 @@ class Fleet:
         self.logs = log_folder(self.spec)
         loop = asyncio.get_running_loop()
         self._imported: asyncio.Future[None] = loop.create_future()
-        self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S))
         arguments = (str(os.getpid()), str(self.logs / "spawner.log"), *self._program)
         spawner = interpreter.command(self._python, "backends.fleet.spawner", *arguments)
         self._link = Link(spawner, self._hear)
         await self._link.open()
+        self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S))
         try:
             async with asyncio.timeout(self.spec.start_timeout_s):
                 await self._start_all()
@@ -193,8 +193,13 @@ class Fleet:
         """What a gateway's configuration says of these servers."""
         return "\n\n".join(server.worker_table() for server in self.servers) + "\n"
 
+    @property
+    def pid(self) -> int:
+        """Of the process from which all servers descend."""
+        return self._link.pid
+
     def resident_bytes(self) -> int:
-        return memory.pss_bytes(self._link.pid)
+        return memory.pss_bytes(self.pid)
 
 
 def log_folder(spec: FleetSpec) -> Path:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from backends.fleet.spec import FleetError
+
 ROOT = str(Path(__file__).parents[2])
 BOOT = (
     "import sys; sys.path.append(sys.argv[1]); import importlib; "
@@ -31,12 +33,15 @@ def command(python: str, module: str, *arguments: str) -> list[str]:
 
 async def run(python: str, module: str, *arguments: str) -> tuple[int, str]:
     """Its exit status and what it wrote."""
-    process = await asyncio.create_subprocess_exec(
-        *command(python, module, *arguments),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command(python, module, *arguments),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+    except OSError as error:
+        raise cannot_run(python, error) from None
     try:
         told, _ = await process.communicate()
     finally:
@@ -44,6 +49,10 @@ async def run(python: str, module: str, *arguments: str) -> tuple[int, str]:
             process.kill()
             await process.wait()
     return process.returncode or 0, told.decode(errors="replace")
+
+
+def cannot_run(python: str, error: OSError) -> FleetError:
+    return FleetError(f"cannot run {python}: {error.strerror}")
 
 
 def missing_package(module: str, python: str) -> str:

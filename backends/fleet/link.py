@@ -10,6 +10,8 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
+from backends.fleet.interpreter import cannot_run
+
 END_TIMEOUT_S = 15.0
 
 
@@ -23,7 +25,10 @@ class Link(asyncio.Protocol):
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def open(self) -> None:
-        self._process = owner(self._command)
+        try:
+            self._process = owner(self._command)
+        except OSError as error:
+            raise cannot_run(self._command[0], error) from None
         assert self._process.stdout is not None
         loop = asyncio.get_running_loop()
         self._transport, _ = await loop.connect_read_pipe(lambda: self, self._process.stdout)

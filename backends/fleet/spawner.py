@@ -10,6 +10,7 @@ Runs inside the interpreter that has SGLang: the standard library is all it may 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -134,7 +135,8 @@ class Spawner:
         pid = os.fork()
         if pid == 0:
             self._become(argv, env, log)
-        os.setpgid(pid, pid)
+        with contextlib.suppress(OSError):  # it has done so itself, and runs another program by now
+            os.setpgid(pid, pid)
         self.names[pid] = name
         self.tell("started", name=name, pid=pid)
 

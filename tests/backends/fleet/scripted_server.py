@@ -1,4 +1,4 @@
-"""Stands in for `sglang.launch_server`: takes its command line, answers /ready, misbehaves on cue."""
+"""Stands in for `sglang.launch_server`: takes its flags, answers /ready, fails on cue."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ class Answer(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps({"pid": os.getpid()}).encode())
 
     def log_message(self, format: str, *args: object) -> None:
-        print(format % args, flush=True)
+        return
 
 
 def main(argv: list[str]) -> None:
-    print("loading weights", flush=True)
+    sys.stdout.write("loading weights\n")
+    sys.stdout.flush()
     if "--die" in argv:
         raise SystemExit("weights do not fit")
     if "--hang" in argv:
