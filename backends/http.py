@@ -222,9 +222,11 @@ class _Connection(asyncio.Protocol):
             return
         self._status = status
         self._news = True
-        if self._call is not None and self._call._head_only:
-            # The parser would wait for the body, so this connection serves no further call.
-            self._ended, self._keep = True, False
+        if (call := self._call) is not None:
+            call._headers = self._headers.copy()  # without trailers, which come into the same dict
+            if call._head_only:
+                # The parser would wait for the body, so this connection serves no further call.
+                self._ended, self._keep = True, False
 
     def on_message_complete(self) -> None:
         if self._status and not self._ended:
@@ -248,9 +250,10 @@ class _Connection(asyncio.Protocol):
             return
         if self._news:
             self._tell(call, None)
-        elif self._pieces:
+        elif pieces := self._pieces:
+            piece = pieces.pop() if len(pieces) == 1 else self._take_pieces()
             try:
-                call._listener.on_body(self._take_pieces())
+                call._listener.on_body(piece)
             except Exception as error:  # noqa: BLE001  # a listener's error is its own
                 self._listener_raised(call, error)
 
@@ -267,9 +270,8 @@ class _Connection(asyncio.Protocol):
         del self._parser, self._feed  # they hold this connection
 
     def _take_pieces(self) -> bytes:
-        pieces = self._pieces
-        whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        pieces.clear()
+        whole = b"".join(self._pieces)  # does not copy a single one
+        self._pieces.clear()
         return whole
 
     def _tell(self, call: Call, garbage: Exception | None) -> None:
@@ -279,7 +281,6 @@ class _Connection(asyncio.Protocol):
         try:
             if self._status and not call.status:
                 call.status = self._status
-                call._headers = self._headers.copy()
                 listener.on_head(call.status)
             if self._pieces and not call._over:
                 listener.on_body(self._take_pieces())
@@ -403,8 +404,7 @@ class Upstream:
         self._idle.clear()
         for task in self._connecting.values():
             task.cancel()
-        for connection in self._connections:
-            connection._request = b""
+        for connection in tuple(self._connections):
             connection._transport.abort()
 
     def _request(self, method: bytes, path: bytes, body: bytes, headers: bytes) -> bytes:

@@ -96,29 +96,43 @@ def error_of(event: dict[str, Any]) -> dict[str, Any] | None:
     return error if type(error) is dict else {"message": error}
 
 
-WATCHED_EVENTS: Final = 6
-"""A character takes at most four tokens, so that this many events reach a settled one."""
+WATCHED_EVENTS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    tokens: int
+    chars: int
+    grew: bool
 
 
 class Settling:
-    """Finds the last event after which nothing was held back.
+    """Finds the last event after which the server held nothing back.
 
     Half a character shows as tokens without text, or as a text that stops at a space: servers
-    print up to the last space before it. A stop string's beginning shows as tokens without text.
+    print up to the last space before it. Half a stop string may hide behind any text, and is
+    ruled out only when the next text does not begin as a stop string does.
     """
 
-    __slots__ = ("_marks",)
+    __slots__ = ("_marks", "_starts")
 
-    def __init__(self, *, from_start: bool) -> None:
-        self._marks: list[tuple[int, int]] = [(0, 0)] if from_start else []
+    def __init__(self, stops: tuple[str, ...] = (), *, from_start: bool = True) -> None:
+        self._starts = tuple(stop[0] for stop in stops if stop)
+        self._marks = [_Mark(0, 0, grew=True)] if from_start else []
 
-    def note(self, tokens: int, chars: int, end: str) -> None:
-        grew = not self._marks or chars > self._marks[-1][1]
-        if grew and not end.endswith(" "):
-            self._marks = [(tokens, chars)]
+    def note(self, tokens: int, chars: int, fresh: str) -> None:
+        mark = _Mark(tokens, chars, bool(fresh) and not fresh.endswith(" "))
+        if not self._starts and mark.grew:
+            self._marks = [mark]
             return
-        self._marks.append((tokens, chars))
+        if self._marks and self._marks[-1].grew and fresh and not fresh.startswith(self._starts):
+            del self._marks[:-1]
+        self._marks.append(mark)
         del self._marks[:-WATCHED_EVENTS]
 
     def last(self) -> tuple[int, int]:
-        return self._marks[0] if self._marks else (0, 0)
+        """Where nothing is proven any more, the likeliest of the events still known."""
+        if not self._marks:
+            return 0, 0
+        mark = next((mark for mark in self._marks if mark.grew), self._marks[0])
+        return mark.tokens, mark.chars

@@ -39,7 +39,7 @@ def resume(attempt: Attempt, exchange: Exchange, tokenizer: Server, send: Send) 
 
 def _go_on(attempt: Attempt, exchange: Exchange, ids: list[int], send: Send) -> None:
     assert exchange.transcript is not None
-    earlier = exchange.transcript.state()
+    earlier = exchange.transcript.state().settled()
     send(attempt, resumed_body(exchange.body, ids, earlier), Splicer(exchange.body, earlier))
 
 

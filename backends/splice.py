@@ -24,8 +24,13 @@ _DEFAULT_LIMITS: Final = {
 }
 
 
-def _settings(body: dict[str, Any], kind: Kind) -> dict[str, Any]:
+def _settings(body: dict[str, Any], kind: Kind | None) -> dict[str, Any]:
     return body if kind is Kind.COMPLETIONS else body.get("sampling_params") or {}
+
+
+def stops_of(body: dict[str, Any], kind: Kind | None) -> tuple[str, ...]:
+    stop = _settings(body, kind).get("stop")
+    return tuple(one for one in (stop if type(stop) is list else [stop]) if one)
 
 
 def token_limit(body: dict[str, Any], kind: Kind) -> int | None:
@@ -42,12 +47,11 @@ def token_limit(body: dict[str, Any], kind: Kind) -> int | None:
 class _Seam:
     """Looks for stop strings that begin in the earlier text and end in the later one."""
 
-    stops: list[str]
+    stops: tuple[str, ...]
     tail: str
 
     @classmethod
-    def of(cls, stop: Any, earlier: str) -> _Seam:
-        stops = [one for one in (stop if type(stop) is list else [stop]) if one]
+    def of(cls, stops: tuple[str, ...], earlier: str) -> _Seam:
         longest = max(map(len, stops), default=0)
         return cls(stops, earlier[max(0, len(earlier) - longest + 1) :] if longest > 1 else "")
 
@@ -89,7 +93,7 @@ class Splicer:
         self._shown_chars = earlier.shown_chars
         self._shown_ids = earlier.shown_tokens - len(earlier.output_ids)
         self._limit = token_limit(body, earlier.kind)
-        self._seam = _Seam.of(_settings(body, earlier.kind).get("stop"), earlier.text)
+        self._seam = _Seam.of(stops_of(body, earlier.kind), earlier.text)
         self.finished = False
         """The stream was ended here, before the server would have: cancel what still runs."""
 

@@ -7,7 +7,6 @@ from typing import Any, Final
 import orjson
 
 from backends.progress import (
-    WATCHED_EVENTS,
     Kind,
     Progress,
     Settling,
@@ -20,7 +19,7 @@ from backends.progress import (
     kind_of,
     meta_of,
 )
-from backends.splice import Splicer, token_limit
+from backends.splice import Splicer, stops_of, token_limit
 from backends.sse import ends_stream, payload, payloads, split_events
 from backends.trouble import Blame, StreamJudge, Trouble, judge_answer, judge_event
 
@@ -39,6 +38,8 @@ __all__ = [
 ]
 
 COMPACT_BYTES: Final = 65_536
+KEPT_EVENTS: Final = 6
+"""Of a long cumulative stream: a character takes at most four tokens, fewer than these hold."""
 
 
 class Transcript:
@@ -47,15 +48,23 @@ class Transcript:
     Bytes are kept as they come and read only when they are asked for, or when they are many.
     """
 
-    __slots__ = ("_kept_bytes", "_limit_bytes", "_pieces", "_tally", "kind")
+    __slots__ = ("_kept_bytes", "_limit_bytes", "_pieces", "_stops", "_tally", "kind")
 
-    def __init__(self, kind: Kind | None = None) -> None:
+    def __init__(self, kind: Kind | None = None, *, stops: tuple[str, ...] = ()) -> None:
         self.kind = kind
         """Told by the server's settings, else by its first events, else SGLang's default."""
         self._pieces: list[bytes] = []
         self._kept_bytes = 0
         self._limit_bytes = COMPACT_BYTES
-        self._tally = _Tally()
+        self._stops = stops
+        self._tally = _Tally(stops)
+
+    @classmethod
+    def of(cls, body: dict[str, Any], *, incremental: bool | None = None) -> Transcript:
+        """For the answer to `body`, from a server that streams increments or does not, if known."""
+        native = {True: Kind.INCREMENTAL, False: Kind.CUMULATIVE, None: None}[incremental]
+        kind = Kind.COMPLETIONS if "prompt" in body else native
+        return cls(kind, stops=stops_of(body, kind))
 
     def feed(self, piece: bytes) -> None:
         self._pieces.append(piece)
@@ -68,7 +77,7 @@ class Transcript:
         kept = self._compact()
         if self.kind is Kind.INCREMENTAL or self.kind is Kind.COMPLETIONS:
             return self._tally.progress(self.kind)
-        latest = _Latest(from_start=not self._tally.dropped)
+        latest = _Latest(self._stops, from_start=not self._tally.dropped)
         for event in payloads(kept):
             latest.add(event)
         return latest.progress()
@@ -93,8 +102,9 @@ class Transcript:
             for event in payloads(kept[:end]):
                 self._tally.add(event)
             kept = kept[end:]
-        elif self.kind is Kind.CUMULATIVE and (start := _last_events(kept[:end])):
-            self._tally.dropped = True
+        elif self.kind is Kind.CUMULATIVE and len(kept) > COMPACT_BYTES:
+            start = _last_events(kept[:end])
+            self._tally.dropped = self._tally.dropped or start > 0
             kept = kept[start:]
         self._pieces = [kept]
         self._kept_bytes = len(kept)
@@ -118,7 +128,7 @@ def _find_kind(events: bytes) -> Kind | None:
 def _last_events(events: bytes) -> int:
     """Where the last few events begin. As a key the word has bare quotes, in text never."""
     at = len(events)
-    for _ in range(WATCHED_EVENTS):
+    for _ in range(KEPT_EVENTS):
         at = events.rfind(b'"output_ids"', 0, at)
         if at < 0:
             return 0
@@ -129,19 +139,22 @@ def _last_events(events: bytes) -> int:
 class _Latest:
     """Reads events that each hold everything so far."""
 
-    __slots__ = ("_error", "_event", "_settling")
+    __slots__ = ("_chars", "_error", "_event", "_settling")
 
-    def __init__(self, *, from_start: bool) -> None:
+    def __init__(self, stops: tuple[str, ...], *, from_start: bool) -> None:
         self._event: dict[str, Any] = {}
         self._error: dict[str, Any] | None = None
-        self._settling = Settling(from_start=from_start)
+        self._settling = Settling(stops, from_start=from_start)
+        self._chars: int | None = 0 if from_start else None
 
     def add(self, event: dict[str, Any]) -> None:
         self._error = error_of(event) or self._error
         if is_native(event):
             text = event.get("text", "")
             self._event = event
-            self._settling.note(len(event["output_ids"]), len(text), text)
+            fresh = "" if self._chars is None else text[self._chars :]
+            self._settling.note(len(event["output_ids"]), len(text), fresh)
+            self._chars = len(text)
 
     def progress(self) -> Progress:
         ids, text = self._event.get("output_ids", []), self._event.get("text", "")
@@ -185,7 +198,7 @@ class _Tally:
         *("_texts", "dropped"),
     )
 
-    def __init__(self) -> None:
+    def __init__(self, stops: tuple[str, ...]) -> None:
         self.dropped = False
         """Earlier events of a cumulative stream are gone; nothing was added from them."""
         self._ids: list[int] = []
@@ -196,7 +209,7 @@ class _Tally:
         self._lists: dict[str, list[Any]] = {}
         self._finish: str | None = None
         self._error: dict[str, Any] | None = None
-        self._settling = Settling(from_start=True)
+        self._settling = Settling(stops)
 
     def add(self, event: dict[str, Any]) -> None:
         self._error = error_of(event) or self._error

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import orjson
 
-from backends.sse import Events, ends_stream, payloads
+from backends.sse import DONE, Events, ends_stream, payloads
 
 MESSAGE_CHARS: Final = 2_000
 
@@ -70,7 +70,7 @@ def judge(status: int, message: str, *, leg: Blame = Blame.DECODE) -> Trouble:
 def judge_event(piece: bytes, *, leg: Blame = Blame.DECODE) -> Trouble | None:
     """Trouble in whole events. Quotes inside text are escaped, so that it cannot look like a key;
     a text that is nothing but one of these words costs a parse and is then found innocent."""
-    if b'"error"' not in piece and b'"abort"' not in piece and b"response.failed" not in piece:
+    if b'"error"' not in piece and b'"abort"' not in piece:
         return None
     for event in payloads(piece):
         if (trouble := _judge_object(event, leg)) is not None:
@@ -106,9 +106,11 @@ class StreamJudge:
 
     def feed(self, piece: bytes) -> Trouble | None:
         events = self._events.cut(piece)
-        if ends_stream(events):
+        if events.endswith(DONE) or (events.startswith(b"event: ") and ends_stream(events)):
             self.ended = True
-        return judge_event(events, leg=self._leg)
+        if b'"error"' in events or b'"abort"' in events:
+            return judge_event(events, leg=self._leg)
+        return None
 
 
 def _judge_end(body: bytes, leg: Blame) -> Trouble | None:

@@ -15,7 +15,6 @@ from array import array
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import cast
 
 from rich.table import Table
 
@@ -32,7 +31,6 @@ from policies.events import (
     PrefillDone,
     Progress,
 )
-from policies.order import Order
 from policies.registry import ORDER
 from policies.types import Job, Kind, Role, Worker
 
@@ -46,6 +44,15 @@ TURN_US = 1000
 FAR_US = 10**12
 DECISION = "decision"
 DEPTHS = (100, 1_000, 10_000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    rounds: int
+    turns: int
+
+
+FULL, QUICK = Effort(rounds=5, turns=5000), Effort(rounds=3, turns=1000)
 
 
 def workers() -> Iterator[Worker]:
@@ -134,7 +141,7 @@ class Trial:
 
 
 def trial(depth: int, order: str, seed: int, turns: int) -> Trial:
-    rules = Rules(order=cast("Order", ORDER[order]()), max_queued=10 * max(DEPTHS))
+    rules = Rules(order=ORDER[order](), max_queued=10 * max(DEPTHS))
     it = Trial(depth, Core(rules, workers()), Traffic(random.Random(seed)))
     it.fill()
     for number_ in range(RUNNING):
@@ -178,19 +185,19 @@ examples:
 """,
     )
     parser.add_argument("--order", choices=sorted(ORDER), default="edf", help="of the queue")
-    parser.add_argument("--rounds", type=int, default=5, help="trials at each depth, new seeds")
+    parser.add_argument("--rounds", type=int, help="trials at each depth, each with a new seed")
     add_report_options(parser)
     return parser.parse_args()
 
 
 def main() -> int:
     asked = parsed()
-    turns = 1000 if asked.quick else 5000
-    rounds = 3 if asked.quick else asked.rounds
+    effort = QUICK if asked.quick else FULL
     report = Report(title="core")
     if asked.quick:
-        report.notes.append(f"--quick: {rounds} rounds of {turns} turns, instead of 5 of 5000")
-    found = {d: [trial(d, asked.order, seed, turns) for seed in range(rounds)] for d in DEPTHS}
+        report.notes.append(f"--quick: {effort}, instead of {FULL}")
+    seeds = range(asked.rounds or effort.rounds)
+    found = {d: [trial(d, asked.order, seed, effort.turns) for seed in seeds] for d in DEPTHS}
     for depth, trials in found.items():
         report.tables.append(table(depth, trials))
         for share in (0.5, 0.99):

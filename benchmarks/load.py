@@ -345,7 +345,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     return {
         "answered": outcome.answered,
         "failed": outcome.failed,
-        "errors": dict(outcome.errors),
+        "errors": {str(flaw): count for flaw, count in outcome.errors.items()},
         "tokens": outcome.tokens,
         "wall_s": round(outcome.wall_s, 3),
         "ttft_ms_p50": ms(outcome.ttft_s, 0.5),

@@ -17,7 +17,7 @@ from typing import IO
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 CPUCLOCK_SCHED = 2
-STOP_S = 5.0
+STOP_S = 1.0
 
 
 def free_port() -> int:
@@ -83,6 +83,43 @@ def usage_of(pid: int) -> Usage:
     )
 
 
+def machine_busy_s() -> float:
+    """CPU seconds of everything on this machine, and what a hypervisor took from it."""
+    fields = [int(each) for each in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    idle, waiting = fields[3], fields[4]
+    return (sum(fields) - idle - waiting) / TICKS_PER_S
+
+
+def own_busy_s() -> float:
+    """CPU seconds of this process and of all children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """How much of the machine others used meanwhile: it tells what the figures are worth."""
+
+    began: float
+    machine_s: float
+    own_s: float
+
+    @classmethod
+    def begin(cls) -> Watch:
+        return cls(time.monotonic(), machine_busy_s(), own_busy_s())
+
+    @property
+    def others_cores(self) -> float:
+        """Once the measured programs have ended: until then they count as others."""
+        others_s = machine_busy_s() - self.machine_s - (own_busy_s() - self.own_s)
+        return max(0.0, others_s / (time.monotonic() - self.began))
+
+    def note(self) -> str:
+        cores, of = self.others_cores, os.cpu_count()
+        worth = "a quiet machine" if cores < 0.1 else "ratios hold better than figures"
+        return f"other programs used {cores:.2f} of {of} cores meanwhile: {worth}"
+
+
 class DidNotStart(RuntimeError):
     """A program ended, or stayed silent, before it could serve; carries what it said last."""
 
@@ -111,15 +148,27 @@ class Running:
         tail = os.pread(self.log.fileno(), most_bytes, max(0, end - most_bytes))
         return tail.decode(errors="replace")
 
-    def stop(self) -> None:
-        # The whole session at once: a launcher's child must not outlive it.
-        for number in (signal.SIGINT, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_S)
-                break
-        self.log.close()
+    def signal(self, number: signal.Signals) -> None:
+        """To the whole session: a launcher's child must not outlive it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def has_ended_by(self, deadline: float) -> bool:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0.0, deadline - time.monotonic()))
+        return self.ended
+
+
+def stop(running: list[Running]) -> None:
+    """All together: each may take its time to drain, and nobody waits for it one by one."""
+    for each in running:
+        each.signal(signal.SIGINT)
+    deadline = time.monotonic() + STOP_S
+    for each in running:
+        each.has_ended_by(deadline)
+        each.signal(signal.SIGKILL)
+        each.process.wait()
+        each.log.close()
 
 
 def start(name: str, command: Iterable[str], *, cwd: Path | None = None) -> Running:
@@ -142,8 +191,7 @@ def all_stopped() -> Iterator[list[Running]]:
     try:
         yield running
     finally:
-        for each in reversed(running):
-            each.stop()
+        stop(running)
 
 
 def wait_until_listening(program: Running, port: int, *, patience_s: float = 60.0) -> None:

@@ -10,7 +10,7 @@ import argparse
 import gc
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.load import Load, Outcome, apply, hold, quantile
-from benchmarks.processes import DidNotStart, Running, all_stopped, raise_file_limit
+from benchmarks.processes import DidNotStart, Running, Watch, all_stopped, raise_file_limit
 from benchmarks.report import Check, Report, Spread, add_report_options
 from benchmarks.systems import (
     SYSTEMS,
@@ -112,25 +112,25 @@ QUICK = Plan(rounds=3, tokens=32, passes=2, unary_requests=800, soak_tokens=120,
 class Findings:
     """Samples by system and by what was measured, one a round; errors over everything."""
 
-    samples: dict[str, dict[str, list[float]]] = field(
-        default_factory=lambda: defaultdict(lambda: defaultdict(list))
-    )
-    errors: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
+    samples: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    errors: dict[str, Counter[str]] = field(default_factory=dict)
 
     def add(self, system: str, what: str, value: float | None) -> None:
         if value is not None:
-            self.samples[system][what].append(value)
+            self.samples.setdefault((system, what), []).append(value)
+
+    def of(self, system: str, what: str) -> list[float]:
+        return self.samples.get((system, what), [])
 
     def count_errors(self, system: str, outcome: Outcome) -> None:
-        for flaw, count in outcome.errors.items():
-            self.errors[system][flaw] = self.errors[system].get(flaw, 0) + count
+        self.errors.setdefault(system, Counter()).update(outcome.errors)
 
     def failed(self, system: str) -> int:
-        return sum(self.errors[system].values())
+        return self.errors.get(system, Counter()).total()
 
     def paired(self, what: str, left: str, right: str) -> list[tuple[float, float]]:
         """Values of the same round; none where one side was not measured in every round."""
-        ours, theirs = self.samples[left][what], self.samples[right][what]
+        ours, theirs = self.of(left, what), self.of(right, what)
         return list(zip(ours, theirs, strict=True)) if len(ours) == len(theirs) else []
 
     def ratios(self, what: str) -> list[float]:
@@ -223,6 +223,10 @@ def median(values: list[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
+def told(errors: Counter[str]) -> str:
+    return ", ".join(f"{flaw} x{count}" for flaw, count in errors.items()) or "none"
+
+
 def cell(values: list[float]) -> str:
     return str(Spread.of(values)) if values else "-"
 
@@ -232,9 +236,9 @@ def costs_table(systems: Iterable[System], findings: Findings) -> Table:
     names = [system.name for system in systems]
     table.add_column("")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for what in COLUMNS:
-        table.add_row(what, *(cell(findings.samples[name][what]) for name in names))
+        table.add_row(what, *(cell(findings.of(name, what)) for name in names))
     for what in LATENCIES:
         added = [cell(findings.added(what, name)) if name != BARE else "-" for name in names]
         table.add_row(f"added {what}", *added)
@@ -245,14 +249,15 @@ def costs_table(systems: Iterable[System], findings: Findings) -> Table:
 def report_costs(report: Report, systems: list[System], findings: Findings) -> None:
     names = [system.name for system in systems]
     for name in names:
-        for what, values in findings.samples[name].items():
-            report.spread[f"{name}: {what}"] = Spread.of(values)
+        for what in COLUMNS:
+            if values := findings.of(name, what):
+                report.spread[f"{name}: {what}"] = Spread.of(values)
         if name != BARE:
             for what in LATENCIES:
                 if values := findings.added(what, name):
                     report.spread[f"{name}: added {what}"] = Spread.of(values)
         if findings.failed(name):
-            report.notes.append(f"{name}: errors {findings.errors[name]}")
+            report.notes.append(f"{name}: errors: {told(findings.errors[name])}")
     if OURS in names and REFERENCE in names:
         check_ratios(report, findings)
     if OURS in names and BARE in names:
@@ -276,7 +281,7 @@ def check_scale(report: Report, plan: Plan, findings: Findings) -> None:
     seconds = plan.soak_tokens * SOAK_STEP_MS / 1000
     report.notes.append(
         f"{plan.soak_streams} streams at {1000 / SOAK_STEP_MS:.0f} tokens/s for {seconds:.0f} s: "
-        f"{outcome.answered} whole, {outcome.tokens} tokens, errors {dict(outcome.errors)}, "
+        f"{outcome.answered} whole, {outcome.tokens} tokens, errors: {told(outcome.errors)}, "
         f"inter-token p99 {(quantile(outcome.gaps_s, 0.99) or 0) * 1000:.0f} ms"
     )
     missing = plan.soak_streams - outcome.answered
@@ -330,7 +335,7 @@ def run(asked: argparse.Namespace, console: Console) -> Report:
     systems = [*(SYSTEMS[name] for name in asked.systems.split(",")), *asked.also]
     for system in systems:
         require(system)
-    findings, report = Findings(), Report(title="proxy")
+    findings, report, watch = Findings(), Report(title="proxy"), Watch.begin()
     if asked.quick:
         report.notes.append(f"--quick: {plan}, instead of {FULL}")
     compare(systems, plan, findings, console)
@@ -339,6 +344,7 @@ def run(asked: argparse.Namespace, console: Console) -> Report:
         check_scale(report, plan, findings)
         failed = findings.failed(OURS)
         report.checks.append(Check(name="errors in all loads", value=failed, target=0, unit=""))
+    report.notes.append(watch.note())
     return report
 
 

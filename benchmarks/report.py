@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,6 +24,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.machine import Machine, this_machine
+
+PIPE_COLUMNS = 140
+"""A file is read by scrolling: nothing in it is cut to the width of a screen."""
 
 
 class Goal(StrEnum):
@@ -115,7 +119,7 @@ class Report:
 
     def finish(self, *, as_json: bool, console: Console | None = None) -> int:
         """Print everything; the JSON object, when asked for, is the last line."""
-        console = console or Console()
+        console = console or Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS)
         for table in (*self.tables, *([checks_table(self.checks)] if self.checks else [])):
             console.print(table)
         for note in self.notes:

@@ -39,22 +39,21 @@ def url(port: int) -> str:
     return f"http://127.0.0.1:{port}"
 
 
-def start_worker(running: list[Running], role: str, step_ms: float) -> int:
+def start_worker(running: list[Running], role: str, step_ms: float) -> tuple[Running, int]:
     port = free_port()
     options = ["--role", role, "--port", str(port), "--step-ms", str(step_ms)]
-    worker = start(
-        f"{role} worker", [sys.executable, "-m", "benchmarks.worker", *options], cwd=ROOT
-    )
-    running.append(worker)
-    wait_until_listening(worker, port)
-    return port
+    command = [sys.executable, "-m", "benchmarks.worker", *options]
+    running.append(start(f"{role} worker", command, cwd=ROOT))
+    return running[-1], port
 
 
 def start_fleet(running: list[Running], *, step_ms: float, decodes: int = 1) -> Fleet:
-    prefill = start_worker(running, "prefill", step_ms)
-    return Fleet(
-        (prefill,), tuple(start_worker(running, "decode", step_ms) for _ in range(decodes))
-    )
+    roles = ["prefill", *["decode"] * decodes]
+    workers = [start_worker(running, role, step_ms) for role in roles]
+    for worker, port in workers:
+        wait_until_listening(worker, port)
+    ports = [port for _, port in workers]
+    return Fleet((ports[0],), tuple(ports[1:]))
 
 
 def pair_options(fleet: Fleet) -> list[str]:
@@ -173,7 +172,7 @@ def wait_until_serving(target: Target) -> None:
         outcome = uvloop.run(apply(probe))
         if outcome.answered:
             return
-        errors = dict(outcome.errors)
+        errors = {str(flaw): count for flaw, count in outcome.errors.items()}
         time.sleep(0.2)
     words = target.program.last_words() if target.program else ""
     raise DidNotStart(f"{target.name} does not serve: {errors} {words}")

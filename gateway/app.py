@@ -6,7 +6,9 @@ import asyncio
 import random
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import structlog
 from aiohttp import web
@@ -24,11 +26,12 @@ from gateway.config import (
 )
 from gateway.core import Core
 from gateway.driver import Driver
-from gateway.errors import ApiError, Code, Dialect
-from gateway.front import Front, refusal
+from gateway.front import Front
+from gateway.log import WriteRequest, configure
 from gateway.metrics import Metrics
 from gateway.pages import Pages
 from gateway.probe import Prober
+from gateway.router import Router
 from policies.clock import Clock
 from policies.events import WorkerDown, WorkerGone, WorkerUp
 from policies.types import Worker
@@ -45,7 +48,12 @@ class Gateway:
     """Everything between a socket that listens and the servers behind it."""
 
     def __init__(
-        self, config: Config, clock: Clock, rng: random.Random, tasks: asyncio.TaskGroup
+        self,
+        config: Config,
+        clock: Clock,
+        rng: random.Random,
+        tasks: asyncio.TaskGroup,
+        write_line: WriteRequest,
     ) -> None:
         self._config = config
         self._clock = clock
@@ -54,10 +62,10 @@ class Gateway:
         self.core = Core(rules_of(config))
         self.driver = Driver(self.core, clock, self.backend)
         self.metrics = Metrics(self.core, self.backend.now_us)
-        self.front = Front(config, self.driver, self.backend, self.metrics, rng)
+        self.front = Front(config, self.driver, self.backend, self.metrics, clock, rng, write_line)
         self.prober = Prober(self.backend, self.driver.post, clock, config.telemetry)
         self._entries: dict[str, WorkerEntry] = {}
-        self._runner: web.AppRunner | None = None
+        self._runner: web.ServerRunner | None = None
         self.port = 0
 
     async def start(self) -> None:
@@ -74,16 +82,14 @@ class Gateway:
             self._tasks,
         )
         server = self._config.server
-        app = web.Application(client_max_size=round(server.max_body_mb * 1_048_576))
-        app.add_routes([*self.front.routes(), *pages.routes()])
-        app.middlewares.append(_in_our_words)
-        self._runner = web.AppRunner(
-            app,
+        listener = web.Server(
+            Router([*self.front.routes(), *pages.routes()]),
+            request_factory=partial(_request, round(server.max_body_mb * 1_048_576)),
             access_log=None,
             handler_cancellation=True,
             keepalive_timeout=server.header_timeout_s,
-            shutdown_timeout=1.0,
         )
+        self._runner = web.ServerRunner(listener, shutdown_timeout=1.0)
         await self._runner.setup()
         await web.TCPSite(self._runner, server.host, server.port, backlog=4096).start()
         self.port = self._runner.addresses[0][1]
@@ -166,8 +172,10 @@ async def run(
     for sign in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sign, _stop, stop, loop)
     loop.add_signal_handler(signal.SIGHUP, reload.set)
+    config = read()
+    write_line = configure(config.log)
     async with asyncio.TaskGroup() as tasks:
-        gateway = Gateway(read(), clock, rng, tasks)
+        gateway = Gateway(config, clock, rng, tasks, write_line)
         await gateway.start()
         watcher = None
         if path is not None:
@@ -213,18 +221,10 @@ def _stamp(path: Path) -> tuple[int, int]:
     return (status.st_mtime_ns, status.st_size)
 
 
-@web.middleware
-async def _in_our_words(
-    request: web.Request, handler: Callable[[web.Request], object]
-) -> web.StreamResponse:
-    """aiohttp's own refusals (no such page, wrong method) in the shape that clients parse."""
-    try:
-        return await handler(request)  # type: ignore[misc,no-any-return]
-    except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        code = {404: Code.NOT_FOUND, 405: Code.METHOD_NOT_ALLOWED, 413: Code.BODY_TOO_LARGE}.get(
-            error.status, Code.INVALID_REQUEST
-        )
-        refused = ApiError(code, f"{request.method} {request.path}: {error.reason}")
-        return refusal(Dialect.CHAT, refused, request.headers.get("x-request-id", ""))
+def _request(max_body_bytes: int, *parts: Any) -> web.BaseRequest:
+    """As aiohttp makes it, with our limit on the body."""
+    message, payload, protocol, writer, task = parts
+    loop = asyncio.get_running_loop()
+    return web.BaseRequest(
+        message, payload, protocol, writer, task, loop, client_max_size=max_body_bytes
+    )

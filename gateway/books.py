@@ -107,10 +107,17 @@ class Lane:
 
     def __init__(self, model: str) -> None:
         self.model = model
-        self.waiting: dict[Kind, KeyedHeap[Key]] = {kind: KeyedHeap() for kind in Kind}
+        self._online: KeyedHeap[Key] = KeyedHeap()
+        self._offline: KeyedHeap[Key] = KeyedHeap()
+        self.waiting = {Kind.ONLINE: self._online, Kind.OFFLINE: self._offline}
         self.waiting_tokens = 0
         self.last_key: dict[Kind, Key] = {}
         self.candidates: dict[Kind, Candidates] = {}
+
+    @property
+    def is_quiet(self) -> bool:
+        """Nobody waits."""
+        return not (self._online or self._offline)
 
     def put(self, job: Job, key: Key) -> None:
         heap = self.waiting[job.kind]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-
-from aiohttp import web
+from collections.abc import Callable
 
 from backends.trouble import Trouble
-from gateway.errors import ApiError, Code
+from gateway.errors import ApiError, Code, Dialect, error_event
+from gateway.wire import LAST_CHUNK, chunk
 from policies.events import Fail, Fault, Reason, Reject
 
 HIGH_WATER_BYTES = 65_536
@@ -89,65 +89,84 @@ class UnaryClient:
 class StreamClient:
     """Relays events straight into the client's socket, past every layer that would copy them."""
 
-    __slots__ = ("_chunked", "_pieces", "_transport", "begun", "error", "over")
+    __slots__ = (
+        "_chunked",
+        "_dialect",
+        "_head",
+        "_make_head",
+        "_transport",
+        "begun",
+        "error",
+        "over",
+    )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.begun: asyncio.Future[None] = loop.create_future()
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        transport: asyncio.Transport,
+        make_head: Callable[[], bytes],
+        *,
+        dialect: Dialect,
+        chunked: bool,
+    ) -> None:
         self.over: asyncio.Future[None] = loop.create_future()
         self.error: ApiError | None = None
-        self._pieces: list[bytes] = []
-        self._transport: asyncio.Transport | None = None
-        self._chunked = True
-
-    async def attach(self, response: web.StreamResponse, request: web.Request) -> None:
-        """From here on pieces go out by themselves; what came before goes with the headers."""
-        pieces, self._pieces = self._pieces, []
-        await response.write(b"".join(pieces))
-        self._chunked = bool(response.chunked)
-        self._transport = request.transport
-        for piece in self._pieces:
-            self.write(piece)
-        self._pieces = []
-
-    def detach(self) -> None:
-        self._transport = None
+        self.begun = False
+        self._transport = transport
+        self._make_head = make_head
+        self._head = b""
+        self._dialect = dialect
+        self._chunked = chunked
 
     def answer(self, status: int, content_type: str, body: bytes) -> None:
         raise RuntimeError("a stream was asked for")
 
     def begin(self) -> None:
-        _resolve(self.begun)
+        if not self.begun:
+            self.begun = True
+            self._head = self._make_head()
 
     def write(self, piece: bytes) -> bool:
         transport = self._transport
-        if transport is None:
-            self._pieces.append(piece)
+        if transport.is_closing():
             return False
         if self._chunked:
-            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
+            piece = chunk(piece)
+        if self._head:
+            piece, self._head = self._head + piece, b""
         transport.write(piece)
         return transport.get_write_buffer_size() > HIGH_WATER_BYTES
 
     def has_room(self) -> bool:
-        transport = self._transport
-        return transport is None or transport.get_write_buffer_size() < LOW_WATER_BYTES
+        return self._transport.get_write_buffer_size() < LOW_WATER_BYTES
 
     def drop(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
+        self._transport.abort()
 
     def end(self) -> None:
+        self._write_last(b"")
         _resolve(self.over)
 
     def cancelled(self) -> None:
-        self.error = ApiError(Code.REQUEST_CANCELLED, "the request was aborted")
-        _resolve(self.begun)
-        _resolve(self.over)
+        self._stop(ApiError(Code.REQUEST_CANCELLED, "the request was aborted"))
 
     def refused(self, decision: Reject | Fail, trouble: Trouble | None) -> None:
-        self.error = api_error(decision, trouble, begun=self.begun.done())
-        _resolve(self.begun)
+        self._stop(api_error(decision, trouble, begun=self.begun))
+
+    def _stop(self, error: ApiError) -> None:
+        """Before the first byte it is an answer of its own, after it the stream's last event."""
+        if self.over.done():
+            return
+        self.error = error
+        if self.begun:
+            self._write_last(error_event(self._dialect, error))
         _resolve(self.over)
+
+    def _write_last(self, event: bytes) -> None:
+        if event:
+            self.write(event)
+        if self._chunked and not self._transport.is_closing():
+            self._transport.write(LAST_CHUNK)
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -229,6 +229,8 @@ def worker_of(entry: WorkerEntry, where: str) -> Worker:
         raise ConfigError(f"{where}.url: {error}") from None
     if url.scheme not in ("http", "https") or not address[0]:
         raise ConfigError(f"{where}.url must be http://HOST:PORT, got {entry.url!r}")
+    if not (entry.name.isascii() and entry.name.isprintable()):
+        raise ConfigError(f"{where}.name must be printable ASCII, got {entry.name!r}")
     hostname = f"[{address[0]}]" if ":" in address[0] else address[0]
     return Worker(
         name=entry.name or url.netloc.rpartition("@")[2],

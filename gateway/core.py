@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.books import Candidates, Fleet, Lane, Ticket
@@ -40,7 +40,7 @@ from policies.place import LeastWork, Place
 from policies.pools import Pools, Shared
 from policies.queue import KeyedHeap
 from policies.retry import RetryBudget, RetryRule
-from policies.types import Job, Kind, Worker
+from policies.types import Job, Kind, Role, Worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +70,7 @@ class Core:
         self._give_up: KeyedHeap[tuple[int, ...]] = KeyedHeap()
         self._later: KeyedHeap[tuple[int, ...]] = KeyedHeap()
         self._alarm_us = 0
+        self._fresh: list[Ticket] = []
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
@@ -91,16 +92,17 @@ class Core:
         for worker in workers:
             self._fleet.add(worker)
 
-    def handle(self, events: Iterable[Event], now_us: int) -> list[Decision]:
+    def handle(self, events: Sequence[Event], now_us: int) -> list[Decision]:
         for event in events:
             self._on[type(event)](event, now_us)
-        if self._later or self._give_up:
+        if self._fresh:
+            self._take_in(now_us)
+        if self._give_up:  # all that wait, for a server or for their next attempt
             self._pass_time(now_us)
-        if self._touched:
             lanes, self._touched = self._touched, {}
             for lane in lanes.values():
                 self._dispatch(lane, now_us)
-        self._set_alarm(now_us)
+            self._set_alarm(now_us)
         decisions, self._out = self._out, []
         return decisions
 
@@ -142,13 +144,31 @@ class Core:
 
     def _arrived(self, event: Arrived, now_us: int) -> None:
         job = event.job
-        lane = self._lane(job.model)
-        self._budget.earn(job)
-        if (refusal := self._refusal(job, lane, now_us)) is not None:
-            self._out.append(refusal)
-            return
         self._tickets[job.id] = ticket = Ticket(job)
-        self._enqueue(ticket, lane)
+        self._fresh.append(ticket)
+        self._budget.earn(job)
+
+    def _take_in(self, now_us: int) -> None:
+        """Those of one instant in their order. Where nobody waits, the queue is spared."""
+        fresh, self._fresh = self._fresh, []
+        if len(fresh) > 1:
+            key = self._rules.order.key
+            fresh.sort(key=lambda t: (t.job.kind is Kind.OFFLINE, key(t.job), t.job.id))
+        for ticket in fresh:
+            if ticket.state is not State.QUEUED:  # its client left in the same instant
+                continue
+            lane = self._lane(ticket.job.model)
+            if lane.is_quiet:
+                pair = self._choose(ticket, self._candidates(lane, ticket.job.kind), now_us)
+                if pair is not None:
+                    self._place(ticket, *pair, now_us)
+                    continue
+            if (refusal := self._refusal(ticket.job, lane, now_us)) is not None:
+                ticket.step(Step.REFUSED)
+                self._out.append(refusal)
+                del self._tickets[ticket.job.id]
+            else:
+                self._enqueue(ticket, lane)
 
     def _refusal(self, job: Job, lane: Lane, now_us: int) -> Reject | None:
         """What can be answered at once, before the job costs anything."""
@@ -187,7 +207,7 @@ class Core:
             ticket.prefill.breaker.succeeded()
         if ticket.prefill is not ticket.decode:
             ticket.end_prefill(now_us)
-            self._touch(ticket)
+            self._touch_all()
 
     def _first_token(self, event: FirstToken, now_us: int) -> None:
         ticket = self._tickets.get(event.job_id)
@@ -199,7 +219,7 @@ class Core:
                 ledger.breaker.succeeded()
         if ticket.prefill is not None:
             ticket.end_prefill(now_us)
-            self._touch(ticket)
+            self._touch_all()
 
     def _progress(self, event: Progress, now_us: int) -> None:
         tickets = self._tickets
@@ -230,7 +250,7 @@ class Core:
             self._end(ticket, now_us)
             return
         ticket.release(now_us)
-        self._touch(ticket)
+        self._touch_all()
         if (refusal := self._no_retry(ticket, event, now_us)) is not None:
             ticket.step(Step.BROKE)
             self._out.append(Fail(ticket.job, refusal, event.fault))
@@ -250,8 +270,7 @@ class Core:
         ticket.step(Step.RETRIED)
         ticket.avoid = event.blamed
         if event.generated:
-            ticket.job = replace(
-                job,
+            ticket.job = job._replace(
                 prompt_tokens=job.prompt_tokens + event.generated,
                 max_tokens=max(1, job.max_tokens - event.generated),
             )
@@ -357,18 +376,22 @@ class Core:
     ) -> tuple[Ledger, Ledger] | None:
         """A prefill and a decode server, or one unified server as both."""
         job, admit, place = ticket.job, self._rules.admit, self._rules.place
-        decodes = self._open(candidates.decodes, ticket, now_us)
-        decode = self._best(job, [e for e in decodes if admit.decode(job, e)], place.decode)
-        unified = self._open(candidates.unified, ticket, now_us)
-        prefills = [e for e in unified if admit.decode(job, e)]
-        if decode is not None:
-            prefills += self._open(candidates.prefills, ticket, now_us)
+        prefills: list[Ledger] = []
+        decode = None
+        if candidates.unified:
+            unified = self._open(candidates.unified, ticket, now_us)
+            prefills = [e for e in unified if admit.decode(job, e)]
+        if candidates.decodes:
+            decodes = self._open(candidates.decodes, ticket, now_us)
+            decode = self._best(job, [e for e in decodes if admit.decode(job, e)], place.decode)
+            if decode is not None:
+                prefills = prefills + self._open(candidates.prefills, ticket, now_us)
         prefill = self._best(job, [e for e in prefills if admit.prefill(job, e)], place.prefill)
         if prefill is None:
             return None
-        if prefill in unified:
+        if decode is None or prefill.worker.role is Role.UNIFIED:
             return prefill, prefill
-        return None if decode is None else (prefill, decode)
+        return prefill, decode
 
     @staticmethod
     def _open(ledgers: list[Ledger], ticket: Ticket, now_us: int) -> list[Ledger]:
@@ -450,21 +473,18 @@ class Core:
 
     def _end(self, ticket: Ticket, now_us: int) -> None:
         ticket.release(now_us)
-        self._touch(ticket)
+        self._touch_all()
         self._forget(ticket)
 
     def _forget(self, ticket: Ticket) -> None:
         job = ticket.job
         self._tickets.pop(job.id, None)
-        self._later.discard(job.id)
-        self._give_up.discard(job.id)
-        self._lane(job.model).take(job)
-
-    def _touch(self, ticket: Ticket) -> None:
-        """Something was freed: other lanes may share the server, so all that wait look again."""
-        self._touch_all()
+        if ticket.state in (State.REJECTED, State.CANCELLED):
+            self._later.discard(job.id)
+            self._give_up.discard(job.id)
+            self._lane(job.model).take(job)
 
     def _touch_all(self) -> None:
-        for lane in self._lanes.values():
-            if lane.waiting[Kind.ONLINE] or lane.waiting[Kind.OFFLINE]:
-                self._touched[lane.model] = lane
+        """Something was freed: lanes share servers, so all that wait look again."""
+        if self._give_up:
+            self._touched = {lane.model: lane for lane in self._lanes.values() if not lane.is_quiet}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from random import Random
 
 from aiohttp import hdrs, web
@@ -15,15 +16,22 @@ from gateway.clients import StreamClient, UnaryClient
 from gateway.config import Config
 from gateway.dialects import ROUTES, Ask, Dialect, Limits, read
 from gateway.driver import Driver
-from gateway.errors import ApiError, Code, error_body, error_event
+from gateway.errors import ApiError, Code
 from gateway.fanout import split
+from gateway.log import WriteRequest
 from gateway.metrics import Metrics
-from gateway.report import REQUEST_ID, headers_of, log_line
+from gateway.report import fields_of, header_lines
+from gateway.router import REQUEST_ID, Route, refusal
 from gateway.visit import FanOut, Part, Visit
+from gateway.wire import Dates, Sent, head
+from policies.clock import Clock
 from policies.events import Arrived, Left
 from policies.types import Kind
 
-_STREAM_TYPES = {hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+_EVENTS = "content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
+_CHUNKED_LINES = f"{_EVENTS}transfer-encoding: chunked\r\n"
+_UNCHUNKED_LINES = f"{_EVENTS}connection: close\r\n"
+_CHUNKED_SINCE = (1, 1)
 _PRIORITY = {Kind.ONLINE: 100, Kind.OFFLINE: 0}
 _PATHS = {dialect: path.encode() for path, dialect in ROUTES.items()}
 
@@ -37,12 +45,16 @@ class Front:
         driver: Driver,
         backend: Sglang,
         metrics: Metrics,
+        clock: Clock,
         rng: Random,
+        write_line: WriteRequest,
     ) -> None:
         self._driver = driver
         self._backend = backend
         self._metrics = metrics
         self._rng = rng
+        self._write_line = write_line
+        self._dates = Dates(clock)
         self._visits: dict[str, Visit] = {}
         self._by_rid: dict[tuple[str, str], Visit] = {}
         self.draining = False
@@ -62,21 +74,21 @@ class Front:
             max_asks=limits.max_fan_out,
         )
 
-    def routes(self) -> list[web.RouteDef]:
+    def routes(self) -> list[Route]:
         return [
-            web.post(path, self.generate)
+            (hdrs.METH_POST, path, self.generate)
             for path, dialect in ROUTES.items()
             if dialect is not Dialect.EMBEDDINGS
         ]
 
-    def caller(self, request: web.Request) -> Caller:
+    def caller(self, request: web.BaseRequest) -> Caller:
         return self._keys.caller(request.headers)
 
     def __len__(self) -> int:
         """Requests under way."""
         return len(self._visits)
 
-    async def generate(self, request: web.Request) -> web.StreamResponse:
+    async def generate(self, request: web.BaseRequest) -> web.StreamResponse:
         dialect = ROUTES[request.path]
         request_id = _request_id(request) or self._new_id()
         try:
@@ -87,7 +99,7 @@ class Front:
         try:
             if isinstance(visit.client, StreamClient):
                 return await self._stream(request, visit, visit.client)
-            return await self._whole(visit, visit.client)
+            return await self._whole(request, visit, visit.client)
         except (asyncio.CancelledError, ConnectionError):
             self._leave(visit)
             raise
@@ -97,7 +109,7 @@ class Front:
 
     # From a request to jobs.
 
-    async def _admit(self, request: web.Request, dialect: Dialect, request_id: str) -> Visit:
+    async def _admit(self, request: web.BaseRequest, dialect: Dialect, request_id: str) -> Visit:
         if self.draining:
             raise ApiError(Code.GATEWAY_DRAINING, "the gateway is shutting down", retry_after_s=1)
         caller = self._keys.caller(request.headers)
@@ -108,8 +120,7 @@ class Front:
             rid = rid[0] if len(rid) == 1 else ""
         if rid and (caller.tenant, rid) in self._by_rid:
             raise ApiError(Code.DUPLICATE_RID, "a request with this rid is under way", param="rid")
-        loop = asyncio.get_running_loop()
-        client = StreamClient(loop) if ask.stream else UnaryClient(loop)
+        client = self._client(request, lambda: visit, ask)
         visit = Visit(request_id, caller.tenant, kind, ask, rid, client, [])
         model = self._model(ask.model)
         if not ask.fans_out:
@@ -122,7 +133,7 @@ class Front:
         return visit
 
     def _part(
-        self, request: web.Request, visit: Visit, ask: Ask, client: Client, model: str
+        self, request: web.BaseRequest, visit: Visit, ask: Ask, client: Client, model: str
     ) -> Part:
         kind, timeouts = visit.kind, self._timeouts
         job = job_of(
@@ -172,8 +183,10 @@ class Front:
             param="model",
         )
 
-    async def body_of(self, request: web.Request) -> bytes:
+    async def body_of(self, request: web.BaseRequest) -> bytes:
         try:
+            if request.content.is_eof():
+                return await request.read()
             async with asyncio.timeout(self._body_timeout_s):
                 return await request.read()
         except TimeoutError:
@@ -183,40 +196,50 @@ class Front:
 
     # From answers to a response.
 
-    async def _whole(self, visit: Visit, client: UnaryClient) -> web.Response:
+    async def _whole(
+        self, request: web.BaseRequest, visit: Visit, client: UnaryClient
+    ) -> web.StreamResponse:
         await client.over
         if client.error is not None:
             return self._refuse(visit, client.error)
         self._end(visit, "ok")
-        return web.Response(
-            body=client.body,
-            status=client.status,
-            content_type=client.content_type,
-            headers=headers_of(visit),
-        )
+        if (transport := request.transport) is None:
+            raise ConnectionResetError("the client is gone")
+        body = client.body
+        lines = f"content-type: {client.content_type}\r\ncontent-length: {len(body)}\r\n"
+        transport.write(self._head(request, visit, client.status, lines) + body)
+        return Sent(keep_alive=request.keep_alive)
 
     async def _stream(
-        self, request: web.Request, visit: Visit, client: StreamClient
+        self, request: web.BaseRequest, visit: Visit, client: StreamClient
     ) -> web.StreamResponse:
-        await client.begun
-        if client.error is not None:
+        await client.over
+        if client.error is not None and not client.begun:
             return self._refuse(visit, client.error)
-        response = web.StreamResponse(headers=headers_of(visit) | _STREAM_TYPES)
-        if request.version >= (1, 1):
-            response.enable_chunked_encoding()
-        else:
-            response.force_close()
-        await response.prepare(request)
-        try:
-            await client.attach(response, request)
-            await client.over
-        finally:
-            client.detach()
-        if client.error is not None:
-            await response.write(error_event(visit.ask.dialect, client.error))
-        await response.write_eof()
         self._end(visit, "ok" if client.error is None else client.error.code)
-        return response
+        return Sent(keep_alive=request.keep_alive and request.version >= _CHUNKED_SINCE)
+
+    def _client(
+        self, request: web.BaseRequest, visit_of: Callable[[], Visit], ask: Ask
+    ) -> StreamClient | UnaryClient:
+        loop = asyncio.get_running_loop()
+        if not ask.stream:
+            return UnaryClient(loop)
+        if (transport := request.transport) is None:
+            raise ConnectionResetError("the client is gone")
+        chunked = request.version >= _CHUNKED_SINCE
+        lines = _CHUNKED_LINES if chunked else _UNCHUNKED_LINES
+        return StreamClient(
+            loop,
+            transport,
+            lambda: self._head(request, visit_of(), 200, lines),
+            dialect=ask.dialect,
+            chunked=chunked,
+        )
+
+    def _head(self, request: web.BaseRequest, visit: Visit, status: int, lines: str) -> bytes:
+        closing = "" if request.keep_alive else "connection: close\r\n"
+        return head(status, f"{header_lines(visit)}{lines}{self._dates.line()}{closing}")
 
     def _refuse(self, visit: Visit, error: ApiError) -> web.Response:
         self._end(visit, error.code)
@@ -250,7 +273,7 @@ class Front:
         for part in visit.parts:
             self._metrics.record(part.exchange, part.job, outcome)
         if self._log.requests:
-            log_line(visit, outcome)
+            self._write_line(fields_of(visit, outcome))
 
     # Ends that others ask for.
 
@@ -274,19 +297,7 @@ class Front:
         self._drop_jobs(visit)
 
 
-def refusal(dialect: Dialect, error: ApiError, request_id: str) -> web.Response:
-    headers = {REQUEST_ID: request_id} if request_id else {}
-    if error.retry_after_s is not None:
-        headers[hdrs.RETRY_AFTER] = str(error.retry_after_s)
-    return web.Response(
-        body=error_body(dialect, error, request_id=request_id),
-        status=error.status,
-        content_type="application/json",
-        headers=headers,
-    )
-
-
-def _request_id(request: web.Request) -> str:
+def _request_id(request: web.BaseRequest) -> str:
     """The caller's own id, where it can stand in a header and a log line."""
     given = request.headers.get(REQUEST_ID, "")
     return given if len(given) <= 128 and given.isascii() and given.isprintable() else ""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from enum import Enum, auto
+from enum import IntEnum, auto
 
 
-class State(Enum):
+class State(IntEnum):
     QUEUED = auto()
     PREFILL = auto()
     DECODE = auto()
@@ -15,7 +15,7 @@ class State(Enum):
     CANCELLED = auto()
 
 
-class Step(Enum):
+class Step(IntEnum):
     DISPATCHED = auto()
     FIRST_TOKEN = auto()
     LAST_TOKEN = auto()

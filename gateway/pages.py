@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import unquote
 
@@ -14,18 +13,16 @@ from backends.http import HttpError, fetch
 from backends.sglang import Server, Sglang
 from gateway.config import Config, WorkerEntry, worker_of
 from gateway.core import Core
-from gateway.dialects import Dialect
 from gateway.driver import Driver
 from gateway.errors import ApiError, Code
-from gateway.front import Front, refusal
+from gateway.front import Front
 from gateway.metrics import Metrics
 from gateway.probe import Prober
+from gateway.router import Handler, Route
 from gateway.settings import ConfigError, decode
 from policies.events import WorkerDraining, WorkerGone
 from policies.ledger import Ledger
 from policies.types import Kind, Role
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _ANY_SERVER = (
     "/v1/tokenize",
@@ -72,55 +69,47 @@ class Pages:
     def _core(self) -> Core:
         return self._driver.core
 
-    def routes(self) -> list[web.RouteDef]:
-        opened = [
-            web.get("/liveness", self.liveness),
-            web.get("/health", self.readiness),
-            web.get("/readiness", self.readiness),
-            web.get("/ready", self.readiness),
-            web.get("/metrics", self.metrics),
+    def routes(self) -> list[Route]:
+        opened: list[Route] = [
+            ("GET", "/liveness", self.liveness),
+            *(("GET", path, self.readiness) for path in ("/health", "/readiness", "/ready")),
+            ("GET", "/metrics", self.metrics),
         ]
-        called: list[tuple[str, str, Handler]] = [
+        called: list[Route] = [
             ("GET", "/v1/models", self.models),
             ("POST", "/abort_request", self.abort),
             *(("GET", path, self.info) for path in _INFO),
             *(("POST", path, self.pass_any) for path in _ANY_SERVER),
             *(("POST", path, self.pass_unified) for path in _UNIFIED_SERVER),
         ]
-        governed: list[tuple[str, str, Handler]] = [
+        governed: list[Route] = [
             ("GET", "/workers", self.list_workers),
             ("POST", "/workers", self.add_worker),
-            ("DELETE", "/workers/{name:.+}", self.remove_worker),
-            ("POST", "/workers/{name:.+}/drain", self.drain_worker),
+            ("DELETE", "/workers/*", self.remove_worker),
+            ("POST", "/workers/*", self.drain_worker),
         ]
         return [
             *opened,
-            *(web.route(method, path, self._guarded(h)) for method, path, h in called),
-            *(
-                web.route(method, path, self._guarded(h, admin=True))
-                for method, path, h in governed
-            ),
+            *((method, path, self._guarded(handler)) for method, path, handler in called),
+            *((m, path, self._guarded(handler, admin=True)) for m, path, handler in governed),
         ]
 
     def _guarded(self, handler: Handler, *, admin: bool = False) -> Handler:
-        async def call(request: web.Request) -> web.StreamResponse:
-            try:
-                if admin and self._admin_key:
-                    _check_admin(request, self._admin_key)
-                else:
-                    self._front.caller(request)
-                return await handler(request)
-            except ApiError as error:
-                return refusal(Dialect.CHAT, error, request.headers.get("x-request-id", ""))
+        async def call(request: web.BaseRequest) -> web.StreamResponse:
+            if admin and self._admin_key:
+                _check_admin(request, self._admin_key)
+            else:
+                self._front.caller(request)
+            return await handler(request)
 
         return call
 
     # Health.
 
-    async def liveness(self, _: web.Request) -> web.Response:
+    async def liveness(self, _: web.BaseRequest) -> web.Response:
         return web.Response(text="OK")
 
-    async def readiness(self, _: web.Request) -> web.Response:
+    async def readiness(self, _: web.BaseRequest) -> web.Response:
         """Ready when some job could be served now; a load balancer looks here."""
         if self._front.draining:
             return web.Response(status=503, text="draining")
@@ -130,7 +119,7 @@ class Pages:
             return web.Response(text="OK")
         return web.Response(status=503, text="no server is available")
 
-    async def metrics(self, _: web.Request) -> web.Response:
+    async def metrics(self, _: web.BaseRequest) -> web.Response:
         return web.Response(
             body=self._metrics.render(),
             headers={hdrs.CONTENT_TYPE: "text/plain; version=0.0.4; charset=utf-8"},
@@ -138,7 +127,7 @@ class Pages:
 
     # What servers say, passed on.
 
-    async def models(self, _: web.Request) -> web.Response:
+    async def models(self, _: web.BaseRequest) -> web.Response:
         """The models of all servers together, each once, in the words of the first that has it."""
         known: dict[str, Any] = {}
         for server in self._usable():
@@ -150,14 +139,14 @@ class Pages:
                 continue
         return _json({"object": "list", "data": list(known.values())})
 
-    async def info(self, request: web.Request) -> web.Response:
+    async def info(self, request: web.BaseRequest) -> web.Response:
         return await self._pass(self._usable(), b"GET", request.path_qs.encode(), b"")
 
-    async def pass_any(self, request: web.Request) -> web.Response:
+    async def pass_any(self, request: web.BaseRequest) -> web.Response:
         body = await self._front.body_of(request)
         return await self._pass(self._usable(), b"POST", request.path.encode(), body)
 
-    async def pass_unified(self, request: web.Request) -> web.Response:
+    async def pass_unified(self, request: web.BaseRequest) -> web.Response:
         body = await self._front.body_of(request)
         servers = [s for s in self._usable() if s.worker.role is Role.UNIFIED]
         if not servers:
@@ -191,7 +180,7 @@ class Pages:
         ledgers.sort(key=lambda e: (e.decodes + e.prefills, e.worker.name))
         return [self._backend.server(e.worker.name) for e in ledgers]
 
-    async def abort(self, request: web.Request) -> web.Response:
+    async def abort(self, request: web.BaseRequest) -> web.Response:
         """As SGLang answers: 200 whatever the rid. Only a caller's own requests are found."""
         body = _object(await self._front.body_of(request))
         if body.get("abort_all"):
@@ -205,14 +194,14 @@ class Pages:
 
     # Servers.
 
-    async def list_workers(self, _: web.Request) -> web.Response:
+    async def list_workers(self, _: web.BaseRequest) -> web.Response:
         now_us = self._backend.now_us()
         ledgers = self._core.ledgers
         queued = {kind.value: self._core.queued(kind) for kind in Kind}
         workers = [_worker_page(ledgers[name], now_us) for name in sorted(ledgers)]
         return _json({"workers": workers, "total": len(workers), "queued": queued})
 
-    async def add_worker(self, request: web.Request) -> web.Response:
+    async def add_worker(self, request: web.BaseRequest) -> web.Response:
         """The fields of [[worker]]; `worker_type` is understood as SGLang's router has it."""
         table = _object(await self._front.body_of(request))
         if (named := table.pop("worker_type", None)) is not None:
@@ -235,30 +224,33 @@ class Pages:
         self._prober.watch(server, self._tasks)
         return _json({"status": "accepted", "worker_id": worker.name, "url": worker.url}, 202)
 
-    async def remove_worker(self, request: web.Request) -> web.Response:
+    async def remove_worker(self, request: web.BaseRequest) -> web.Response:
         """Running requests end there as they would have; nothing new goes."""
-        name = self._named(request)
+        name = self._named(request.path)
         self._prober.forget(name)
         self._driver.post(WorkerGone(name))
         self._backend.remove(name)
         return _json({"status": "removed", "worker_id": name}, 202)
 
-    async def drain_worker(self, request: web.Request) -> web.Response:
-        name = self._named(request)
+    async def drain_worker(self, request: web.BaseRequest) -> web.Response:
+        path, _, action = request.path.rpartition("/")
+        if action != "drain":
+            raise ApiError(Code.NOT_FOUND, f"there is no page {request.path}")
+        name = self._named(path)
         self._driver.post(WorkerDraining(name))
         resident = self._core.ledgers[name].decodes + self._core.ledgers[name].prefills
         return _json({"status": "draining", "worker_id": name, "resident": resident}, 202)
 
-    def _named(self, request: web.Request) -> str:
+    def _named(self, path: str) -> str:
         """By name or by address, as SGLang's router takes it."""
-        given = unquote(request.match_info["name"])
+        given = unquote(path.removeprefix("/workers/"))
         for name, ledger in self._core.ledgers.items():
             if given in (name, ledger.worker.url):
                 return name
         raise ApiError(Code.NOT_FOUND, f"no worker is called {given!r}")
 
 
-def _check_admin(request: web.Request, key: str) -> None:
+def _check_admin(request: web.BaseRequest, key: str) -> None:
     if request.headers.get("authorization", "") != f"Bearer {key}":
         raise ApiError(Code.UNAUTHORIZED, "the admin key is needed: Authorization: Bearer KEY")
 

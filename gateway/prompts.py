@@ -194,8 +194,8 @@ PREFIX_IDS: Final = 256
 
 def prompt_start(dialect: Dialect, body: dict[str, Any]) -> list[Any]:
     """About the first thousand characters of a body's only prompt."""
-    if ids := body.get("input_ids"):
-        return list(ids[:PREFIX_IDS])
+    if type(ids := body.get("input_ids")) is list:
+        return ids[:PREFIX_IDS]
     if dialect in (Dialect.CHAT, Dialect.MESSAGES):
         turns = [message.get("content") for message in body["messages"]]
         return _until_full([body.get("system"), *turns])

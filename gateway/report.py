@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import structlog
-
 from backends.exchange import Exchange
+from gateway.router import REQUEST_ID
 from gateway.visit import Visit
 
-log = structlog.get_logger("slackwater.request")
 
-REQUEST_ID = "x-request-id"
-
-
-def headers_of(visit: Visit) -> dict[str, str]:
+def header_lines(visit: Visit) -> str:
     exchange = visit.parts[0].exchange
     pair = f"{exchange.prefill},{exchange.decode}" if exchange.prefill else exchange.decode
-    return {
-        REQUEST_ID: visit.request_id,
-        "server-timing": _server_timing(exchange),
-        "x-slackwater-class": visit.kind.value,
-        "x-slackwater-worker": pair,
-    }
+    return (
+        f"{REQUEST_ID}: {visit.request_id}\r\n"
+        f"server-timing: {_server_timing(exchange)}\r\n"
+        f"x-slackwater-class: {visit.kind}\r\n"
+        f"x-slackwater-worker: {pair}\r\n"
+    )
 
 
 def _server_timing(exchange: Exchange) -> str:
@@ -40,29 +35,30 @@ def _server_timing(exchange: Exchange) -> str:
     return ", ".join(f"{name};dur={(end - start) / 1000:.1f}" for name, start, end in known)
 
 
-def log_line(visit: Visit, outcome: str) -> None:
-    """One line a request, with its timeline; parts of a fan-out are summed up."""
+def fields_of(visit: Visit, outcome: str) -> dict[str, Any]:
+    """What the log says of a request, its timeline included; a fan-out is one request."""
     first = visit.parts[0].exchange
     times = first.timeline
-    several: dict[str, Any] = {"parts": len(visit.parts)} if len(visit.parts) > 1 else {}
-    log.info(
-        "request",
-        request_id=visit.request_id,
-        path=first.path.decode(),
-        kind=visit.kind.value,
-        tenant=visit.tenant,
-        outcome=outcome,
-        prefill=first.prefill,
-        decode=first.decode,
-        attempts=sum(part.exchange.attempts for part in visit.parts),
-        prompt_tokens=visit.ask.prompt_tokens,
-        tokens=sum(part.exchange.tokens for part in visit.parts),
-        queue_ms=_ms(times.arrived_us, times.dispatched_us),
-        prefill_ms=_ms(times.dispatched_us, times.prefilled_us),
-        ttft_ms=_ms(times.arrived_us, times.first_token_us),
-        total_ms=_ms(times.arrived_us, times.ended_us),
-        **several,
-    )
+    alone = len(visit.parts) == 1
+    return {
+        "event": "request",
+        "level": "info",
+        "request_id": visit.request_id,
+        "path": first.path.decode(),
+        "class": visit.kind.value,
+        "tenant": visit.tenant,
+        "outcome": outcome,
+        "prefill": first.prefill,
+        "decode": first.decode,
+        "parts": len(visit.parts),
+        "attempts": first.attempts if alone else sum(p.exchange.attempts for p in visit.parts),
+        "prompt_tokens": visit.ask.prompt_tokens,
+        "tokens": first.tokens if alone else sum(p.exchange.tokens for p in visit.parts),
+        "queue_ms": _ms(times.arrived_us, times.dispatched_us),
+        "prefill_ms": _ms(times.dispatched_us, times.prefilled_us),
+        "ttft_ms": _ms(times.arrived_us, times.first_token_us),
+        "total_ms": _ms(times.arrived_us, times.ended_us),
+    }
 
 
 def _ms(start_us: int, end_us: int) -> float | None:

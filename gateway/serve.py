@@ -13,7 +13,6 @@ import uvloop
 
 from backends.emulator import EmulatedFleet, ServerSpec
 from backends.engine import EngineConfig
-from gateway import log
 from gateway.app import run
 from gateway.clock import LiveClock
 from gateway.config import Config, WorkerEntry, check, load, with_workers
@@ -63,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_serve(given: argparse.Namespace) -> int:
     config = configuration(given)
-    log.configure(config.log)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         clock = LiveClock(runner.get_loop())
         rng = random.Random(random.SystemRandom().getrandbits(128))

@@ -57,6 +57,7 @@ class _Writer:
     limit: int
     shown: int = 0
     sent: int = 0
+    clean: int = 0
 
     def events(self) -> Iterator[bytes]:
         model, start = self.model, len(self.prompt) - len(PROMPT)
@@ -78,7 +79,10 @@ class _Writer:
 
     def printable(self, text: str) -> str:
         if text.endswith("\ufffd"):
-            text = text[: text.rfind(" ") + 1]
+            fresh = text[self.clean :]
+            text = text[: self.clean] + fresh[: fresh.rfind(" ") + 1]
+        else:
+            self.clean = len(text)
         ends = range(len(text), max(0, len(text) - len(self.model.stop)), -1)
         held = [n for n in ends if self.model.stop.startswith(text[n - 1 :])]
         return text[: min(held) - 1] if held and self.model.withholds else text
@@ -136,7 +140,9 @@ def interrupted(model: Model, limit: int, cut: int, cuts: tuple[int, ...] = ()) 
     """What the client gets when the first server dies after `cut` bytes."""
     body = model.body(limit)
     seen = whole_events(model.serve(body, "first")[:cut])
-    progress = transcript(seen).state().settled()
+    kept = Transcript.of(body)
+    kept.feed(seen)
+    progress = kept.state().settled()
     splicer = Splicer(body, progress)
     for piece in cut_up(model.serve(resumed_body(body, PROMPT, progress), "second"), cuts):
         seen += splicer.feed(piece)
@@ -170,11 +176,11 @@ def test_a_resumed_stream_equals_the_undisturbed_one(
     answer: list[bytes], kind: Kind, cut: int, cuts: tuple[int, ...]
 ) -> None:
     model = Model(answer, kind)
-    stream = model.serve(model.body(20), "first")
+    stream = model.serve(model.body(40), "first")
     cut = first_token_at(stream) + cut % len(stream)
     if transcript(stream[:cut]).state().finish_reason is not None:
         return
-    resumed = transcript(interrupted(model, 20, cut, cuts)).state()
+    resumed = transcript(interrupted(model, 40, cut, cuts)).state()
 
     assert summary(resumed) == summary(transcript(stream).state())
     assert resumed.text == model.decoded(len(answer))
@@ -201,7 +207,7 @@ def test_an_answer_may_be_resumed_again_and_again(
     answer: list[bytes], kind: Kind, deaths: list[int]
 ) -> None:
     model = Model(answer, kind)
-    body = model.body(20)
+    body = model.body(40)
     stream = model.serve(body, "first")
     seen = stream[: first_token_at(stream)]
     for attempt, death in enumerate(deaths):
@@ -225,7 +231,7 @@ def test_any_cut_gives_the_same_transcript(
     answer: list[bytes], kind: Kind, cuts: tuple[int, ...], step: int
 ) -> None:
     model = Model(answer, kind, step=step)
-    stream = model.serve(model.body(20), "r")
+    stream = model.serve(model.body(40), "r")
 
     assert transcript(stream, cuts).state() == transcript(stream).state()
     assert transcript(stream, cuts).state().output_ids == list(range(len(answer)))
@@ -234,7 +240,7 @@ def test_any_cut_gives_the_same_transcript(
 @given(answers, kinds, st.integers(0, 100_000))
 def test_a_torn_last_event_counts_for_nothing(answer: list[bytes], kind: Kind, cut: int) -> None:
     model = Model(answer, kind)
-    stream = model.serve(model.body(20), "r")
+    stream = model.serve(model.body(40), "r")
     stream = stream[: cut % len(stream)]
 
     assert transcript(stream).state() == transcript(whole_events(stream)).state()
@@ -389,3 +395,37 @@ def test_no_event_breaks_a_transcript_or_a_splice(sent: list[dict[str, Any]], ki
 
     assert transcript(stream).state().prompt_tokens >= -1
     assert Splicer(model.body(9), progress).feed(stream).count(b"\n\n") >= min(1, len(sent))
+
+
+@every_kind
+def test_an_attempt_that_never_answered_is_known_for_what_it_was(kind: Kind) -> None:
+    incremental = {Kind.INCREMENTAL: True, Kind.CUMULATIVE: False}.get(kind)
+    progress = Transcript.of(Model([], kind).body(5), incremental=incremental).state()
+
+    assert (progress.kind, progress.output_ids, progress.text) == (kind, [], "")
+    assert progress.settled() == progress
+
+
+@pytest.mark.parametrize(
+    ("answer", "stops", "settled"),
+    [
+        ([b"a", b" b"], (), 2),
+        ([b"a", b"\xe4", b"\xbd"], (), 1),
+        ([b"a", b" \xf0\x9f"], (), 1),
+        ([b"a", b"b", b"c"], ("STOP",), 2),
+        ([b"a", b"S"], ("STOP",), 0),
+        ([b"a", b"S", b"x", b"y"], ("STOP",), 3),
+    ],
+)
+@every_kind
+def test_only_text_that_surely_is_whole_is_settled(
+    kind: Kind, answer: list[bytes], stops: tuple[str, ...], settled: int
+) -> None:
+    model = Model([*answer, b"never"], kind, "".join(stops))
+    stream = model.serve(model.body(9), "r")
+    kept = Transcript(kind, stops=stops)
+    for event in stream.split(b"\n\n")[: len(answer)]:
+        kept.feed(event + b"\n\n")
+
+    assert kept.state().settled_tokens == settled
+    assert kept.state().settled().text == model.decoded(settled)

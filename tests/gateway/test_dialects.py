@@ -320,6 +320,10 @@ def test_a_longer_conversation_keeps_its_prefix_key() -> None:
     assert prefix_key(ask(Dialect.CHAT, messages=start, cache_salt="b")) not in keys
 
 
+def test_a_field_of_another_protocol_has_no_say_in_the_prefix_key() -> None:
+    assert prefix_key(ask(Dialect.COMPLETIONS, input_ids=True, text=5)) is not None
+
+
 @every_dialect
 def test_prompts_that_begin_differently_have_different_keys(dialect: Dialect) -> None:
     other = {"text": "b", "prompt": "b", "input": "b", "messages": [{"role": "user"}]}
