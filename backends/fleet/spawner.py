@@ -34,6 +34,8 @@ from typing import Any
 from backends.fleet.stand_ins import import_torch, send_plain_indices
 
 PR_SET_PDEATHSIG = 1
+SCRATCH = "slackwater-fleet-"
+"""Its folder of temporary files is named by this and its process id."""
 POLL_S = 0.05
 ARCHITECTURES = {"llama", "qwen2", "qwen3", "registry", "utils"}
 """Model files worth importing on a CPU; each of the other 200 costs start-up time."""
@@ -231,6 +233,18 @@ def redirect(log: str) -> None:
     os.close(out)
 
 
+def sweep(folder: Path) -> None:
+    """Removes what killed predecessors left."""
+    for left in folder.glob(f"{SCRATCH}*-*"):
+        owner = Path("/proc", left.name.removeprefix(SCRATCH).partition("-")[0])
+        try:
+            alive = bool((owner / "cmdline").read_bytes())  # a zombie has none
+        except OSError:
+            alive = False
+        if not alive:
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def leave(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
@@ -243,7 +257,8 @@ def main(argv: list[str]) -> None:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    scratch = tempfile.mkdtemp(prefix="slackwater-fleet-")
+    sweep(Path(tempfile.gettempdir()))
+    scratch = tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-")
     os.environ |= {"PROMETHEUS_MULTIPROC_DIR": scratch, "TMPDIR": scratch}
     tempfile.tempdir = scratch
     follow_parents()

@@ -260,3 +260,41 @@ def test_the_command_reports_a_failed_start_with_exit_code_1(tmp_path: Path) -> 
     )
     assert ended.returncode == 1
     assert "slackwater fleet: " in ended.stderr
+
+
+OPEN_AND_WAIT = """
+import asyncio, sys
+from pathlib import Path
+from backends.fleet.fleet import Fleet
+from backends.fleet.memory import family
+from backends.fleet.spec import read_spec
+
+async def main():
+    async with Fleet(read_spec(Path(sys.argv[1])), program=(sys.argv[2],)) as fleet:
+        print(*family(fleet.pid), flush=True)
+        await fleet.keep()
+
+asyncio.run(main())
+"""
+
+
+async def test_nothing_is_left_when_the_process_that_opened_the_fleet_is_killed(
+    spec: FleetSpec, tmp_path: Path
+) -> None:
+    table = tmp_path / "fleet.toml"
+    table.write_text(
+        f'model = "{spec.model}"\npython = "{spec.python}"\nlogs = "{spec.logs}"\n'
+        '[[servers]]\nrole = "unified"\ncount = 2\n'
+    )
+    opener = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", OPEN_AND_WAIT, str(table), *PROGRAM, stdout=asyncio.subprocess.PIPE
+    )
+    assert opener.stdout is not None
+    pids = {int(pid) for pid in (await opener.stdout.readline()).split()}
+    leaders = {pid for pid in pids if os.getpgid(pid) == pid}
+    opener.kill()
+    await opener.communicate()
+    await gone(leaders)
+    assert len(leaders) == 3
+    for pid in pids - leaders:  # SGLang's own children watch for this themselves
+        os.kill(pid, signal.SIGKILL)
