@@ -10,7 +10,7 @@ import orjson
 from backends.exchange import Exchange
 from backends.http import Call, HttpError, Reason
 from backends.logprobs import with_prompt_logprobs
-from backends.sse import DONE, ends_stream
+from backends.sse import DONE, ends_stream, split_events
 from backends.transcript import Splicer
 from backends.trouble import Blame, Trouble, judge, judge_answer, judge_event
 from policies.events import Fault
@@ -27,6 +27,9 @@ _FAULT = {
 _COMPLETION_TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s*(\d+)')
 _FINISHED = re.compile(rb'"finish_reason":\s*["{]')
 _OVERLOADED = frozenset({429, 503})
+_WHOLE = (b"}\n\n", b"[DONE]\n\n")
+"""How a piece ends that holds only whole events: nearly all do."""
+_ABORTED = Trouble(status=499, message="aborted", retryable=False, blames=Blame.ABORTED)
 
 
 class PrefillLeg:
@@ -70,11 +73,13 @@ class Attempt:
         "_prefill_body",
         "_prefill_call",
         "_quiet_since_s",
+        "_relays",
         "_rename",
         "_sent_s",
         "_splicer",
         "_status",
         "_torn",
+        "_write",
         "decode",
         "exchange",
         "flowing",
@@ -98,7 +103,9 @@ class Attempt:
         self._decode_call: Call | None = None
         self._prefill_body: bytes | None = None
         self._answer: list[bytes] = []
+        self._relays = False
         self._torn = b""
+        self._write = exchange.client.write
         self._last = b""
         self._status = 0
         self._moved = False
@@ -134,15 +141,27 @@ class Attempt:
         self._status = status
 
     def on_body(self, piece: bytes) -> None:
+        """The path of every token: what follows is what it costs."""
+        if not self._relays or piece[-3:] != b"}\n\n" or self._torn:
+            self._on_rare_body(piece)
+            return
+        # An escaped quote never looks like these, so text cannot raise a false alarm here.
+        if (b'"error":' in piece or b'"abort"' in piece) and self._judge(piece):
+            return
+        self._moved = True
+        self._last = piece
+        self.tokens += piece.count(b"\n\n")
+        if self._write(piece):
+            self._pause()
+
+    def _on_rare_body(self, piece: bytes) -> None:
+        """First pieces, torn ones, and all of those that are not relayed as they are."""
         if not self.exchange.stream or self._status != 200:
             self._answer.append(piece)
             return
-        if self._torn or piece[-2:] != b"\n\n":
+        if self._torn or not piece.endswith(_WHOLE):
             piece = self._whole_events(piece)
-            if not piece:
-                return
-        # An escaped quote never looks like these, so text cannot raise a false alarm here.
-        if (b'"error":' in piece or b'"abort"' in piece) and self._judge(piece):
+        if not piece or self._judge(piece):
             return
         if not self.flowing:
             self._begin()
@@ -151,17 +170,40 @@ class Attempt:
         if self._splicer is not None:
             piece = self._splicer.feed(piece)
         self._last = piece
-        if self.exchange.transcript is not None:
-            self.exchange.transcript.feed(piece)
-        if not self.exchange.assembles:
-            self._relay(piece)
+        exchange = self.exchange
+        if exchange.transcript is not None:
+            exchange.transcript.feed(piece)
+        if self._rename is not None:
+            piece = piece.replace(*self._rename)
+        if not exchange.assembles and self._write(piece):
+            self._pause()
         if self._splicer is not None and self._splicer.finished:
-            self._finish()
+            self._cut_short()
+
+    def _cut_short(self) -> None:
+        """The answer is complete before the server thinks so."""
+        call, self._decode_call = self._decode_call, None
+        self._decode_ended = True
+        if call is not None:
+            call.cancel()
+            self._backend.abort_later(self.decode, self)
+        self._finish()
+
+    def _pause(self) -> None:
+        """The client does not read as fast as it is written to."""
+        if self._decode_call is not None:
+            self._decode_call.pause()
+            self._paused_since_s = self._backend.now_s()
 
     def _whole_events(self, piece: bytes) -> bytes:
-        """A client never gets half an event: what is torn waits for its rest."""
+        """A client never gets half an event (what is torn waits for its rest), nor a broken one."""
         whole, _, self._torn = (self._torn + piece).rpartition(b"\n\n")
-        return whole + b"\n\n" if whole else b""
+        if not whole:
+            return b""
+        if _is_corrupt(whole + b"\n\n"):
+            self.fail(Fault.ENGINE, (self.decode.name,), judge(502, "a chunk is not JSON"))
+            return b""
+        return whole + b"\n\n"
 
     def _judge(self, piece: bytes) -> bool:
         trouble = judge_event(piece)
@@ -173,18 +215,17 @@ class Attempt:
     def _begin(self) -> None:
         self.flowing = True
         exchange = self.exchange
+        self._relays = (
+            self._splicer is None
+            and self._rename is None
+            and exchange.transcript is None
+            and not exchange.assembles
+        )
         if not exchange.timeline.first_token_us:
             exchange.timeline.first_token_us = self._backend.now_us()
             if not exchange.assembles:
                 exchange.client.begin()
         self._backend.first_token(exchange.job_id)
-
-    def _relay(self, piece: bytes) -> None:
-        if self._rename is not None:
-            piece = piece.replace(*self._rename)
-        if self.exchange.client.write(piece) and self._decode_call is not None:
-            self._decode_call.pause()
-            self._paused_since_s = self._backend.now_s()
 
     def on_end(self) -> None:
         self._decode_ended = True
@@ -252,26 +293,31 @@ class Attempt:
     # How it ends.
 
     def _finish(self) -> None:
-        self.over = True
-        if self.exchange.stream and not self.exchange.assembles:
-            self.exchange.client.end()
-        else:
-            self._answer_whole()
-        self._backend.finished(self)
-
-    def _answer_whole(self) -> None:
         exchange = self.exchange
         if exchange.assembles and exchange.transcript is not None:
-            body = exchange.transcript.final_answer()
+            try:
+                self._answer = [exchange.transcript.final_answer()]
+            except ValueError as error:
+                self.fail(Fault.ENGINE, (self.decode.name,), judge(502, str(error)))
+                return
+        self.over = True
+        if exchange.stream and not exchange.assembles:
+            exchange.client.end()
         else:
-            body = self._answer[0]
+            self._answer_whole(self._answer[0])
+        self._backend.finished(self)
+
+    def _answer_whole(self, body: bytes) -> None:
         if self._rename is not None:
             body = body.replace(*self._rename)
-        exchange.client.answer(self._status, "application/json", body)
+        self.exchange.client.answer(self._status, "application/json", body)
 
     def fail(self, fault: Fault, blamed: tuple[str, ...], trouble: Trouble) -> None:
+        """Servers call an abort by many names; a client that asked for it is not served again."""
         if self.over:
             return
+        if self.exchange.aborted:
+            fault, blamed, trouble = Fault.REQUEST, (), _ABORTED
         self.exchange.trouble = trouble
         self.close()
         self._backend.failed(self, fault, blamed)
@@ -321,9 +367,10 @@ class Attempt:
             self._time_out(f"no token for {patience.between_tokens_s:g} s")
         elif (
             not self.flowing
-            and self.exchange.stream
+            and (self.exchange.stream or self._prefill_call is not None)
             and now_s - self._sent_s > self.exchange.first_token_timeout_s
         ):
+            # A whole answer shows no first token, but its prefill leg ends just before it.
             self._time_out(f"no first token after {self.exchange.first_token_timeout_s:g} s")
 
     def _check_client(self, now_s: float) -> None:
@@ -364,3 +411,20 @@ class Attempt:
                 return (prefill, self.decode.name)
             case Blame.REQUEST | Blame.ABORTED:
                 return ()
+
+
+def _is_corrupt(events: bytes) -> bool:
+    """Asked only of pieces that look odd: JSON is not parsed for each token."""
+    return any(_is_unreadable(event) for event in split_events(events))
+
+
+def _is_unreadable(event: bytes) -> bool:
+    lines = [line[5:].strip() for line in event.splitlines() if line.startswith(b"data:")]
+    data = b"\n".join(lines)
+    if not data or data == b"[DONE]":
+        return False
+    try:
+        orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return True
+    return False

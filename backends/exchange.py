@@ -29,9 +29,6 @@ class Client(Protocol):
 
     def end(self) -> None: ...
 
-    def cancelled(self) -> None:
-        """It asked for the end itself, or the gateway's own end has come."""
-
     def refused(self, decision: Reject | Fail, trouble: Trouble | None) -> None:
         """There is no answer, or no more of it."""
 

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 import httptools
 
 # A stale connection shows itself within a round trip. A server that dies later may have begun the
-# work, so whoever asked decides whether to ask again.
-_RESEND_WITHIN_S = 1.0
+# work (a step takes longer than this), so whoever asked decides whether to ask again.
+_RESEND_WITHIN_S = 0.005
 _SWEEP_AT_LEAST_S = 0.01
 
 _TARGET = re.compile(rb"/[!-~]*")

@@ -108,10 +108,11 @@ class Sglang:
     # Servers.
 
     def add(self, worker: Worker, api_key: str = "") -> Server:
-        server = Server(worker, self._connect(worker, api_key))
-        if (known := self._servers.get(worker.name)) is not None:
-            known.upstream.close()
-        self._servers[worker.name] = server
+        """Attempts at an earlier server of this name keep their own reference and sockets."""
+        known = self._servers.get(worker.name)
+        if known is not None and known.worker.url == worker.url:
+            worker = known.worker  # until it has been asked again
+        self._servers[worker.name] = server = Server(worker, self._connect(worker, api_key))
         return server
 
     def update(self, worker: Worker) -> None:
@@ -140,7 +141,10 @@ class Sglang:
         self._exchanges.pop(job_id, None)
 
     def start(self, dispatch: Dispatch) -> None:
-        exchange = self._exchanges[dispatch.job.id]
+        exchange = self._exchanges.get(dispatch.job.id)
+        if exchange is None:
+            # Nobody waits any more: the job's end is on its way to the core.
+            return
         prefill = None if dispatch.prefill is None else self._servers.get(dispatch.prefill)
         decode = self._servers.get(dispatch.decode)
         if decode is None or (prefill is None and dispatch.prefill is not None):
@@ -284,7 +288,7 @@ class Sglang:
         self._lingering = kept
 
     def close(self) -> None:
-        for attempt in list(self._live.values()):
+        for attempt in [*self._live.values(), *(attempt for _, attempt in self._lingering)]:
             attempt.close()
         for server in self._servers.values():
             server.upstream.close()

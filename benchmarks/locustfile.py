@@ -198,7 +198,7 @@ class ChatUser(User):
         return self.read(response, began)
 
     def read(self, response: http.client.HTTPResponse, began: float) -> Timing:
-        timing, told, pieces = Timing(), 0, 0
+        timing, told, pieces, now_ms = Timing(), 0, 0, 0.0
         for data in stream_events(response):
             now_ms = (time.perf_counter() - began) * 1000
             text, tokens = piece_of(data)
@@ -208,7 +208,10 @@ class ChatUser(User):
                 self.note(timing, now_ms)
                 timing.text += text
         if not pieces:
-            raise BadAnswer("a stream without a token")
+            # A model may end its answer at once: then there is no text, but a count.
+            if not told:
+                raise BadAnswer("a stream without a token")
+            self.note(timing, now_ms)
         timing.tokens = told or pieces
         return timing
 

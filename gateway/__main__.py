@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from backends.emulator import command as emulator
-from gateway import check, serve
+from gateway import calibrate, check, predict, serve
 from gateway.clock import LiveClock
 from gateway.settings import ConfigError
 
@@ -20,6 +20,16 @@ COMMANDS: dict[str, Command] = {
         "run emulated SGLang servers",
         emulator.add_arguments,
         lambda given: emulator.run_emulator(given, LiveClock),
+    ),
+    "predict": (
+        "what a model on a GPU will do: times, bottlenecks, capacity",
+        predict.add_arguments,
+        predict.run_predict,
+    ),
+    "calibrate": (
+        "measure what the cost model needs to know",
+        calibrate.add_arguments,
+        calibrate.run_calibrate,
     ),
     "check": ("probe every server of a configuration", check.add_arguments, check.run_check),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import signal
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from backends.http import Upstream
 from backends.sglang import Sglang
@@ -87,6 +89,7 @@ class Gateway:
             request_factory=partial(_request, round(server.max_body_mb * 1_048_576)),
             access_log=None,
             handler_cancellation=True,
+            logger=_wire_log(),
             keepalive_timeout=server.header_timeout_s,
         )
         self._runner = web.ServerRunner(listener, shutdown_timeout=1.0)
@@ -111,12 +114,14 @@ class Gateway:
 
     def _add(self, entry: WorkerEntry) -> asyncio.Event:
         worker = worker_of(entry, "worker")
+        known = self.core.ledgers.get(worker.name)
         self._entries[worker.name] = entry
         server = self.backend.add(worker, entry.api_key)
-        # Known from the start, so that requests are told "unavailable" rather than "no server".
-        self.driver.post(WorkerUp(worker))
-        self.driver.post(WorkerDown(worker.name))
-        return self.prober.watch(server, self._tasks)
+        if known is None or known.worker.url != worker.url:
+            # Known from the start, so that requests are told "unavailable" rather than "no server".
+            self.driver.post(WorkerUp(worker))
+            self.driver.post(WorkerDown(worker.name))
+        return self.prober.watch(server, worker, self._tasks)
 
     def _remove(self, name: str) -> None:
         del self._entries[name]
@@ -134,12 +139,13 @@ class Gateway:
         self.backend.patience = patience_of(config.timeouts)
         self.prober.settings = config.telemetry
         wanted = {worker_of(entry, "worker").name: entry for entry in config.worker}
-        for name, entry in list(self._entries.items()):
-            if wanted.get(name) != entry:
-                self._remove(name)
+        # Those that come are there before others go: what waits for a server goes on waiting.
         for name, entry in wanted.items():
-            if name not in self._entries:
+            if self._entries.get(name) != entry:
                 self._add(entry)
+        for name in list(self._entries):
+            if name not in wanted:
+                self._remove(name)
 
     async def drain(self) -> None:
         """No new requests; those under way may end until the time for it is over."""
@@ -211,6 +217,19 @@ async def _watch(
             log.error("the new configuration is refused, the old one stays", error=str(error))
         else:
             log.info("configuration reloaded", path=str(path))
+
+
+def _wire_log() -> logging.Logger:
+    """What aiohttp has to say: that a client does not speak HTTP is no error of ours."""
+    logger = logging.getLogger("slackwater.http")
+    if not logger.filters:
+        logger.addFilter(_is_ours)
+    return logger
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

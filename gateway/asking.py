@@ -46,7 +46,7 @@ class Keyring:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             given = headers.get("x-api-key", "")
-        secret = given.strip().encode()
+        secret = given.strip().encode(errors="surrogateescape")
         for key, caller in self._callers.items():
             if hmac.compare_digest(key, secret):
                 return caller

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gateway.lifecycle import State, Step, advance
@@ -26,7 +27,9 @@ class Ticket:
         "generated",
         "job",
         "prefill",
+        "resumes",
         "state",
+        "trials",
     )
 
     def __init__(self, job: Job) -> None:
@@ -36,6 +39,8 @@ class Ticket:
         self.prefill: Ledger | None = None
         self.decode: Ledger | None = None
         self.avoid: tuple[str, ...] = ()
+        self.resumes = False
+        self.trials: tuple[Breaker, ...] = ()
         self.generated = 0
         self.booked_prefill = 0
         self.booked_context = 0
@@ -56,13 +61,22 @@ class Ticket:
         self.generated = 0
         prefill.add_prefill(self.booked_prefill, now_us)
         decode.add_decode(self.booked_context, reserved)
-        for ledger in (prefill,) if prefill is decode else (prefill, decode):
+        ledgers = (prefill,) if prefill is decode else (prefill, decode)
+        for ledger in ledgers:
             ledger.dispatched += 1
-            ledger.breaker.try_out()
+        self.trials = tuple(e.breaker for e in ledgers if e.breaker.try_out())
 
-    def end_prefill(self, now_us: int) -> None:
+    def end_trials(self) -> None:
+        """The attempt is over for a reason that says nothing about the servers on trial."""
+        for breaker in self.trials:
+            breaker.gave_no_verdict()
+        self.trials = ()
+
+    def prefilled(self, now_us: int) -> None:
+        """The prompt is computed: what that took tells how fast the server is."""
         if self.prefill is not None:
-            self.prefill.end_prefill(self.booked_prefill, now_us)
+            self.prefill.end_prefill(self.booked_prefill)
+            self.prefill.prefill_rate.done(self.booked_prefill, now_us)
             self.prefill = None
 
     def grow(self, generated: int) -> None:
@@ -75,8 +89,10 @@ class Ticket:
         self.decode.reserved_tokens += reserved - self.booked_reserved
         self.booked_context, self.booked_reserved, self.generated = context, reserved, generated
 
-    def release(self, now_us: int) -> None:
-        self.end_prefill(now_us)
+    def release(self) -> None:
+        if self.prefill is not None:
+            self.prefill.end_prefill(self.booked_prefill)
+            self.prefill = None
         if self.decode is not None:
             self.decode.end_decode(self.booked_context, self.booked_reserved)
             self.decode = None
@@ -94,11 +110,21 @@ class Candidates:
     def can_serve(self) -> bool:
         return bool(self.unified or (self.prefills and self.decodes))
 
-    def usable(self, now_us: int) -> bool:
-        if any(ledger.usable(now_us) for ledger in self.unified):
-            return True
-        return any(ledger.usable(now_us) for ledger in self.prefills) and any(
-            ledger.usable(now_us) for ledger in self.decodes
+    def in_rotation(self, now_us: int) -> Candidates:
+        return self._only(lambda ledger: ledger.usable(now_us))
+
+    def without(self, names: tuple[str, ...]) -> Candidates:
+        """A leg that nobody else can take stays with those that can."""
+        others = self._only(lambda ledger: ledger.worker.name not in names)
+        others.prefills = others.prefills or self.prefills
+        others.decodes = others.decodes or self.decodes
+        return others
+
+    def _only(self, wanted: Callable[[Ledger], bool]) -> Candidates:
+        return Candidates(
+            prefills=[e for e in self.prefills if wanted(e)],
+            decodes=[e for e in self.decodes if wanted(e)],
+            unified=[e for e in self.unified if wanted(e)],
         )
 
 
@@ -110,26 +136,41 @@ class Lane:
         self._online: KeyedHeap[Key] = KeyedHeap()
         self._offline: KeyedHeap[Key] = KeyedHeap()
         self.waiting = {Kind.ONLINE: self._online, Kind.OFFLINE: self._offline}
-        self.waiting_tokens = 0
+        self.aside: dict[Kind, dict[str, None]] = {kind: {} for kind in Kind}
+        """Jobs that no server in rotation could take: they must not block those that can go."""
+        self.waiting_tokens = dict.fromkeys(Kind, 0)
         self.last_key: dict[Kind, Key] = {}
         self.candidates: dict[Kind, Candidates] = {}
 
     @property
     def is_quiet(self) -> bool:
-        """Nobody waits."""
+        """Nobody waits for a server."""
         return not (self._online or self._offline)
+
+    def __len__(self) -> int:
+        return sum(self.queued(kind) for kind in Kind)
+
+    def queued(self, kind: Kind) -> int:
+        return len(self.waiting[kind]) + len(self.aside[kind])
 
     def put(self, job: Job, key: Key) -> None:
         heap = self.waiting[job.kind]
         self.last_key[job.kind] = max(key, self.last_key[job.kind]) if heap else key
         heap.put(job.id, key)
-        self.waiting_tokens += job.prompt_tokens
+        self.waiting_tokens[job.kind] += job.prompt_tokens
 
     def take(self, job: Job) -> bool:
         if not self.waiting[job.kind].discard(job.id):
-            return False
-        self.waiting_tokens -= job.prompt_tokens
+            return self.aside[job.kind].pop(job.id, job) is None
+        self.waiting_tokens[job.kind] -= job.prompt_tokens
         return True
+
+    def set_aside(self, job: Job) -> None:
+        self.take(job)
+        self.aside[job.kind][job.id] = None
+
+    def jobs(self, kind: Kind) -> list[str]:
+        return [*self.waiting[kind], *self.aside[kind]]
 
 
 class Fleet:
@@ -138,19 +179,46 @@ class Fleet:
     def __init__(self, breaker: BreakerRule, pools: Pools) -> None:
         self._breaker = breaker
         self._pools = pools
+        self._retired: dict[str, Ledger] = {}
         self.ledgers: dict[str, Ledger] = {}
 
     def adopt(self, breaker: BreakerRule, pools: Pools) -> None:
         self._breaker, self._pools = breaker, pools
+        for ledger in self.ledgers.values():
+            ledger.breaker.rule = breaker
 
     def add(self, worker: Worker) -> None:
+        """A server that comes back finds the work in its books that it still has."""
         ledger = self.ledgers.get(worker.name)
         if ledger is None:
-            self.ledgers[worker.name] = Ledger(worker, Breaker(self._breaker))
-        else:
-            if ledger.worker.url != worker.url:
-                ledger.breaker = Breaker(self._breaker)
-            ledger.worker, ledger.up, ledger.draining = worker, True, False
+            self.ledgers[worker.name] = ledger = self._reopened(worker)
+        elif ledger.worker.url != worker.url:
+            ledger.breaker = Breaker(self._breaker)
+        if ledger.up:
+            # Announced while it was there already: whoever drained it wants it back.
+            ledger.draining = False
+        ledger.adopt(worker)
+        ledger.up = True
+
+    def _reopened(self, worker: Worker) -> Ledger:
+        ledger = self._retired.pop(worker.name, None)
+        if ledger is None or ledger.worker.url != worker.url:
+            return Ledger(worker, Breaker(self._breaker))
+        ledger.breaker.rule = self._breaker
+        ledger.draining = False
+        return ledger
+
+    def remove(self, name: str) -> bool:
+        if (ledger := self.ledgers.pop(name, None)) is None:
+            return False
+        ledger.forget_report()
+        self._retired = {n: e for n, e in self._retired.items() if not e.is_empty}
+        self._retired[name] = ledger
+        return True
+
+    @property
+    def takes_any_model(self) -> bool:
+        return any(not ledger.worker.model for ledger in self.ledgers.values())
 
     def candidates(self, model: str, kind: Kind) -> Candidates:
         """The order of names makes every tie the same everywhere."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from backends.trouble import Trouble
+from backends.trouble import Blame, Trouble
 from gateway.errors import ApiError, Code, Dialect, error_event
-from gateway.wire import LAST_CHUNK, chunk
+from gateway.wire import LAST_CHUNK
 from policies.events import Fail, Fault, Reason, Reject
 
 HIGH_WATER_BYTES = 65_536
@@ -39,6 +39,8 @@ def api_error(decision: Reject | Fail, trouble: Trouble | None, *, begun: bool) 
         wait_s = max(1, -(-decision.retry_after_us // 1_000_000))
         return ApiError(code, message, retry_after_s=wait_s)
     message = trouble.message if trouble is not None else "the server could not be reached"
+    if decision.fault is Fault.REQUEST and trouble is not None and trouble.blames is Blame.ABORTED:
+        return ApiError(Code.REQUEST_CANCELLED, "the request was aborted")
     if begun:
         return ApiError(Code.STREAM_INTERRUPTED, message)
     if decision.fault is Fault.REQUEST and trouble is not None:
@@ -77,13 +79,12 @@ class UnaryClient:
     def end(self) -> None:
         raise RuntimeError("a whole answer was asked for")
 
-    def cancelled(self) -> None:
-        self.error = ApiError(Code.REQUEST_CANCELLED, "the request was aborted")
+    def ended(self, error: ApiError) -> None:
+        self.error = error
         _resolve(self.over)
 
     def refused(self, decision: Reject | Fail, trouble: Trouble | None) -> None:
-        self.error = api_error(decision, trouble, begun=False)
-        _resolve(self.over)
+        self.ended(api_error(decision, trouble, begun=False))
 
 
 class StreamClient:
@@ -131,7 +132,7 @@ class StreamClient:
         if transport.is_closing():
             return False
         if self._chunked:
-            piece = chunk(piece)
+            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
         if self._head:
             piece, self._head = self._head + piece, b""
         transport.write(piece)
@@ -147,13 +148,7 @@ class StreamClient:
         self._write_last(b"")
         _resolve(self.over)
 
-    def cancelled(self) -> None:
-        self._stop(ApiError(Code.REQUEST_CANCELLED, "the request was aborted"))
-
-    def refused(self, decision: Reject | Fail, trouble: Trouble | None) -> None:
-        self._stop(api_error(decision, trouble, begun=self.begun))
-
-    def _stop(self, error: ApiError) -> None:
+    def ended(self, error: ApiError) -> None:
         """Before the first byte it is an answer of its own, after it the stream's last event."""
         if self.over.done():
             return
@@ -161,6 +156,9 @@ class StreamClient:
         if self.begun:
             self._write_last(error_event(self._dialect, error))
         _resolve(self.over)
+
+    def refused(self, decision: Reject | Fail, trouble: Trouble | None) -> None:
+        self.ended(api_error(decision, trouble, begun=self.begun))
 
     def _write_last(self, event: bytes) -> None:
         if event:

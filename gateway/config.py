@@ -222,18 +222,21 @@ def workers_of(config: Config) -> list[Worker]:
 
 
 def worker_of(entry: WorkerEntry, where: str) -> Worker:
-    url = urlsplit(entry.url)
     try:
+        url = urlsplit(entry.url)
         address = (url.hostname, url.port)
     except ValueError as error:
         raise ConfigError(f"{where}.url: {error}") from None
-    if url.scheme not in ("http", "https") or not address[0]:
+    plain = entry.url.isascii() and entry.url.isprintable() and not {*" ?#@"} & {*entry.url}
+    if url.scheme not in ("http", "https") or not address[0] or not plain:
         raise ConfigError(f"{where}.url must be http://HOST:PORT, got {entry.url!r}")
-    if not (entry.name.isascii() and entry.name.isprintable()):
-        raise ConfigError(f"{where}.name must be printable ASCII, got {entry.name!r}")
+    for key in ("name", "api_key"):
+        value = getattr(entry, key)
+        if not (value.isascii() and value.isprintable()):
+            raise ConfigError(f"{where}.{key} stands in headers: printable ASCII only")
     hostname = f"[{address[0]}]" if ":" in address[0] else address[0]
     return Worker(
-        name=entry.name or url.netloc.rpartition("@")[2],
+        name=entry.name or url.netloc,
         url=entry.url.rstrip("/"),
         role=entry.role,
         pool=entry.pool,

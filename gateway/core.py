@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.books import Candidates, Fleet, Lane, Ticket
+from gateway.choice import choose, fits_ever, is_worth_a_wait, without_failed
 from gateway.lifecycle import State, Step
 from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
@@ -39,8 +40,8 @@ from policies.order import Edf, Order
 from policies.place import LeastWork, Place
 from policies.pools import Pools, Shared
 from policies.queue import KeyedHeap
-from policies.retry import RetryBudget, RetryRule
-from policies.types import Job, Kind, Role, Worker
+from policies.retry import RetryBudget, RetryRule, continued
+from policies.types import Job, Kind, Worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,11 @@ class Rules:
     load_stale_us: int = 5_000_000
 
 
+_NEVER_US = 2**63
+_MAX_LANES = 64
+"""Beyond this, lanes without jobs are dropped: clients may make model names up."""
+
+
 class Core:
     """Owns the queues and the books. One instant is one call."""
 
@@ -69,7 +75,9 @@ class Core:
         self._lanes: dict[str, Lane] = {}
         self._give_up: KeyedHeap[tuple[int, ...]] = KeyedHeap()
         self._later: KeyedHeap[tuple[int, ...]] = KeyedHeap()
+        self._stale: KeyedHeap[tuple[int, ...]] = KeyedHeap()
         self._alarm_us = 0
+        self._stale_us = _NEVER_US
         self._fresh: list[Ticket] = []
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
@@ -93,15 +101,15 @@ class Core:
             self._fleet.add(worker)
 
     def handle(self, events: Sequence[Event], now_us: int) -> list[Decision]:
+        if now_us >= self._stale_us:
+            self._forget_stale(now_us)
         for event in events:
             self._on[type(event)](event, now_us)
         if self._fresh:
             self._take_in(now_us)
         if self._give_up:  # all that wait, for a server or for their next attempt
             self._pass_time(now_us)
-            lanes, self._touched = self._touched, {}
-            for lane in lanes.values():
-                self._dispatch(lane, now_us)
+            self._dispatch(now_us)
             self._set_alarm(now_us)
         decisions, self._out = self._out, []
         return decisions
@@ -117,7 +125,7 @@ class Core:
         return self._budget.tokens
 
     def queued(self, kind: Kind) -> int:
-        return sum(len(lane.waiting[kind]) for lane in self._lanes.values())
+        return sum(lane.queued(kind) for lane in self._lanes.values())
 
     def placed(self, kind: Kind) -> int:
         return sum(t.is_placed and t.job.kind is kind for t in self._tickets.values())
@@ -130,23 +138,17 @@ class Core:
         """Other policies from here on: what waits is keyed anew, what runs is left alone."""
         self._rules = rules
         self._fleet.adopt(rules.breaker, rules.pools)
-        self._budget = RetryBudget(rules.retry)
+        self._budget.adopt(rules.retry)
         for lane in self._lanes.values():
-            lane.candidates = {}
             for kind in Kind:
-                for job_id in list(lane.waiting[kind]):
-                    job = self._tickets[job_id].job
-                    lane.take(job)
-                    lane.put(job, rules.order.key(job))
-            self._touched[lane.model] = lane
+                self._queue_anew(lane, kind, lane.jobs(kind))
+        self._fleet_changed()
 
     # Jobs.
 
     def _arrived(self, event: Arrived, now_us: int) -> None:
-        job = event.job
-        self._tickets[job.id] = ticket = Ticket(job)
+        self._tickets[event.job.id] = ticket = Ticket(event.job)
         self._fresh.append(ticket)
-        self._budget.earn(job)
 
     def _take_in(self, now_us: int) -> None:
         """Those of one instant in their order. Where nobody waits, the queue is spared."""
@@ -158,35 +160,43 @@ class Core:
             if ticket.state is not State.QUEUED:  # its client left in the same instant
                 continue
             lane = self._lane(ticket.job.model)
-            if lane.is_quiet:
-                pair = self._choose(ticket, self._candidates(lane, ticket.job.kind), now_us)
-                if pair is not None:
-                    self._place(ticket, *pair, now_us)
-                    continue
-            if (refusal := self._refusal(ticket.job, lane, now_us)) is not None:
+            if lane.is_quiet and self._goes_at_once(ticket, lane, now_us):
+                self._budget.earn(ticket.job)
+            elif (refusal := self._refusal(ticket.job, lane, now_us)) is not None:
                 ticket.step(Step.REFUSED)
                 self._out.append(refusal)
                 del self._tickets[ticket.job.id]
             else:
+                self._budget.earn(ticket.job)
                 self._enqueue(ticket, lane)
+
+    def _goes_at_once(self, ticket: Ticket, lane: Lane, now_us: int) -> bool:
+        kind = ticket.job.kind
+        if kind is Kind.OFFLINE and self._online_waits_beside(lane):
+            return False
+        pair = self._choose(ticket, self._candidates(lane, kind), now_us)
+        if pair is None:
+            return False
+        self._place(ticket, *pair, now_us)
+        return True
 
     def _refusal(self, job: Job, lane: Lane, now_us: int) -> Reject | None:
         """What can be answered at once, before the job costs anything."""
-        candidates = self._candidates(lane, job.kind)
+        candidates, admit = self._candidates(lane, job.kind), self._rules.admit
         if not candidates.can_serve:
             return Reject(job, Reason.NO_WORKER)
-        if not self._fits_ever(job, candidates):
+        if not fits_ever(job, candidates, admit):
             return Reject(job, Reason.TOO_LARGE)
-        if job.kind is Kind.ONLINE and not candidates.usable(now_us):
+        is_online, queued = job.kind is Kind.ONLINE, lane.queued(job.kind)
+        if is_online and not is_worth_a_wait(job, candidates, admit, now_us):
             return Reject(job, Reason.UNAVAILABLE, self._reopens_in_us(candidates, now_us))
-        waiting = lane.waiting[job.kind]
-        if not waiting:
+        if not queued:
             return None
-        wait_us = self._predicted_wait_us(lane, candidates)
-        if len(waiting) >= self._rules.max_queued:
+        wait_us = self._predicted_wait_us(lane, job.kind, now_us)
+        if queued >= self._rules.max_queued:
             return Reject(job, Reason.QUEUE_FULL, wait_us)
         is_last = self._rules.order.key(job) >= lane.last_key[job.kind]
-        if job.kind is Kind.ONLINE and is_last and now_us + wait_us > job.give_up_us:
+        if is_online and is_last and now_us + wait_us > job.give_up_us:
             return Reject(job, Reason.HOPELESS, now_us + wait_us - job.give_up_us)
         return None
 
@@ -199,14 +209,14 @@ class Core:
             self._out.append(Cancel(ticket.job, Reason.CLIENT_LEFT))
         else:
             self._forget(ticket)
+            self._touch_all()
 
     def _prefill_done(self, event: PrefillDone, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is None or ticket.prefill is None:
             return
-        if not ticket.prefill.breaker.is_closed:
-            ticket.prefill.breaker.succeeded()
         if ticket.prefill is not ticket.decode:
-            ticket.end_prefill(now_us)
+            self._succeeded(ticket.prefill)
+            ticket.prefilled(now_us)
             self._touch_all()
 
     def _first_token(self, event: FirstToken, now_us: int) -> None:
@@ -214,11 +224,12 @@ class Core:
         if ticket is None or ticket.state is not State.PREFILL:
             return
         ticket.step(Step.FIRST_TOKEN)
-        for ledger in (ticket.prefill, ticket.decode):
-            if ledger is not None and not ledger.breaker.is_closed:
-                ledger.breaker.succeeded()
+        if ticket.prefill is not None and ticket.prefill is not ticket.decode:
+            self._succeeded(ticket.prefill)
+        if ticket.decode is not None and not ticket.decode.breaker.is_closed:
+            self._succeeded(ticket.decode)
         if ticket.prefill is not None:
-            ticket.end_prefill(now_us)
+            ticket.prefilled(now_us)
             self._touch_all()
 
     def _progress(self, event: Progress, now_us: int) -> None:
@@ -234,23 +245,22 @@ class Core:
             ticket.step(Step.LAST_TOKEN)
         for ledger in (ticket.prefill, ticket.decode):
             if ledger is not None:
-                ledger.breaker.succeeded()
-        self._end(ticket, now_us)
+                self._succeeded(ledger)
+        self._end(ticket)
 
     def _failed(self, event: Failed, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is None:
             return
-        for ledger in (ticket.prefill, ticket.decode):
-            if ledger is not None:
-                ledger.breaker.gave_no_verdict()
+        self._end_trials(ticket)
         for name in event.blamed:
             if (blamed := self._fleet.ledgers.get(name)) is not None:
                 blamed.breaker.failed(now_us)
         if ticket.state is State.CANCELLED:
-            self._end(ticket, now_us)
+            self._end(ticket)
             return
-        ticket.release(now_us)
+        ticket.release()
         self._touch_all()
+        ticket.job = continued(ticket.job, event.generated, now_us)
         if (refusal := self._no_retry(ticket, event, now_us)) is not None:
             ticket.step(Step.BROKE)
             self._out.append(Fail(ticket.job, refusal, event.fault))
@@ -264,16 +274,10 @@ class Core:
         return self._budget.refusal(ticket.job, ticket.attempt, event.fault, now_us)
 
     def _retry(self, ticket: Ticket, event: Failed, now_us: int) -> None:
-        """The same job again; what it has generated is part of its prompt now."""
         job = ticket.job
         self._budget.spend(job)
         ticket.step(Step.RETRIED)
-        ticket.avoid = event.blamed
-        if event.generated:
-            ticket.job = job._replace(
-                prompt_tokens=job.prompt_tokens + event.generated,
-                max_tokens=max(1, job.max_tokens - event.generated),
-            )
+        ticket.avoid, ticket.resumes = event.blamed, event.generated > 0
         if delay_us := self._rules.retry.delay_us(job.kind, ticket.attempt):
             self._later.put(job.id, (now_us + delay_us,))
             self._give_up.put(job.id, (job.give_up_us,))
@@ -282,17 +286,35 @@ class Core:
 
     def _freed(self, event: Freed, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is not None:
-            for ledger in (ticket.prefill, ticket.decode):
-                if ledger is not None:
-                    ledger.breaker.gave_no_verdict()
-            self._end(ticket, now_us)
+            self._end_trials(ticket)
+            self._end(ticket)
+
+    def _end_trials(self, ticket: Ticket) -> None:
+        if ticket.trials:
+            ticket.end_trials()
+            self._reconsider()
+
+    def _succeeded(self, ledger: Ledger) -> None:
+        if ledger.breaker.is_closed:
+            ledger.breaker.succeeded()
+        else:
+            ledger.breaker.succeeded()
+            self._reconsider()
 
     # Servers.
 
     def _load_report(self, event: LoadReport, now_us: int) -> None:
-        if (ledger := self._fleet.ledgers.get(event.worker)) is not None:
-            ledger.correct(event.load)
+        if (ledger := self._fleet.ledgers.get(event.worker)) is None:
+            return
+        capacity_tokens = ledger.kv_tokens
+        ledger.correct(event.load)
+        stale_us = event.load.seen_us + self._rules.load_stale_us
+        self._stale.put(event.worker, (stale_us,))
+        self._stale_us = min(self._stale_us, stale_us)
+        if ledger.kv_tokens == capacity_tokens:
             self._touch_all()
+        else:
+            self._reconsider()
 
     def _worker_up(self, event: WorkerUp, now_us: int) -> None:
         self._fleet.add(event.worker)
@@ -302,51 +324,78 @@ class Core:
         if (ledger := self._fleet.ledgers.get(event.name)) is not None:
             ledger.up = False
             ledger.forget_report()
+            self._stale.discard(event.name)
+            self._touch_all()
 
     def _worker_draining(self, event: WorkerDraining, now_us: int) -> None:
         if (ledger := self._fleet.ledgers.get(event.name)) is not None:
             ledger.draining = True
+            self._touch_all()
 
     def _worker_gone(self, event: WorkerGone, now_us: int) -> None:
         """What runs there keeps its own reference to the ledger and ends as it would have."""
-        if self._fleet.ledgers.pop(event.name, None) is not None:
+        if self._fleet.remove(event.name):
+            self._stale.discard(event.name)
             self._fleet_changed()
-            self._reject_unservable()
 
     def _fleet_changed(self) -> None:
         for lane in self._lanes.values():
             lane.candidates = {}
-        self._touch_all()
+        self._reconsider()
 
-    def _reject_unservable(self) -> None:
+    def _reconsider(self) -> None:
+        """A server may be able again to take what none could: those set aside queue up again."""
         for lane in self._lanes.values():
             for kind in Kind:
-                if lane.waiting[kind] and not self._candidates(lane, kind).can_serve:
-                    for job_id in list(lane.waiting[kind]):
-                        self._reject(self._tickets[job_id], Reason.NO_WORKER)
+                self._queue_anew(lane, kind, list(lane.aside[kind]))
+        self._touch_all()
+
+    def _queue_anew(self, lane: Lane, kind: Kind, job_ids: list[str]) -> None:
+        jobs = [self._tickets[job_id].job for job_id in job_ids]
+        for job in jobs:
+            lane.take(job)
+        for job in jobs:
+            lane.put(job, self._rules.order.key(job))
 
     # Time.
 
     def _wakeup(self, event: Wakeup, now_us: int) -> None:
+        self._look_again()
+
+    def _look_again(self) -> None:
         self._alarm_us = 0
-        self._touch_all()
+        if all(ledger.breaker.is_closed for ledger in self._fleet.ledgers.values()):
+            self._touch_all()
+        else:
+            self._reconsider()
 
     def _pass_time(self, now_us: int) -> None:
+        if 0 < self._alarm_us <= now_us:
+            # Another event may come first at the time of the alarm, and move the alarm on.
+            self._look_again()
         while (first := self._later.first_key()) is not None and first[0] <= now_us:
             ticket = self._tickets[self._later.pop()]
             self._enqueue(ticket, self._lane(ticket.job.model))
         while (first := self._give_up.first_key()) is not None and first[0] <= now_us:
-            self._reject(self._tickets[self._give_up.pop()], Reason.EXPIRED)
+            self._reject(self._tickets[self._give_up.pop()], Reason.EXPIRED, now_us)
+            self._touch_all()
+
+    def _forget_stale(self, now_us: int) -> None:
+        """Servers fell silent: the books alone go on."""
+        self._stale_us = _NEVER_US
+        while (first := self._stale.first_key()) is not None:
+            if first[0] > now_us:
+                self._stale_us = first[0]
+                return
+            self._fleet.ledgers[self._stale.pop()].forget_report()
+            self._touch_all()
 
     def _set_alarm(self, now_us: int) -> None:
-        """Asks to be woken for the next deadline, retry or half-open breaker; not twice for one."""
-        due: list[int] = [
-            first[0]
-            for heap in (self._later, self._give_up)
-            if (first := heap.first_key()) is not None
-        ]
-        if not due:
+        """Asks to be woken for the next moment at which a job that waits may go or must end."""
+        if not self._give_up:
             return
+        heaps = (self._later, self._give_up, self._stale)
+        due = [first[0] for heap in heaps if (first := heap.first_key()) is not None]
         due += [
             ledger.breaker.open_until_us
             for ledger in self._fleet.ledgers.values()
@@ -358,69 +407,70 @@ class Core:
 
     # Dispatch.
 
-    def _dispatch(self, lane: Lane, now_us: int) -> None:
-        """Online first; offline work goes only where no online job is left waiting."""
-        for kind in (Kind.ONLINE, Kind.OFFLINE):
-            waiting = lane.waiting[kind]
-            while (job_id := waiting.peek()) is not None:
-                ticket = self._tickets[job_id]
-                pair = self._choose(ticket, self._candidates(lane, kind), now_us)
-                if pair is None:
-                    return
-                lane.take(ticket.job)
+    def _dispatch(self, now_us: int) -> None:
+        """Online first, over all models; offline work goes where no online job is left waiting."""
+        lanes, self._touched = list(self._touched.values()), {}
+        for lane in lanes:
+            self._fill(lane, Kind.ONLINE, now_us)
+        for lane in lanes:
+            if lane.waiting[Kind.OFFLINE] and not self._online_waits_beside(lane):
+                self._fill(lane, Kind.OFFLINE, now_us)
+
+    def _online_waits_beside(self, lane: Lane) -> bool:
+        """In this lane, or in one that uses the same servers."""
+        if lane.waiting[Kind.ONLINE]:
+            return True
+        others = [other for other in self._lanes.values() if other.waiting[Kind.ONLINE]]
+        if not others:
+            return False
+        return not lane.model or self._fleet.takes_any_model or any(not e.model for e in others)
+
+    def _fill(self, lane: Lane, kind: Kind, now_us: int) -> None:
+        """Until the first job has to wait for what runs; the order is kept."""
+        waiting, admit = lane.waiting[kind], self._rules.admit
+        candidates = self._candidates(lane, kind)
+        while (job_id := waiting.peek()) is not None:
+            ticket = self._tickets[job_id]
+            job = ticket.job
+            pair = self._choose(ticket, candidates, now_us)
+            if pair is not None:
+                lane.take(job)
                 self._give_up.discard(job_id)
                 self._place(ticket, *pair, now_us)
+            elif is_worth_a_wait(job, candidates, admit, now_us):
+                return
+            elif not candidates.can_serve:
+                self._reject(ticket, Reason.NO_WORKER, now_us)
+            elif not fits_ever(job, candidates, admit):
+                self._reject(ticket, Reason.TOO_LARGE, now_us)
+            elif candidates.in_rotation(now_us).can_serve:
+                lane.set_aside(job)
+            else:
+                return
 
     def _choose(
         self, ticket: Ticket, candidates: Candidates, now_us: int
     ) -> tuple[Ledger, Ledger] | None:
-        """A prefill and a decode server, or one unified server as both."""
-        job, admit, place = ticket.job, self._rules.admit, self._rules.place
-        prefills: list[Ledger] = []
-        decode = None
-        if candidates.unified:
-            unified = self._open(candidates.unified, ticket, now_us)
-            prefills = [e for e in unified if admit.decode(job, e)]
-        if candidates.decodes:
-            decodes = self._open(candidates.decodes, ticket, now_us)
-            decode = self._best(job, [e for e in decodes if admit.decode(job, e)], place.decode)
-            if decode is not None:
-                prefills = prefills + self._open(candidates.prefills, ticket, now_us)
-        prefill = self._best(job, [e for e in prefills if admit.prefill(job, e)], place.prefill)
-        if prefill is None:
-            return None
-        if decode is None or prefill.worker.role is Role.UNIFIED:
-            return prefill, prefill
-        return prefill, decode
-
-    @staticmethod
-    def _open(ledgers: list[Ledger], ticket: Ticket, now_us: int) -> list[Ledger]:
-        """Those in rotation; one that has just failed this job only when there is no other."""
-        usable = [ledger for ledger in ledgers if ledger.usable(now_us)]
+        job, admit = ticket.job, self._rules.admit
         if ticket.avoid:
-            return [e for e in usable if e.worker.name not in ticket.avoid] or usable
-        return usable
-
-    @staticmethod
-    def _best(
-        job: Job, ledgers: list[Ledger], rank: Callable[[Job, Ledger], tuple[float, ...]]
-    ) -> Ledger | None:
-        if len(ledgers) < 2:
-            return ledgers[0] if ledgers else None
-        return min(ledgers, key=lambda ledger: (rank(job, ledger), ledger.worker.name))
+            candidates = without_failed(job, candidates, ticket.avoid, admit, now_us)
+        return choose(job, candidates, admit, self._rules.place, now_us)
 
     def _place(self, ticket: Ticket, prefill: Ledger, decode: Ledger, now_us: int) -> None:
         """Booked in the step that decides, so that the next decision sees it."""
         ticket.step(Step.DISPATCHED)
         ticket.book(prefill, decode, self._rules.admit.reserved(ticket.job), now_us)
         ticket.attempt += 1
+        reason = Reason.LEAST_WORK
+        if ticket.attempt > 1:
+            reason = Reason.RESUME if ticket.resumes else Reason.RETRY
         self._out.append(
             Dispatch(
                 ticket.job,
                 None if prefill is decode else prefill.worker.name,
                 decode.worker.name,
                 ticket.attempt,
-                Reason.LEAST_WORK if ticket.attempt == 1 else Reason.RETRY,
+                reason,
             )
         )
 
@@ -434,6 +484,8 @@ class Core:
     def _lane(self, model: str) -> Lane:
         lane = self._lanes.get(model)
         if lane is None:
+            if len(self._lanes) >= _MAX_LANES:
+                self._lanes = {name: old for name, old in self._lanes.items() if len(old)}
             lane = self._lanes[model] = Lane(model)
         return lane
 
@@ -443,38 +495,39 @@ class Core:
             candidates = lane.candidates[kind] = self._fleet.candidates(lane.model, kind)
         return candidates
 
-    def _fits_ever(self, job: Job, candidates: Candidates) -> bool:
-        holders = candidates.decodes + candidates.unified
-        return any(self._rules.admit.fits_ever(job, ledger) for ledger in holders)
-
     @staticmethod
     def _reopens_in_us(candidates: Candidates, now_us: int) -> int:
         ledgers = candidates.prefills + candidates.decodes + candidates.unified
         due = [e.breaker.open_until_us - now_us for e in ledgers if not e.breaker.is_closed]
         return max(0, min(due, default=0))
 
-    @staticmethod
-    def _predicted_wait_us(lane: Lane, candidates: Candidates) -> int:
-        """How long the last prompt in the queue waits at the rate seen; 0 while none was seen."""
+    def _predicted_wait_us(self, lane: Lane, kind: Kind, now_us: int) -> int:
+        """How long the last prompt in the queue waits at the rate seen; 0 while none was seen.
+
+        Servers that have not shown their rate are taken to be as fast as the others.
+        """
+        candidates = self._candidates(lane, kind).in_rotation(now_us)
         ledgers = candidates.prefills + candidates.unified
         rates = [rate for e in ledgers if (rate := e.prefill_rate.tokens_per_us) is not None]
         if not rates:
             return 0
-        outstanding = sum(ledger.prefill_tokens for ledger in ledgers)
-        return round((lane.waiting_tokens + outstanding) / sum(rates))
+        tokens = lane.waiting_tokens[Kind.ONLINE] + sum(e.prefill_tokens for e in ledgers)
+        if kind is Kind.OFFLINE:
+            tokens += lane.waiting_tokens[Kind.OFFLINE]
+        return round(tokens * len(rates) / (sum(rates) * len(ledgers)))
 
-    def _reject(self, ticket: Ticket, reason: Reason) -> None:
+    def _reject(self, ticket: Ticket, reason: Reason, now_us: int) -> None:
         lane = self._lane(ticket.job.model)
         lane.take(ticket.job)
         ticket.step(Step.REFUSED)
-        wait_us = self._predicted_wait_us(lane, self._candidates(lane, ticket.job.kind))
+        wait_us = self._predicted_wait_us(lane, ticket.job.kind, now_us)
         self._out.append(Reject(ticket.job, reason, wait_us))
         self._forget(ticket)
 
-    def _end(self, ticket: Ticket, now_us: int) -> None:
-        ticket.release(now_us)
-        self._touch_all()
+    def _end(self, ticket: Ticket) -> None:
+        ticket.release()
         self._forget(ticket)
+        self._touch_all()
 
     def _forget(self, ticket: Ticket) -> None:
         job = ticket.job

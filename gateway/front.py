@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from operator import or_
 from random import Random
 
-from aiohttp import hdrs, web
+from aiohttp import ClientPayloadError, hdrs, web
 
 from backends.exchange import Client, Exchange
 from backends.sglang import Sglang
 from backends.transcript import Transcript
 from gateway.asking import Caller, Keyring, job_of, kind_of
 from gateway.clients import StreamClient, UnaryClient
+from gateway.clock import pause
 from gateway.config import Config
 from gateway.dialects import ROUTES, Ask, Dialect, Limits, read
 from gateway.driver import Driver
@@ -32,6 +34,7 @@ _EVENTS = "content-type: text/event-stream; charset=utf-8\r\ncache-control: no-c
 _CHUNKED_LINES = f"{_EVENTS}transfer-encoding: chunked\r\n"
 _UNCHUNKED_LINES = f"{_EVENTS}connection: close\r\n"
 _CHUNKED_SINCE = (1, 1)
+_FLUSH_POLL_S = 0.05
 _PRIORITY = {Kind.ONLINE: 100, Kind.OFFLINE: 0}
 _PATHS = {dialect: path.encode() for path, dialect in ROUTES.items()}
 
@@ -54,6 +57,7 @@ class Front:
         self._metrics = metrics
         self._rng = rng
         self._write_line = write_line
+        self._clock = clock
         self._dates = Dates(clock)
         self._visits: dict[str, Visit] = {}
         self._by_rid: dict[tuple[str, str], Visit] = {}
@@ -191,6 +195,8 @@ class Front:
                 return await request.read()
         except TimeoutError:
             raise ApiError(Code.REQUEST_TIMEOUT, "the body did not arrive in time") from None
+        except (web.RequestPayloadError, ClientPayloadError):
+            raise ApiError(Code.INVALID_REQUEST, "the body is not encoded as it says") from None
         except web.HTTPRequestEntityTooLarge:
             raise ApiError(Code.BODY_TOO_LARGE, "the body is too large for this gateway") from None
 
@@ -216,8 +222,18 @@ class Front:
         await client.over
         if client.error is not None and not client.begun:
             return self._refuse(visit, client.error)
+        await self._flushed(request)
         self._end(visit, "ok" if client.error is None else client.error.code)
         return Sent(keep_alive=request.keep_alive and request.version >= _CHUNKED_SINCE)
+
+    async def _flushed(self, request: web.BaseRequest) -> None:
+        """What aiohttp does not know of must be out before it goes on with the connection."""
+        until_s = self._backend.now_s() + self._timeouts.client_stall_s
+        while (transport := request.transport) is not None and transport.get_write_buffer_size():
+            if self._backend.now_s() > until_s:
+                transport.abort()
+                raise ConnectionResetError("the client has stopped to read")
+            await pause(self._clock, _FLUSH_POLL_S)
 
     def _client(
         self, request: web.BaseRequest, visit_of: Callable[[], Visit], ask: Ask
@@ -282,18 +298,20 @@ class Front:
         visit = self._by_rid.get((tenant, rid))
         if visit is None:
             return False
-        running = [part for part in visit.parts if self._backend.abort(part.job.id)]
-        if not running:
-            self._cut(visit)
+        reached = [self._backend.abort(part.job.id) for part in visit.parts]
+        ended = [part.exchange.timeline.ended_us > 0 for part in visit.parts]
+        if not all(map(or_, reached, ended)):
+            self._cut(visit, ApiError(Code.REQUEST_CANCELLED, "the request was aborted"))
         return True
 
     def cut_off(self) -> None:
-        """The time for running requests is over: each ends as if its client had left."""
+        """The time for running requests is over."""
+        error = ApiError(Code.GATEWAY_DRAINING, "the gateway is shutting down", retry_after_s=1)
         for visit in list(self._visits.values()):
-            self._cut(visit)
+            self._cut(visit, error)
 
-    def _cut(self, visit: Visit) -> None:
-        visit.client.cancelled()
+    def _cut(self, visit: Visit, error: ApiError) -> None:
+        visit.client.ended(error)
         self._drop_jobs(visit)
 
 

@@ -77,8 +77,9 @@ def configure(settings: Log) -> WriteRequest:
     )
     if level > logging.INFO:
         return lambda fields: None
-    return lambda fields: lines.msg(orjson.dumps(fields | {"timestamp": _now()}))
 
+    def write(fields: dict[str, Any]) -> None:
+        fields["timestamp"] = datetime.now(UTC)
+        lines.msg(orjson.dumps(fields, option=orjson.OPT_UTC_Z))
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    return write

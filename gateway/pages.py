@@ -205,7 +205,7 @@ class Pages:
         """The fields of [[worker]]; `worker_type` is understood as SGLang's router has it."""
         table = _object(await self._front.body_of(request))
         if (named := table.pop("worker_type", None)) is not None:
-            if named not in _TYPES:
+            if type(named) is not str or named not in _TYPES:
                 known = ", ".join(_TYPES)
                 raise ApiError(Code.INVALID_REQUEST, f"worker_type must be one of {known}")
             table["role"] = _TYPES[named]
@@ -221,7 +221,7 @@ class Pages:
             message = f"another worker is called {worker.name}: remove it first"
             raise ApiError(Code.INVALID_REQUEST, message, param="name")
         server = self._backend.add(worker, entry.api_key)
-        self._prober.watch(server, self._tasks)
+        self._prober.watch(server, worker, self._tasks)
         return _json({"status": "accepted", "worker_id": worker.name, "url": worker.url}, 202)
 
     async def remove_worker(self, request: web.BaseRequest) -> web.Response:

@@ -22,7 +22,7 @@ from policies.types import Role, Worker
 log = structlog.get_logger("slackwater.worker")
 
 _ROLES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "null": Role.UNIFIED, None: Role.UNIFIED}
-_LOADS = b"/v1/loads?include=core"
+_LOADS = b"/v1/loads?include=core,disagg"
 
 
 class Prober:
@@ -35,11 +35,11 @@ class Prober:
         self._loops: dict[str, asyncio.Task[None]] = {}
         self.settings = settings
 
-    def watch(self, server: Server, group: asyncio.TaskGroup) -> asyncio.Event:
+    def watch(self, server: Server, configured: Worker, group: asyncio.TaskGroup) -> asyncio.Event:
         """The event is set once the server has answered or failed for the first time."""
         looked = asyncio.Event()
         self.forget(server.name)
-        self._loops[server.name] = group.create_task(self._loop(server, looked))
+        self._loops[server.name] = group.create_task(self._loop(server, configured, looked))
         return looked
 
     def forget(self, name: str) -> None:
@@ -50,15 +50,15 @@ class Prober:
         for name in list(self._loops):
             self.forget(name)
 
-    async def _loop(self, server: Server, looked: asyncio.Event) -> None:
+    async def _loop(self, server: Server, configured: Worker, looked: asyncio.Event) -> None:
         failures, up = 0, False
         while True:
             try:
                 if not up:
-                    worker = await self._introduce(server)
+                    worker = await self._introduce(server, configured)
                     self._post(WorkerUp(worker))
                     log.info("worker up", worker=worker.name, role=worker.role.value)
-                await self._report(server)
+                await self._report(server, configured)
                 failures, up = 0, True
             except (HttpError, ValueError, KeyError, TypeError, AttributeError) as error:
                 failures += 1
@@ -71,14 +71,14 @@ class Prober:
             looked.set()
             await pause(self._clock, self.settings.poll_ms / 1000)
 
-    async def _introduce(self, server: Server) -> Worker:
+    async def _introduce(self, server: Server, configured: Worker) -> Worker:
         """The server's own word on its role and size; what the operator wrote goes first."""
-        worker = learnt(server.worker, await self._facts(server), await self._models(server))
-        if worker.role is not server.worker.role:
+        worker = learnt(configured, await self._facts(server), await self._models(server))
+        if worker.role is not configured.role:
             log.warning(
                 "the server has another role than configured",
                 worker=worker.name,
-                configured=server.worker.role.value,
+                configured=configured.role.value,
                 actual=worker.role.value,
             )
         self._backend.update(worker)
@@ -97,11 +97,22 @@ class Prober:
         data = answer.get("data") if answer else None
         return str(data[0]["id"]) if data else ""
 
-    async def _report(self, server: Server) -> None:
+    async def _report(self, server: Server, configured: Worker) -> None:
         answer = await self._fetch(server, _LOADS)
         if answer is not None and answer.get("loads"):
             load = load_of(answer["loads"], round(self._clock.time() * 1e6))
             self._post(LoadReport(server.name, load))
+            pairing = answer["loads"][0].get("disaggregation") or {}
+            await self._follow_role(server, configured, pairing.get("mode"))
+
+    async def _follow_role(self, server: Server, configured: Worker, mode: str | None) -> None:
+        """Somebody may switch a server's role; what it reports with its load is the role it has."""
+        if mode is None or _ROLES.get(mode, server.worker.role) is server.worker.role:
+            return
+        worker = replace(await self._introduce(server, configured), role=_ROLES[mode])
+        self._backend.update(worker)
+        self._post(WorkerUp(worker))
+        log.info("worker has switched its role", worker=worker.name, role=worker.role.value)
 
     async def _fetch(self, server: Server, path: bytes) -> Mapping[str, Any] | None:
         answer = await fetch(

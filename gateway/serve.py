@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import random
 import sys
 from dataclasses import replace
@@ -62,6 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_serve(given: argparse.Namespace) -> int:
     config = configuration(given)
+    # A request leaves no cycles worth looking for so often: by default the collector would run
+    # every few requests, over all that the start has made.
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         clock = LiveClock(runner.get_loop())
         rng = random.Random(random.SystemRandom().getrandbits(128))

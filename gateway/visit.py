@@ -9,6 +9,7 @@ from backends.exchange import Exchange
 from backends.trouble import Trouble
 from gateway.clients import StreamClient, UnaryClient
 from gateway.dialects import Ask
+from gateway.errors import ApiError, Code
 from gateway.fanout import StreamMerger, merge_answers
 from policies.events import Fail, Reject
 from policies.types import Job, Kind
@@ -56,8 +57,12 @@ class FanOut:
         self._left -= 1
         if not self._left and not self._over:
             self._over = True
-            merged = merge_answers(self._ask, self._bodies)
-            self.client.answer(status, "application/json", merged)
+            try:
+                merged = merge_answers(self._ask, self._bodies)
+            except (ApiError, AttributeError, KeyError, TypeError):
+                self.client.ended(ApiError(Code.UPSTREAM_FAILED, "the answers do not fit together"))
+            else:
+                self.client.answer(status, "application/json", merged)
 
     def write(self, index: int, piece: bytes) -> bool:
         if self._over or self._merger is None:
@@ -108,9 +113,6 @@ class PartClient:
 
     def end(self) -> None:
         self._whole.end(self._index)
-
-    def cancelled(self) -> None:
-        self._whole.client.cancelled()
 
     def refused(self, decision: Reject | Fail, trouble: Trouble | None) -> None:
         self._whole.refused(decision, trouble)

@@ -55,7 +55,3 @@ def head(status: int, lines: str) -> bytes:
     """`lines` are whole header lines, their values known to hold no line breaks."""
     start = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n"
     return f"{start}{lines}\r\n".encode("latin-1")
-
-
-def chunk(piece: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(piece), piece)

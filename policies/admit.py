@@ -41,7 +41,7 @@ class Headroom:
 
     def prefill(self, job: Job, ledger: Ledger) -> bool:
         if not ledger.prefills:
-            return True
+            return self.fits_ever(job, ledger)
         cap = ledger.worker.chunk_tokens * self.prefill_chunks or self.prefill_cap_tokens
         return ledger.prefill_tokens + job.prompt_tokens - job.cached_tokens <= cap
 

@@ -17,10 +17,10 @@ class BreakerRule:
 class Breaker:
     """Closed, open until a time, or half-open with one trial under way; one success closes it."""
 
-    __slots__ = ("_cooldown_us", "_row", "_rule", "_trial", "open_until_us")
+    __slots__ = ("_cooldown_us", "_row", "_trial", "open_until_us", "rule")
 
     def __init__(self, rule: BreakerRule) -> None:
-        self._rule = rule
+        self.rule = rule
         self._row = 0
         self._cooldown_us = rule.cooldown_us
         self._trial = False
@@ -37,13 +37,14 @@ class Breaker:
     def allows(self, now_us: int) -> bool:
         return not self.open_until_us or (now_us >= self.open_until_us and not self._trial)
 
-    def try_out(self) -> None:
-        """A job goes to this server; while the breaker is open it is the only one."""
+    def try_out(self) -> bool:
+        """A job goes to this server; whether it is the trial, which no other job joins."""
         self._trial = self.open_until_us > 0
+        return self._trial
 
     def succeeded(self) -> None:
         self._row, self._trial, self.open_until_us = 0, False, 0
-        self._cooldown_us = self._rule.cooldown_us
+        self._cooldown_us = self.rule.cooldown_us
 
     def gave_no_verdict(self) -> None:
         """The trial ended for a reason that says nothing about the server."""
@@ -53,8 +54,8 @@ class Breaker:
         self._row += 1
         if self.open_until_us:
             if self._trial or now_us >= self.open_until_us:
-                self._cooldown_us = min(2 * self._cooldown_us, self._rule.cooldown_max_us)
+                self._cooldown_us = min(2 * self._cooldown_us, self.rule.cooldown_max_us)
                 self.open_until_us = now_us + self._cooldown_us
             self._trial = False
-        elif self._row >= self._rule.failures:
+        elif self._row >= self.rule.failures:
             self.open_until_us = now_us + self._cooldown_us

@@ -54,7 +54,9 @@ class Ledger:
         "dispatched",
         "draining",
         "foreign_tokens",
+        "kv_tokens",
         "load",
+        "max_running",
         "prefill_rate",
         "prefill_tokens",
         "prefills",
@@ -77,6 +79,9 @@ class Ledger:
         self.dispatched = 0
         self.foreign_tokens = 0
         self.load: Load | None = None
+        self.kv_tokens = worker.kv_tokens
+        """The capacity, by the operator's word or the server's; 0 when nobody knows it."""
+        self.max_running = worker.max_running
         self._foreign_before = 0
 
     def __repr__(self) -> str:
@@ -90,23 +95,19 @@ class Ledger:
         return not self.prefills and not self.decodes
 
     def usable(self, now_us: int) -> bool:
-        return self.up and not self.draining and self.breaker.allows(now_us)
+        if not self.up or self.draining:
+            return False
+        return not self.breaker.open_until_us or self.breaker.allows(now_us)
 
-    @property
-    def kv_tokens(self) -> int:
-        """The capacity; 0 when nobody knows it."""
-        if self.load is not None and self.load.capacity_tokens:
-            return self.load.capacity_tokens
-        return self.worker.kv_tokens
-
-    @property
-    def max_running(self) -> int:
-        if self.load is not None and self.load.max_running:
-            return self.load.max_running
-        return self.worker.max_running
+    def adopt(self, worker: Worker) -> None:
+        """The same server, better known."""
+        self.worker, load = worker, self.load
+        self.kv_tokens = _tighter(worker.kv_tokens, load.capacity_tokens if load else 0)
+        self.max_running = _tighter(worker.max_running, load.max_running if load else 0)
 
     def correct(self, load: Load) -> None:
         self.load = load
+        self.adopt(self.worker)
         foreign = max(0, load.total_tokens - self.context_tokens - self.prefill_tokens)
         self.foreign_tokens = min(foreign, self._foreign_before)
         self._foreign_before = foreign
@@ -121,10 +122,9 @@ class Ledger:
         self.prefills += 1
         self.prefill_tokens += tokens
 
-    def end_prefill(self, tokens: int, now_us: int) -> None:
+    def end_prefill(self, tokens: int) -> None:
         self.prefills -= 1
         self.prefill_tokens -= tokens
-        self.prefill_rate.done(tokens, now_us)
 
     def add_decode(self, context: int, reserved: int) -> None:
         self.decodes += 1
@@ -135,3 +135,8 @@ class Ledger:
         self.decodes -= 1
         self.context_tokens -= context
         self.reserved_tokens -= reserved
+
+
+def _tighter(one: int, other: int) -> int:
+    """Of two limits where 0 is none."""
+    return min(one, other) if one and other else one or other

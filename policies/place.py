@@ -25,7 +25,6 @@ class LeastWork:
     0.12): only their proportions matter here.
     """
 
-    step_fixed_us: float = 6_600.0
     step_per_sequence_us: float = 25.0
     step_per_token_us: float = 0.036
 
@@ -34,11 +33,7 @@ class LeastWork:
 
     def decode(self, job: Job, ledger: Ledger) -> tuple[float, ...]:
         context = ledger.context_tokens + ledger.foreign_tokens + job.prompt_tokens
-        step_us = (
-            self.step_fixed_us
-            + self.step_per_sequence_us * (ledger.decodes + 1)
-            + self.step_per_token_us * context
-        )
+        step_us = self.step_per_sequence_us * ledger.decodes + self.step_per_token_us * context
         return (step_us, ledger.reserved_tokens)
 
 

@@ -56,4 +56,27 @@ class RetryBudget:
         return None
 
     def spend(self, job: Job) -> None:
-        self.tokens = max(0.0, self.tokens - job.prompt_tokens)
+        """Offline retries are bounded by their pauses: they never take what online ones need."""
+        if job.kind is Kind.ONLINE:
+            self.tokens -= job.prompt_tokens
+
+    def adopt(self, rule: RetryRule) -> None:
+        self._rule = rule
+        self.tokens = min(self.tokens, rule.burst_tokens)
+
+
+def continued(job: Job, generated: int, now_us: int) -> Job:
+    """The rest of a job: what it has generated is part of its prompt now.
+
+    The client of an online stream reads already: it waits for its target's time once more.
+    """
+    if not generated:
+        return job
+    give_up_us = job.give_up_us
+    if job.kind is Kind.ONLINE:
+        give_up_us = max(give_up_us, now_us + job.deadline_us - job.arrival_us)
+    return job._replace(
+        prompt_tokens=job.prompt_tokens + generated,
+        max_tokens=max(1, job.max_tokens - generated),
+        give_up_us=give_up_us,
+    )

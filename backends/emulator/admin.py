@@ -16,6 +16,10 @@ from policies.types import Role
 
 HEALTH_LATENCY_S = 1.0
 HEALTH_TIMEOUT_S = 20.0
+FLUSHED = (
+    "Cache flushed.\nPlease check backend logs for more details. "
+    "(When there are running or waiting requests, the operation will not be performed.)\n"
+)
 PAUSE_MODES = ("abort", "retract", "in_place")
 
 
@@ -111,8 +115,8 @@ class Admin:
 
     async def _flush(self, request: web.Request) -> web.StreamResponse:
         if self._engine.flush_cache():
-            return web.Response(text="Cache flushed.\n")
-        return web.Response(text="Flush cache failed: the server is not idle.\n", status=400)
+            return web.Response(text=FLUSHED)
+        return web.Response(text="Flush cache failed.\n", status=400)
 
     async def _slow_down(self, request: web.Request) -> web.StreamResponse:
         self._engine.slow_down((await self._body(request)).get("forward_sleep_time"))
@@ -120,27 +124,21 @@ class Admin:
 
     async def _switch(self, request: web.Request) -> web.StreamResponse:
         body = await self._body(request)
-        old = MODES[self._engine.role]
-        answer = {"success": False, "old_role": old, "new_role": body.get("new_role")}
-        roles = {"prefill": Role.PREFILL, "decode": Role.DECODE}
-        role = roles.get(str(body.get("new_role")), Role.UNIFIED)
-        if role == self._engine.role:
-            return json_response(
-                answer
-                | {"success": True, "message": "already in target role"}
-                | {"safe_to_restore": True}
-            )
-        refusal = self._engine.refuses_role(role)
+        new_role = str(body.get("new_role"))
+        answer: dict[str, Any] = {"old_role": MODES[self._engine.role], "new_role": new_role}
+        refusal = self._engine.refuses_role(new_role)
         if refusal is not None:
-            return json_response(answer | {"message": refusal, "safe_to_restore": True}, status=400)
+            answer |= {"success": False, "message": refusal, "safe_to_restore": True}
+            return json_response(answer, status=400)
+        answer |= {"success": True, "safe_to_restore": True}
+        if new_role == self._engine.role:
+            return json_response(answer | {"message": "already in target role"})
         if body.get("prepare_only"):
-            return json_response(
-                answer | {"success": True, "message": "ready", "safe_to_restore": True}
-            )
+            return json_response(answer | {"message": "ready"})
         switched: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._engine.switch_role(role, partial(settle, switched))
+        self._engine.switch_role(Role(new_role), partial(settle, switched))
         await switched
-        return json_response(answer | {"success": True, "message": "ok", "safe_to_restore": True})
+        return json_response(answer | {"message": "ok"})
 
     async def _body(self, request: web.Request) -> dict[str, Any]:
         raw = await request.read()

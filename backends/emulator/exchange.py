@@ -26,6 +26,7 @@ TOKEN_FAULTS = {
     FaultKind.TRUNCATE,
 }
 JSON = "application/json"
+GARBAGE = b'data: {"text": "\xff\n\n'
 
 
 class Answer:
@@ -165,6 +166,8 @@ class Exchange:
                 return failed
             response = await self._prepare()
             self._catch_up()
+            if self._silent and self._fault is not None and self._fault.kind == FaultKind.CORRUPT:
+                self._write(GARBAGE)
         await self._over
         if self._left == 0 and not self._silent:
             self._write(self._dialect.closing(self._call, self._residents))
@@ -218,6 +221,10 @@ class Exchange:
         return self._dialect.event(self._call, piece)
 
     def _failed_before_start(self) -> web.Response | None:
+        if self._request.transport is None or self._request.transport.is_closing():
+            return web.Response(status=500)
+        if self._fault is not None and self._silent and self._fault.kind == FaultKind.IN_BAND:
+            return self._refusal(self._fault.status, self._fault.message)
         if self._silent or self._left:
             return None
         failures = [failure_of(answer.reason) for answer in self._answers]
@@ -271,7 +278,7 @@ class Exchange:
         if fault.kind == FaultKind.DIE_AFTER:
             self.cut()
         elif fault.kind == FaultKind.CORRUPT and self._open:
-            self._write(b'data: {"text": "\xff\n\n')
+            self._write(GARBAGE)
         elif fault.kind == FaultKind.IN_BAND and self._open:
             self._write(self._dialect.in_band(fault.status, fault.message) + b"data: [DONE]\n\n")
         self._leave()

@@ -74,9 +74,14 @@ class Faults:
         return factor
 
     def count_slow_request(self) -> None:
+        """Slowness for so many requests is over when one more comes."""
         for position in reversed(range(len(self._active))):
-            if self._active[position].kind == FaultKind.SLOW:
-                self._use_up(position)
+            fault = self._active[position]
+            if fault.kind == FaultKind.SLOW and fault.requests is not None:
+                if fault.requests == 0:
+                    del self._active[position]
+                else:
+                    self._active[position] = replace(fault, requests=fault.requests - 1)
 
     def _use_up(self, position: int) -> None:
         fault = self._active[position]

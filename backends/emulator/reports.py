@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from itertools import accumulate
 from typing import Any
 
 from backends.engine import MODES, Engine
+from backends.engine.counters import Histogram
+from policies.types import Role
 
 VERSION = "0.5.23"
 SECTIONS = {"memory": "memory", "spec": "speculative", "lora": "lora", "disagg": "disaggregation"}
@@ -151,8 +154,28 @@ def metrics(engine: Engine) -> str:
         "num_transfer_failed_reqs_total": ("counter", counters.transfer_failures),
     }
     kind = {"null": "unified"}.get(pair["mode"], pair["mode"])
-    labels = f'{{model_name="{engine.config.model}",engine_type="{kind}",tp_rank="0",pp_rank="0"}}'
-    return "".join(
-        f"# TYPE sglang:{name} {what}\nsglang:{name}{labels} {value}\n"
+    labels = f'model_name="{engine.config.model}",engine_type="{kind}",tp_rank="0",pp_rank="0"'
+    plain = "".join(
+        f"# TYPE sglang:{name} {what}\nsglang:{name}{{{labels}}} {value}\n"
         for name, (what, value) in values.items()
     )
+    histograms = {
+        "time_to_first_token_seconds": counters.ttft,
+        "inter_token_latency_seconds": counters.itl,
+        "e2e_request_latency_seconds": counters.e2e,
+    }
+    if engine.role == Role.PREFILL:
+        return plain
+    return plain + "".join(_histogram(name, it, labels) for name, it in histograms.items())
+
+
+def _histogram(name: str, histogram: Histogram, labels: str) -> str:
+    bounds = [*map(str, histogram.bounds), "+Inf"]
+    counts = list(accumulate(histogram.counts))
+    buckets = "".join(
+        f'sglang:{name}_bucket{{{labels},le="{bound}"}} {count}\n'
+        for bound, count in zip(bounds, counts, strict=True)
+    )
+    ends = f"sglang:{name}_sum{{{labels}}} {histogram.total}\n"
+    ends += f"sglang:{name}_count{{{labels}}} {counts[-1]}\n"
+    return f"# TYPE sglang:{name} histogram\n{buckets}{ends}"

@@ -94,6 +94,7 @@ class Face:
         inference = request.path in self._inference
         if inference:
             self.faults.count_slow_request()
+            self.apply_slowness()
         fault = self.faults.take(request.path, inference=inference)
         if fault is not None:
             request[FAULT] = fault

@@ -20,15 +20,17 @@ class DecodeBatch:
         self.streaming: dict[int, Resident] = {}
         self._ends: list[tuple[int, int, Resident]] = []
         self._due_by_residue = [0] * page
-        self._budget_ends = 0
+        self._budget_ends = {True: 0, False: 0}
+        self._counts = {True: 0, False: 0}
 
     def __len__(self) -> int:
         return len(self.members)
 
-    @property
-    def promised_tokens(self) -> int:
-        """What the members may still generate, as far as admission counts it."""
-        return max(0, self._budget_ends - len(self.members) * self.steps)
+    def promised_tokens(self, ratio: float) -> int:
+        """What the members may still generate: all of it where no EOS ends it, else a share."""
+        fixed = self._budget_ends[True] - self._counts[True] * self.steps
+        likely = self._budget_ends[False] - self._counts[False] * self.steps
+        return max(0, fixed) + int(max(0, likely) * ratio)
 
     def join(self, resident: Resident) -> None:
         resident.stage = Stage.RUNNING
@@ -39,7 +41,8 @@ class DecodeBatch:
             self.streaming[resident.serial] = resident
         self.context_tokens += resident.prefilled
         self._due_by_residue[self._residue(resident)] += 1
-        self._budget_ends += self._budget_end(resident)
+        self._budget_ends[resident.request.ignore_eos] += self._budget_end(resident)
+        self._counts[resident.request.ignore_eos] += 1
         left = resident.limit - resident.generated_before
         heapq.heappush(self._ends, (self.steps + max(1, left), resident.serial, resident))
 
@@ -50,7 +53,8 @@ class DecodeBatch:
         self.streaming.pop(resident.serial, None)
         self.context_tokens -= resident.prefilled + passed
         self._due_by_residue[self._residue(resident)] -= 1
-        self._budget_ends -= self._budget_end(resident)
+        self._budget_ends[resident.request.ignore_eos] -= self._budget_end(resident)
+        self._counts[resident.request.ignore_eos] -= 1
         resident.generated_before += passed
         resident.prefilled += passed
         resident.batch = None

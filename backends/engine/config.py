@@ -28,6 +28,8 @@ class EngineConfig:
     """Requests that may wait on a unified server; the PD roles take any number."""
     priority: bool = False
     """Whether larger `priority` goes first; without it, the field is ignored."""
+    preemption_threshold: int = 10
+    """On a unified server, one that is more urgent by more than this displaces running ones."""
     reserved_decode_tokens: int = 512
     extra_slots: int | None = None
     """Requests a decode server takes in beyond those it runs; None: SGLang's own rule."""

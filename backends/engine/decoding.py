@@ -9,9 +9,12 @@ from backends.engine.prefilling import LAST_RATIO, RATIO_DECAY, Prefilling
 from backends.engine.request import Resident, aborted
 
 RETRACT_STEPS = 20
-"""After a retraction the rest can go on for so many steps."""
+"""How many tokens ahead the share of promised output is estimated after a retraction."""
 
-OUT_OF_MEMORY = "Out of memory even after retracting all other requests in the decode batch."
+OUT_OF_MEMORY = (
+    "Out of memory even after retracting all other requests in the decode batch. "
+    "Aborting the last request."
+)
 
 
 class Decoding:
@@ -43,9 +46,7 @@ class Decoding:
     def settle(self, step_us: float) -> None:
         """Count a finished step, tell who listens, and end who is done."""
         machine = self._machine
-        count = len(machine.batch.members)
-        machine.counters.decoded(count, step_us)
-        machine.counters.generated_tokens += count
+        machine.counters.decoded(len(machine.batch), step_us)
         over = machine.batch.step()
         for resident in list(machine.batch.streaming.values()):
             resident.listener.tokens(resident)
@@ -59,13 +60,10 @@ class Decoding:
             batch.members.values(),
             key=lambda it: (it.generated, -it.request.prompt.tokens, -it.serial),
         )
-        each = max(RETRACT_STEPS, kv.page)
-        for position, victim in enumerate(victims[:-1]):
-            if position and kv.available >= each * len(batch):
+        for victim in victims[:-1]:
+            if batch.tokens_due() <= kv.available:
                 break
-            self._machine.release(victim, keep=False)
-            victim.retractions += 1
-            self._machine.counters.retractions += 1
+            self._machine.retract(victim)
             self._retracted(victim)
         self._raise_ratio()
 

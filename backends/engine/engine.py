@@ -12,7 +12,7 @@ from backends.engine.decoding import Decoding
 from backends.engine.fabric import Fabric
 from backends.engine.loads import load_report
 from backends.engine.machine import Machine
-from backends.engine.prefilling import Chunk, Prefilling, urgency
+from backends.engine.prefilling import FIRST_RATIO, Chunk, Prefilling, urgency
 from backends.engine.receiving import TRANSFER_FAILED as RECEIVE_FAILED
 from backends.engine.receiving import Receiving
 from backends.engine.request import (
@@ -36,6 +36,8 @@ ABORTED_BY_REQUEST = "Aborted by AbortReq."
 NO_ROOM = "Invalid request: Disaggregated request received without bootstrap room id."
 QUEUE_FULL = "The request queue is full."
 EVICTED = "The request is aborted by a higher priority request."
+SWITCH_RUNNING = "another role switch is already in progress"
+NOT_PD = "instance is not running in PD disaggregation mode"
 NOT_IDLE = "instance is not idle; drain all requests before switching"
 SWITCH_DISABLED = "--enable-pd-role-switch is not set on this server"
 
@@ -165,15 +167,17 @@ class Engine:
         self.machine.kv.clear()
         return True
 
-    def refuses_role(self, role: Role) -> str | None:
-        """Why this server cannot switch now, in SGLang's words."""
-        if not self.config.role_switch:
-            return SWITCH_DISABLED
-        if role == Role.UNIFIED:
-            return f"invalid new_role={role.value!r}"
-        if not self.idle or self.switching:
-            return NOT_IDLE
-        return None
+    def refuses_role(self, new_role: str) -> str | None:
+        """Why this server cannot switch now, in SGLang's words; the role it has is never refused
+        for being busy."""
+        checks = (
+            (not self.config.role_switch, SWITCH_DISABLED),
+            (self.switching, SWITCH_RUNNING),
+            (new_role not in {Role.PREFILL, Role.DECODE}, f"invalid new_role={new_role!r}"),
+            (self.role == Role.UNIFIED, NOT_PD),
+            (new_role != self.role and not self.idle, NOT_IDLE),
+        )
+        return next((message for refused, message in checks if refused), None)
 
     def switch_role(self, role: Role, done: Callable[[], object]) -> None:
         """Requests that come meanwhile are held until the new role is there."""
@@ -316,8 +320,10 @@ class Engine:
             self._apply_aborts()
         if self.paused == "retract":
             self._retract_all()
+        ended = self.machine.ended
         if self.paused in {None, "abort"} and not self.switching:
             self._start_pass()
+        self._again |= self.machine.ended != ended
         self._turning = False
         if self._again and self._timer is None:
             self._wake()
@@ -326,8 +332,7 @@ class Engine:
         if self.role == Role.DECODE:
             self.receiving.advance()
         else:
-            busy = len(self.machine.batch) + len(self.sending.sending)
-            chunks = self.prefilling.plan(busy)
+            chunks = self.prefilling.plan(len(self.sending.sending))
             if chunks:
                 self.sending.computing(chunks)
                 seconds = self.times.prefill_s([(it.new_tokens, it.cached_tokens) for it in chunks])
@@ -337,6 +342,8 @@ class Engine:
         if batch:
             seconds = self.times.decode_s(batch, self.machine.batch.context_tokens)
             self._run(seconds, self._decoded)
+        else:
+            self.prefilling.ratio = FIRST_RATIO
 
     def _run(self, seconds: float, done: Callable[..., object], *args: object) -> None:
         took = seconds * self.slow_factor + self.forward_sleep_s
@@ -399,9 +406,7 @@ class Engine:
 
     def _retract_all(self) -> None:
         for resident in list(self.machine.batch.members.values()):
-            self.machine.release(resident, keep=False)
-            resident.retractions += 1
-            self.machine.counters.retractions += 1
+            self.machine.retract(resident)
             self._step_back(resident)
 
     def _release_held(self) -> None:

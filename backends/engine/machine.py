@@ -2,46 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from backends.engine.batch import DecodeBatch
 from backends.engine.config import EngineConfig
+from backends.engine.counters import Counters
 from backends.engine.kv import KvPool
 from backends.engine.request import FAKE_BOOTSTRAP_HOST, Resident, Stage, aborted
 from policies.clock import Clock
 from policies.types import Role
-
-
-@dataclass(slots=True)
-class Counters:
-    """Cumulative figures that /v1/loads and /metrics show."""
-
-    prefill_uncached_tokens: int = 0
-    prefill_cached_tokens: int = 0
-    prefill_busy_us: int = 0
-    decode_moments: list[float] = field(default_factory=lambda: [0.0] * 6)
-    """n, sum b, sum t_us, sum b^2, sum b*t_us, tokens generated."""
-    retractions: int = 0
-    requests: int = 0
-    aborts: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    bootstrap_failures: int = 0
-    transfer_failures: int = 0
-    transferred_bytes: int = 0
-    tokens_per_s: float = 0.0
-    """Of the last decode step."""
-
-    def decoded(self, batch: int, step_us: float) -> None:
-        self.tokens_per_s = batch / step_us * 1e6 if step_us else 0.0
-        moments = self.decode_moments
-        moments[0] += 1
-        moments[1] += batch
-        moments[2] += step_us
-        moments[3] += batch * batch
-        moments[4] += batch * step_us
-        moments[5] += batch
 
 
 class Machine:
@@ -52,6 +21,8 @@ class Machine:
         self.clock = clock
         self.counters = Counters()
         self.live: dict[str, Resident] = {}
+        self.ended = 0
+        """Requests that left; who plans sees by it whether memory came free meanwhile."""
         self.take_role(config.role)
 
     def take_role(self, role: Role) -> None:
@@ -69,6 +40,7 @@ class Machine:
         if fresh:
             resident.first_token_s = self.clock.time()
             self.counters.generated_tokens += 1
+            self.counters.ttft.observe(resident.first_token_s - resident.arrived_s)
         if fresh or resident.request.stream:
             resident.listener.tokens(resident)
 
@@ -98,12 +70,20 @@ class Machine:
             self.kv.cache.unlock(resident.node)
         resident.node, resident.held, resident.shared, resident.prefilled = None, 0, 0, 0
 
+    def retract(self, resident: Resident) -> None:
+        """A running request loses its memory, and nothing of it is cached."""
+        self.release(resident, keep=False)
+        resident.retractions += 1
+        self.counters.retractions += 1
+
     def end(self, resident: Resident, reason: dict[str, Any], *, keep: bool = True) -> None:
         """The request is over; its listener hears so last."""
         self.release(resident, keep=keep)
         self.forget(resident)
+        self.ended += 1
         if reason["type"] == "abort":
             self.counters.aborts += 1
+        self.counters.e2e.observe(self.clock.time() - resident.arrived_s)
         resident.end_reason = reason
         resident.listener.finished(resident, reason)
 

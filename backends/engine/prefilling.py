@@ -46,7 +46,7 @@ class Prefilling:
         if self.chunked is resident:
             self.chunked = None
 
-    def plan(self, busy_slots: int) -> list[Chunk]:
+    def plan(self, sending: int) -> list[Chunk]:
         """The chunked prompt goes on first; then the queue in order, until one does not fit."""
         chunks: list[Chunk] = []
         budget = self._machine.config.chunk_tokens
@@ -56,17 +56,18 @@ class Prefilling:
                 return []
             chunks.append(chunk)
             budget -= chunk.new_tokens
-        promised = self._promised()
-        slots = self._machine.config.max_running - busy_slots - len(chunks)
-        while budget > 0 and slots > 0 and self.waiting and self.chunked is None:
+        reserved = 0
+        while budget > 0 and self.waiting and self.chunked is None:
             resident = self._first()
-            admitted = self._admit(resident, budget, promised)
+            taken = sending + len(chunks)
+            admitted = self._admit(resident, taken, budget, reserved)
+            if admitted is None and self._make_way(resident, reserved):
+                admitted = self._admit(resident, taken, budget, reserved)
             if admitted is None:
                 break
             chunks.append(admitted)
-            slots -= 1
             budget -= admitted.new_tokens
-            promised += self._output_reserve(resident)
+            reserved += self._output_reserve(resident)
         return chunks
 
     def settle(self, chunks: Iterable[Chunk]) -> list[Resident]:
@@ -93,16 +94,46 @@ class Prefilling:
             return min(self.waiting.values(), key=urgency)
         return next(iter(self.waiting.values()))
 
-    def _promised(self) -> int:
-        return int(self._machine.batch.promised_tokens * self.ratio)
+    def _spare(self, reserved: int) -> int:
+        """Memory that neither those who run nor those just admitted will need."""
+        machine = self._machine
+        return machine.kv.available - machine.batch.promised_tokens(self.ratio) - reserved
+
+    def _make_way(self, resident: Resident, reserved: int) -> bool:
+        """Less urgent running requests give way, the least urgent and newest first, or none.
+
+        As SGLang does, what they hold counts for nothing here, only what they may still take.
+        """
+        machine = self._machine
+        if not machine.config.priority or machine.role != Role.UNIFIED:
+            return False
+        missing = resident.fill_tokens + self._output_reserve(resident) - self._spare(reserved)
+        least = priority_of(resident) - machine.config.preemption_threshold
+        victims: list[Resident] = []
+        for victim in sorted(machine.batch.members.values(), key=urgency, reverse=True):
+            if priority_of(victim) >= least or (victims and missing <= 0):
+                break
+            victims.append(victim)
+            ratio = 1.0 if victim.request.ignore_eos else self.ratio
+            missing -= int(self._output_reserve(victim) * ratio)
+        if not victims or missing > 0:
+            return False
+        for victim in victims:
+            machine.retract(victim)
+            self.enqueue(victim)
+        return True
 
     def _output_reserve(self, resident: Resident) -> int:
         if self._machine.role == Role.PREFILL:
             return 1
         return min(resident.budget - resident.generated, CLIP_NEW_TOKENS)
 
-    def _admit(self, resident: Resident, budget: int, promised: int) -> Chunk | None:
+    def _admit(
+        self, resident: Resident, taken_slots: int, budget: int, reserved: int
+    ) -> Chunk | None:
         kv = self._machine.kv
+        if len(self._machine.batch) + taken_slots >= self._machine.config.max_running:
+            return None
         fill = resident.fill_tokens
         prompt = resident.full_prompt()
         node, matched = kv.match(resident.request.space, prompt, fill - 1)
@@ -111,7 +142,7 @@ class Prefilling:
         rest = fill - matched
         new = rest if rest <= budget else kv.whole(budget)
         needed = kv.pages(rest + self._output_reserve(resident))
-        if new == 0 or needed > kv.available - promised or not kv.take(kv.pages(new)):
+        if new == 0 or needed > self._spare(reserved) or not kv.take(kv.pages(new)):
             if node is not None:
                 kv.cache.unlock(node)
             return None
@@ -138,7 +169,12 @@ class Prefilling:
         return Chunk(resident, new, resident.prefilled)
 
 
+def priority_of(resident: Resident) -> float:
+    """No priority is the worst one."""
+    priority = resident.request.priority
+    return float("-inf") if priority is None else priority
+
+
 def urgency(resident: Resident) -> tuple[float, int]:
     """Larger priorities first, those without one last, then in order of arrival."""
-    priority = resident.request.priority
-    return (float("inf") if priority is None else -priority, resident.serial)
+    return (-priority_of(resident), resident.serial)

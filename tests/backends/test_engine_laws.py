@@ -26,6 +26,17 @@ asked = st.fixed_dictionaries(
 )
 workloads = st.lists(asked, min_size=1, max_size=12)
 pages = st.sampled_from([1, 4, 16])
+small_servers = st.fixed_dictionaries(
+    {
+        "kv_tokens": st.sampled_from([96, 128, 192, 400]),
+        "max_running": st.sampled_from([1, 2, 4, 40]),
+        "chunk_tokens": st.sampled_from([16, 32, 100]),
+        "reserved_decode_tokens": st.sampled_from([0, 4, 64]),
+        "page_tokens": pages,
+        "priority": st.booleans(),
+        "extra_slots": st.sampled_from([None, 0, 2]),
+    }
+)
 
 
 def watched(engine: Engine) -> None:
@@ -84,22 +95,22 @@ def request(rid: str, item: dict[str, Any], where: dict[str, Any]) -> Any:
     )
 
 
-@given(workloads, pages)
+@given(workloads, small_servers)
 def test_a_unified_server_never_overcommits_and_ends_every_request_once(
-    work: list[dict[str, Any]], page: int
+    work: list[dict[str, Any]], config: dict[str, Any]
 ) -> None:
-    servers = Servers(u={**SMALL, "page_tokens": page})
+    servers = Servers(u=config)
     heard = play(servers, ("u",), work)
     assert [len(it.ends) for it in heard] == [1] * len(work)
     assert servers["u"].idle
     assert servers["u"].machine.kv.used == 0
 
 
-@given(workloads, pages)
+@given(workloads, small_servers)
 def test_a_pair_never_overcommits_and_ends_both_legs_once(
-    work: list[dict[str, Any]], page: int
+    work: list[dict[str, Any]], config: dict[str, Any]
 ) -> None:
-    servers = pd(**SMALL, page_tokens=page)
+    servers = pd(**config)
     heard = play(servers, ("p", "d"), work)
     assert [len(it.ends) for it in heard] == [1] * 2 * len(work)
     assert [servers[name].machine.kv.used for name in "pd"] == [0, 0]
@@ -144,6 +155,18 @@ def test_the_same_seed_gives_the_same_story(work: list[dict[str, Any]], seed: in
         return [(it.tokens_at, it.ends, it.output) for it in play(servers, ("p", "d"), work)]
 
     assert story() == story()
+
+
+@given(workloads, small_servers, st.sampled_from("pd"), st.floats(0, 0.6))
+def test_a_pair_ends_both_legs_once_though_one_server_dies_and_comes_back(
+    work: list[dict[str, Any]], config: dict[str, Any], victim: str, at: float
+) -> None:
+    servers = pd(**config)
+    servers.clock.call_at(at, servers[victim].kill)
+    servers.clock.call_at(at, servers[victim].revive)
+    heard = play(servers, ("p", "d"), work)
+    assert [len(it.ends) + it.losses for it in heard] == [1] * 2 * len(work)
+    assert [servers[name].machine.kv.used for name in "pd"] == [0, 0]
 
 
 @given(workloads)

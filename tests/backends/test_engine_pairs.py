@@ -239,6 +239,14 @@ def test_retracted_requests_come_back_before_anything_new_is_taken_in() -> None:
     assert news[0][1].tokens_at[0] > min(decode.ended_at for _, decode in old)
 
 
+def test_what_waits_for_memory_gets_what_an_answer_of_one_token_leaves() -> None:
+    servers = pd(kv_tokens=150, reserved_decode_tokens=0)
+    first = servers.pair("a", room=1, prompt=prompt(100), max_new_tokens=1)
+    second = servers.pair("b", room=2, prompt=prompt(100, 5000), max_new_tokens=1)
+    servers.run()
+    assert [leg.reason["type"] for leg in (*first, *second)] == ["length"] * 4
+
+
 def test_without_a_backup_a_retracted_request_is_answered_503() -> None:
     servers = Servers(
         p={"role": Role.PREFILL},

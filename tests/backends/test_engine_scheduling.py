@@ -159,6 +159,38 @@ def test_a_full_queue_answers_503_or_gives_up_its_least_urgent() -> None:
     assert high.reason["type"] != "abort"
 
 
+@pytest.mark.parametrize(("priority", "retractions"), [(12, 1), (11, 0)])
+def test_only_a_much_more_urgent_request_displaces_a_running_one(
+    priority: int, retractions: int
+) -> None:
+    servers = Servers(u={"max_running": 2, "priority": True})
+    running = [
+        servers.submit("u", rid, prompt=prompt(10), max_new_tokens=50, priority=1, **GREEDY)
+        for rid in ("old", "new")
+    ]
+    servers.run(until=0.1)
+    servers.submit("u", "urgent", prompt=prompt(10), max_new_tokens=5, priority=priority)
+    servers.run()
+    assert servers["u"].machine.counters.retractions == retractions
+    assert [len(it.output) for it in running] == [50, 50]
+    assert (running[0].ended_at < running[1].ended_at) == bool(retractions)
+
+
+def test_memory_is_freed_by_as_many_as_it_takes() -> None:
+    servers = Servers(u={"kv_tokens": 320, "priority": True})
+    running = [
+        servers.submit(
+            "u", f"r{i}", prompt=prompt(20, 1000 * i), max_new_tokens=80, priority=1, **GREEDY
+        )
+        for i in (1, 2, 3)
+    ]
+    servers.run(until=0.03)
+    urgent = servers.submit("u", "x", prompt=prompt(150, 9000), max_new_tokens=5, priority=50)
+    servers.run()
+    assert servers["u"].machine.counters.retractions == 2
+    assert urgent.ended_at < min(it.ended_at for it in running)
+
+
 def test_larger_priorities_go_first_and_those_without_one_last() -> None:
     servers = Servers(u={"max_running": 1, "priority": True})
     order: list[tuple[float, str]] = []
@@ -172,11 +204,12 @@ def test_larger_priorities_go_first_and_those_without_one_last() -> None:
 
 
 def test_retraction_hits_the_one_with_the_fewest_tokens_and_loses_none() -> None:
+    unsure: dict[str, Any] = {"stream": True, "true_tokens": 90}
     servers = Servers(u={"kv_tokens": 212})
-    old = servers.submit("u", "old", prompt=prompt(60), max_new_tokens=90, **GREEDY)
+    old = servers.submit("u", "old", prompt=prompt(60), max_new_tokens=90, **unsure)
     servers.run(until=0.3)
     servers["u"].prefilling.ratio = 0.1
-    young = servers.submit("u", "young", prompt=prompt(20, 5000), max_new_tokens=90, **GREEDY)
+    young = servers.submit("u", "young", prompt=prompt(20, 5000), max_new_tokens=90, **unsure)
     servers.run()
     assert servers["u"].machine.counters.retractions == 1
     assert [len(it.output) for it in (old, young)] == [90, 90]
@@ -246,11 +279,11 @@ def test_a_pause_with_abort_ends_what_runs() -> None:
 def test_a_role_is_switched_only_when_idle_and_takes_its_time() -> None:
     servers = pd(role_switch_s=0.4)
     servers.submit("d", bootstrap_host="127.0.0.1", bootstrap_room=3, prompt=prompt(10))
-    busy = servers["d"].refuses_role(Role.PREFILL)
+    busy = servers["d"].refuses_role("prefill")
     assert busy == "instance is not idle; drain all requests before switching"
     servers["d"].abort_all()
     servers.run()
-    assert servers["d"].refuses_role(Role.PREFILL) is None
+    assert servers["d"].refuses_role("prefill") is None
     done: list[float] = []
     began = servers.clock.time()
     servers["d"].switch_role(Role.PREFILL, lambda: done.append(servers.clock.time()))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
+from structlog.testing import capture_logs
 
 from backends.emulator import EmulatedFleet, EmulatedServer, Fault, FaultKind, ServerSpec
 from backends.engine import EngineConfig
@@ -122,6 +123,8 @@ class Site:
     fleet: EmulatedFleet
     gateway: Gateway
     http: aiohttp.ClientSession
+    lines: list[dict[str, Any]]
+    """The log's lines about requests."""
     sent: list[Sent] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
     """Everything that a log would show as an error: there must be none."""
@@ -183,9 +186,11 @@ class Site:
     async def nothing_left(self, within_s: float = RELEASED_WITHIN_S) -> list[str]:
         """What is left once it has had that long to go away: nothing, one hopes."""
         until_s = self.now_s() + within_s
-        while (left := self.leftovers()) and self.now_s() < until_s:
+        while True:
+            left = self.leftovers()
+            if not left or self.now_s() >= until_s:
+                return left
             await asyncio.sleep(0.02)
-        return left
 
     async def until(self, what: str, holds: Any, within_s: float = 20.0) -> None:
         until_s = self.now_s() + within_s
@@ -267,17 +272,20 @@ async def standing(
             QUICK, worker=tuple(entry_of(s, **more.get(s.name, {})) for s in known), **sections
         )
         async with asyncio.TaskGroup() as tasks, aiohttp.ClientSession() as http:
-            gateway = Gateway(config, loop, random.Random(7), tasks)
-            site = Site(fleet, gateway, http)
+            lines: list[dict[str, Any]] = []
+            gateway = Gateway(config, loop, random.Random(7), tasks, lines.append)
+            site = Site(fleet, gateway, http, lines)
             handler = _Complaints(site.complaints)
-            loggers = [logging.getLogger(name) for name in ("aiohttp.server", "asyncio")]
+            loggers = [logging.getLogger(name) for name in ("slackwater.http", "asyncio")]
             for logger in loggers:
                 logger.addHandler(handler)
             try:
-                await gateway.start()
-                spy_on(gateway, site)
-                yield site
-                assert await site.nothing_left() == []
+                with capture_logs() as told:
+                    await gateway.start()
+                    spy_on(gateway, site)
+                    yield site
+                    assert await site.nothing_left() == []
+                site.complaints += [str(one) for one in told if one["log_level"] == "error"]
                 assert site.complaints == []
             finally:
                 for logger in loggers:

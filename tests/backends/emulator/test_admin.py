@@ -71,6 +71,7 @@ async def test_metrics_carry_sglang_names(
     values = {line.split("{")[0]: line.split()[-1] for line in lines if not line.startswith("#")}
     assert values["sglang:generation_tokens_total"] == "4"
     assert values["sglang:num_running_reqs"] == "0"
+    assert values["sglang:inter_token_latency_seconds_count"] == "3"
 
 
 async def test_an_abort_ends_the_stream_with_what_there_is(

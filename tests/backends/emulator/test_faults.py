@@ -113,8 +113,9 @@ async def test_a_slow_server_takes_its_factor_longer(
         return float(answer["meta_info"]["e2e_latency"])
 
     normal = await latency_s()
-    await inject(fleet, http, kind="slow", factor=5)
-    assert await latency_s() == pytest.approx(5 * normal, rel=0.1)
+    await inject(fleet, http, kind="slow", factor=5, requests=2)
+    slow = [await latency_s() for _ in range(3)]
+    assert slow == pytest.approx([5 * normal, 5 * normal, normal], rel=0.1)
 
 
 async def test_an_unknown_fault_is_refused_with_what_is_known(
@@ -149,3 +150,46 @@ async def test_a_killed_server_breaks_its_streams_and_comes_back_on_its_port(
     await fleet.restart("u")
     async with http.post(url + "/generate", json=STREAM) as response:
         assert (await events(response))[-1] == "[DONE]"
+
+
+async def outcome(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> str:
+    """What a client makes of one request."""
+    try:
+        async with http.post(url, json=body) as response:
+            raw = await response.read()
+    except (aiohttp.ClientError, ConnectionError):
+        return "broken"
+    if response.status != 200:
+        return str(response.status)
+    if b"\xff" in raw:
+        return "garbage"
+    return "error" if b'"error"' in raw else "cut" if b"finish_reason" not in raw else "whole"
+
+
+@pytest.mark.parametrize(
+    ("kind", "native", "chat", "unary"),
+    [
+        ("die_after", "broken", "broken", "broken"),
+        ("in_band", "error", "503", "503"),
+        ("corrupt", "garbage", "garbage", "garbage"),
+        ("truncate", "cut", "cut", "garbage"),
+    ],
+)
+async def test_faults_before_the_first_token(
+    fleet: EmulatedFleet,
+    http: aiohttp.ClientSession,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    native: str,
+    chat: str,
+    unary: str,
+) -> None:
+    fleet["u"].faults.add(Fault(kind=FaultKind(kind)))
+    url, talk = fleet.urls["u"], [{"role": "user", "content": "hi"}]
+    told = [
+        await outcome(http, url + "/generate", STREAM),
+        await outcome(http, url + "/v1/chat/completions", {"messages": talk, "stream": True}),
+        await outcome(http, url + "/generate", greedy(10, text="hello")),
+    ]
+    assert told == [native, chat, unary]
+    assert caplog.records == []

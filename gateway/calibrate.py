@@ -1,0 +1,173 @@
+"""`slackwater calibrate`: which constants explain this hardware, from what was measured on it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from backends.ceilings import Ceilings, CeilingsError, constants_from, measure
+from backends.constants_file import dump_constants, load_constants
+from backends.step_tables import Origin, TableError, read_table
+from gateway.clock import LiveClock
+from gateway.predict import read_model
+from policies.calibration import (
+    CalibrationError,
+    Errors,
+    Fit,
+    Sample,
+    Setup,
+    fit,
+    held_out,
+)
+from policies.constants import Constants, ConstantsError, Key, lookup
+from policies.devices import Device, UnknownDevice, device_named
+from policies.models import Model, ModelError, model_named
+from policies.roofline import Parallel, Phase
+from policies.shipped import SHIPPED
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--table", type=Path, help="CSV of measured step times")
+    source.add_argument("--torch", action="store_true", help="measure this machine's own ceilings")
+    parser.add_argument("--model", required=True, help="a known name, a config.json or its folder")
+    parser.add_argument("--gpu", required=True, help="device, such as h100")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="TOML file to write, or to add to")
+
+
+def run_calibrate(arguments: argparse.Namespace, console: Console | None = None) -> int:
+    """0 when constants were found, 2 with the reason when not."""
+    out = console or Console()
+    try:
+        setup = Setup(
+            model=read_model(arguments.model),
+            device=device_named(arguments.gpu),
+            parallel=Parallel(tp=arguments.tp),
+        )
+        constants = (
+            _from_torch(setup, out) if arguments.torch else _from_table(arguments.table, setup, out)
+        )
+        text = _merged(arguments.out, setup, constants)
+    except (
+        CalibrationError, CeilingsError, ConstantsError, ModelError, OSError, TableError,
+        UnknownDevice,
+    ) as error:  # fmt: skip
+        out.print(f"calibrate: {error}", style="red", markup=False, highlight=False)
+        return 2
+    if arguments.out:
+        arguments.out.write_text(text)
+        out.print(f"wrote {arguments.out}", markup=False, highlight=False)
+    else:
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def fit_table(path: Path, setup: Setup, prior: Constants) -> tuple[Fit, dict[Phase, Errors]]:
+    """The fit to all rows that belong to the setup, and the errors of each half on the other."""
+    table = read_table(path)
+    samples = [
+        sample for origin, rows in table.items() if _belongs(origin, setup) for sample in rows
+    ]
+    if not samples:
+        raise TableError(
+            f"{path.name} has no rows for {setup.model.name} on {setup.device.name} "
+            f"with tp {setup.parallel.tp}"
+        )
+    source = f"calibrated from {len(samples)} steps in {path.name}"
+    return fit([(setup, samples)], prior, source=source), _halves(setup, samples, prior)
+
+
+def _halves(setup: Setup, samples: list[Sample], prior: Constants) -> dict[Phase, Errors]:
+    try:
+        return held_out(setup, samples, prior)
+    except CalibrationError:
+        return {}  # halves too small to stand alone say nothing about the whole
+
+
+def _belongs(origin: Origin, setup: Setup) -> bool:
+    return (
+        (not origin.system or device_named(origin.system) is setup.device)
+        and (not origin.tp or origin.tp == setup.parallel.tp)
+        and (not origin.model or _same_model(origin.model, setup.model))
+    )
+
+
+def _same_model(name: str, model: Model) -> bool:
+    if name.rsplit("/", 1)[-1].lower() == model.name.rsplit("/", 1)[-1].lower():
+        return True
+    try:
+        return replace(model_named(name), name="") == replace(model, name="")
+    except ModelError:
+        return False
+
+
+def _prior(setup: Setup) -> Constants:
+    return lookup(SHIPPED, setup.device.name, setup.model.family, setup.parallel.tp)
+
+
+def _from_table(path: Path, setup: Setup, out: Console) -> Constants:
+    found, halves = fit_table(path, setup, _prior(setup))
+    grid = Grid("phase", "steps", "mean error", "p95", "mean error on the other half", "p95")
+    for phase, errors in ((Phase.PREFILL, found.prefill), (Phase.DECODE, found.decode)):
+        if errors:
+            grid.add_row(
+                phase.value, str(errors.count), *_shown(errors), *_shown(halves.get(phase))
+            )
+        else:
+            grid.add_row(phase.value, "0", "as shipped", "", "", "")
+    out.print(grid)
+    return found.constants
+
+
+def _shown(errors: Errors | None) -> tuple[str, str]:
+    return (f"{errors.mean:.1%}", f"{errors.p95:.1%}") if errors else ("-", "-")
+
+
+def _from_torch(setup: Setup, out: Console) -> Constants:
+    with asyncio.Runner() as runner:
+        clock = LiveClock(runner.get_loop())
+        ceilings = measure(setup.model, setup.parallel.tp, clock.time)
+    grid = Grid("ceiling", "measured", "of the peak")
+    for name, value, share in _ceiling_rows(ceilings, setup.device):
+        grid.add_row(name, value, share)
+    out.print(grid)
+    return constants_from(ceilings, setup.device, _prior(setup))
+
+
+def _ceiling_rows(ceilings: Ceilings, device: Device) -> list[tuple[str, str, str]]:
+    speeds = (
+        ("copy", ceilings.copy_bytes_per_s, device.memory_bytes_per_s),
+        ("cache read", ceilings.kv_bytes_per_s, device.memory_bytes_per_s),
+    )
+    rates = (
+        ("matrix products", ceilings.gemm_flops, device.bf16_flops),
+        ("attention", ceilings.attention_flops, device.bf16_flops),
+    )
+    return [
+        *((name, f"{value / 1e9:.1f} GB/s", f"{value / peak:.0%}") for name, value, peak in speeds),
+        *(
+            (name, f"{value / 1e12:.3f} TFLOP/s", f"{value / peak:.0%}")
+            for name, value, peak in rates
+        ),
+    ]
+
+
+def _merged(path: Path | None, setup: Setup, constants: Constants) -> str:
+    """The file with this setup's constants replaced or added; other setups stay."""
+    table: dict[Key, Constants] = {}
+    if path and path.exists():
+        table.update(load_constants(path))
+    table[setup.device.name, setup.model.family, setup.parallel.tp] = constants
+    return dump_constants(table)
+
+
+def constants_table(path: Path | None) -> Mapping[Key, Constants]:
+    """The shipped constants, with those of a calibration before them."""
+    return {**SHIPPED, **load_constants(path)} if path else SHIPPED

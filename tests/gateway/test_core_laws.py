@@ -1,0 +1,378 @@
+"""What no sequence of events may break, whatever jobs, servers and failures do."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from gateway.core import Core, Rules
+from policies.admit import Headroom
+from policies.breaker import BreakerRule
+from policies.events import (
+    Arrived,
+    Cancel,
+    Decision,
+    Dispatch,
+    Event,
+    Fail,
+    Failed,
+    Fault,
+    Finished,
+    FirstToken,
+    Freed,
+    Left,
+    LoadReport,
+    PrefillDone,
+    Progress,
+    Reject,
+    WakeAt,
+    Wakeup,
+    WorkerDown,
+    WorkerDraining,
+    WorkerGone,
+    WorkerUp,
+)
+from policies.order import Edf, Fcfs
+from policies.pools import ByLatency, Shared
+from policies.retry import RetryRule
+from policies.types import Kind, Pool, Role
+from tests.gateway.talk import load, offline, online, server
+
+ADMIT = Headroom(prefill_cap_tokens=600, output_reserve_tokens=50)
+RULES = [
+    Rules(
+        order=order,
+        pools=pools,
+        admit=ADMIT,
+        max_queued=12,
+        load_stale_us=3_000_000,
+        breaker=BreakerRule(failures=2, cooldown_us=500_000),
+        retry=RetryRule(burst_tokens=2_000, offline_attempts=4),
+    )
+    for order in (Fcfs(), Edf())
+    for pools in (Shared(), ByLatency())
+]
+WORKERS = {
+    "p1": server("p1", Role.PREFILL),
+    "p2": server("p2", Role.PREFILL, chunk_tokens=200, pool=Pool.RELAXED),
+    "d1": server("d1", Role.DECODE, kv_tokens=1500, model="x"),
+    "d2": server("d2", Role.DECODE, kv_tokens=700, max_running=3, pool=Pool.RELAXED),
+    "u1": server("u1", Role.UNIFIED, kv_tokens=900, model="y"),
+}
+NAMES = st.sampled_from(sorted(WORKERS))
+FAULTS = st.sampled_from([Fault.DIED, Fault.BUSY, Fault.REQUEST])
+
+
+class Attempt:
+    """What the servers know of one dispatch; it owes the core exactly one last word."""
+
+    def __init__(self, dispatch: Dispatch) -> None:
+        self.job = dispatch.job
+        self.servers = {dispatch.prefill or dispatch.decode, dispatch.decode}
+        self.generated = 0
+        self.prefilled = False
+        self.stopped = False
+
+
+class CoreMachine(RuleBasedStateMachine):
+    """Plays all servers and all clients at once; the core only ever hears events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_us = 0
+        self.alarm_us: int | None = None
+        self.running: dict[str, Attempt] = {}
+        self.known: set[str] = set()
+        self.ended: dict[str, Decision | Finished | str] = {}
+
+    @initialize(rules=st.sampled_from(RULES))
+    def begin(self, rules: Rules) -> None:
+        self.core = Core(rules, WORKERS.values())
+
+    # What may happen.
+
+    @rule(
+        kind=st.sampled_from(Kind),
+        tokens=st.integers(1, 1600),
+        model=st.sampled_from(["", "x", "y", "z"]),
+    )
+    def arrive(self, kind: Kind, tokens: int, model: str) -> None:
+        name = f"j{len(self.known)}"
+        make = online if kind is Kind.ONLINE else offline
+        self.known.add(name)
+        self.tell(Arrived(make(name, tokens, self.now_us, model=model)))
+
+    @precondition(lambda self: self.alive())
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.alive()))
+        if name not in self.running:
+            self.ended[name] = "left"
+        self.tell(Left(name))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), tokens=st.integers(1, 60))
+    def generate(self, data: st.DataObject, tokens: int) -> None:
+        attempt = self.draw_attempt(data)
+        events: list[Event] = []
+        if not attempt.prefilled and len(attempt.servers) == 2:
+            events.append(PrefillDone(attempt.job.id))
+        if not attempt.generated:
+            events.append(FirstToken(attempt.job.id))
+        attempt.prefilled, attempt.generated = True, attempt.generated + tokens
+        self.tell(*events, Progress(((attempt.job.id, attempt.generated),)))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def prefill(self, data: st.DataObject) -> None:
+        attempt = self.draw_attempt(data)
+        attempt.prefilled = True
+        self.tell(PrefillDone(attempt.job.id))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        self.end(self.draw_attempt(data))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), fault=FAULTS, restartable=st.booleans(), blame=st.booleans())
+    def fail(self, data: st.DataObject, fault: Fault, restartable: bool, blame: bool) -> None:  # noqa: FBT001  # hypothesis passes them by name
+        attempt = self.draw_attempt(data)
+        blamed = tuple(sorted(attempt.servers)) if blame else ()
+        self.break_off(
+            attempt, Failed(attempt.job.id, fault, blamed, attempt.generated, restartable)
+        )
+
+    @precondition(lambda self: any(it.stopped for it in self.running.values()))
+    @rule()
+    def free(self) -> None:
+        self.free_stopped()
+
+    @rule(name=NAMES, tokens=st.integers(0, 900))
+    def report(self, name: str, tokens: int) -> None:
+        self.tell(LoadReport(name, load(tokens, self.now_us)))
+
+    @rule(name=NAMES)
+    def lose(self, name: str) -> None:
+        self.tell(WorkerDown(name))
+
+    @rule(name=NAMES)
+    def regain(self, name: str) -> None:
+        self.tell(WorkerUp(WORKERS[name]))
+
+    @rule(name=NAMES)
+    def drain(self, name: str) -> None:
+        self.tell(WorkerDraining(name))
+
+    @rule(name=NAMES)
+    def take_off(self, name: str) -> None:
+        self.tell(WorkerGone(name))
+
+    @rule(rules=st.sampled_from(RULES))
+    def reload(self, rules: Rules) -> None:
+        self.core.adopt(rules)
+        self.tell(Wakeup())
+
+    @rule(us=st.integers(1, 4_000_000))
+    def wait(self, us: int) -> None:
+        """Time passes, and the driver's timer fires when it is due."""
+        until_us = self.now_us + us
+        while self.alarm_us is not None and self.alarm_us <= until_us:
+            self.ring()
+        self.now_us = until_us
+
+    # How it is told.
+
+    def ring(self) -> None:
+        assert self.alarm_us is not None
+        self.now_us, self.alarm_us = max(self.now_us, self.alarm_us), None
+        self.tell(Wakeup())
+
+    def tell(self, *events: Event) -> None:
+        for decision in self.core.handle(events, self.now_us):
+            self.obey(decision)
+
+    def obey(self, decision: Decision) -> None:
+        if isinstance(decision, WakeAt):
+            assert decision.us > self.now_us
+            self.alarm_us = decision.us
+            return
+        name = decision.job.id
+        assert name in self.known
+        assert name not in self.ended, "a job that has ended is never mentioned again"
+        match decision:
+            case Dispatch():
+                assert name not in self.running, "one attempt at a time"
+                self.running[name] = Attempt(decision)
+            case Cancel():
+                assert not self.running[name].stopped
+                self.running[name].stopped = True
+            case Reject():
+                assert name not in self.running
+                self.ended[name] = decision
+            case Fail():
+                self.ended[name] = decision
+
+    def end(self, attempt: Attempt) -> None:
+        self.ended[attempt.job.id] = "finished"
+        del self.running[attempt.job.id]
+        self.tell(Finished(attempt.job.id, attempt.generated))
+
+    def break_off(self, attempt: Attempt, event: Failed) -> None:
+        del self.running[attempt.job.id]
+        if attempt.stopped:
+            self.ended[attempt.job.id] = "left"
+        self.tell(event)
+
+    def free_stopped(self) -> None:
+        for name in [name for name, it in self.running.items() if it.stopped]:
+            del self.running[name]
+            self.ended[name] = "left"
+            self.tell(Freed(name))
+
+    def alive(self) -> list[str]:
+        return sorted(
+            name
+            for name in self.known - self.ended.keys()
+            if name not in self.running or not self.running[name].stopped
+        )
+
+    def draw_attempt(self, data: st.DataObject) -> Attempt:
+        return self.running[data.draw(st.sampled_from(sorted(self.running)))]
+
+    # What holds all along.
+
+    @invariant()
+    def every_job_is_somewhere_once(self) -> None:
+        assert len(self.core) == len(self.known) - len(self.ended)
+        queued = sum(self.core.queued(kind) for kind in Kind)
+        assert queued <= len(self.core) - len(self.running)
+
+    @invariant()
+    def the_books_hold_what_the_servers_hold(self) -> None:
+        assert sum(self.core.placed(kind) for kind in Kind) == len(self.running)
+        for name, ledger in self.core.ledgers.items():
+            resident = sum(name in it.servers for it in self.running.values())
+            assert 0 <= ledger.decodes <= resident
+            assert 0 <= ledger.prefills <= resident
+            assert ledger.reserved_tokens >= ledger.context_tokens >= 0
+
+    @invariant()
+    def nothing_is_promised_twice(self) -> None:
+        """Growth may go beyond the watermark, promises may not, but for one that runs alone."""
+        for ledger in self.core.ledgers.values():
+            if ledger.max_running:
+                assert ledger.decodes <= ledger.max_running
+            grown = sum(it.generated for it in self.running.values())
+            if ledger.kv_tokens and ledger.decodes > 1:
+                assert ledger.reserved_tokens <= ledger.kv_tokens + grown
+            if ledger.prefills > 1:
+                cap = ledger.worker.chunk_tokens * 2 or ADMIT.prefill_cap_tokens
+                assert ledger.prefill_tokens <= cap
+
+    @invariant()
+    def no_online_job_waits_while_a_server_is_free(self) -> None:
+        """Free: empty, in rotation, and large enough; each job may have failed at one of them."""
+        free = [
+            ledger
+            for ledger in self.core.ledgers.values()
+            if ledger.is_empty and ledger.usable(self.now_us)
+        ]
+        for lane in self.core._lanes.values():
+            first = lane.waiting[Kind.ONLINE].peek()
+            if first is None or self.core._tickets[first].avoid:
+                continue
+            job = self.core._tickets[first].job
+            candidates = self.core._candidates(lane, Kind.ONLINE)
+            assert not [e for e in candidates.unified if e in free and ADMIT.fits_ever(job, e)]
+            idle_pair = [e for e in candidates.prefills if e in free]
+            assert not idle_pair or not [
+                e for e in candidates.decodes if e in free and ADMIT.fits_ever(job, e)
+            ]
+
+    @invariant()
+    def who_waits_is_woken(self) -> None:
+        if self.core._give_up:
+            assert self.alarm_us is not None
+
+    def teardown(self) -> None:
+        """Once the world calms down every job comes to its end, and the books to zero."""
+        if not hasattr(self, "core"):
+            return
+        for worker in WORKERS.values():
+            self.tell(WorkerGone(worker.name), WorkerUp(worker))
+        for _ in range(10_000):
+            self.free_stopped()
+            if self.running:
+                self.end(self.running[min(self.running)])
+            elif self.alarm_us is not None:
+                self.ring()
+            else:
+                break
+        assert self.ended.keys() == self.known
+        assert len(self.core) == 0
+        for ledger in self.core.ledgers.values():
+            booked = (ledger.prefills, ledger.prefill_tokens, ledger.decodes)
+            assert booked == (0, 0, 0), ledger
+            assert (ledger.context_tokens, ledger.reserved_tokens) == (0, 0), ledger
+
+
+CoreMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60)
+TestCore = CoreMachine.TestCase
+TestCore.__doc__ = "The core among random servers and clients."
+
+
+def random_events(rng: random.Random, count: int) -> list[tuple[int, list[Event]]]:
+    """Mostly nonsense: the same nonsense must get the same answers."""
+    now_us, script = 0, []
+    for i in range(count):
+        now_us += rng.randrange(400_000)
+        name = f"j{rng.randrange(i + 1)}"
+        make = rng.choice([online, offline])
+        events: list[Any] = [Arrived(make(f"j{i}", rng.randrange(1, 800), now_us))]
+        events += rng.sample([Left(name), WorkerDown("d1"), WorkerUp(WORKERS["d1"]), Wakeup()], 2)
+        script.append((now_us, events))
+    return script
+
+
+@given(st.integers(0, 2**32))
+def test_the_same_events_bring_the_same_decisions(seed: int) -> None:
+    script = random_events(random.Random(seed), 60)
+    first, second = (Core(RULES[3], WORKERS.values()) for _ in range(2))
+    for now_us, events in script:
+        assert first.handle(events, now_us) == second.handle(events, now_us)
+
+
+@given(st.permutations(sorted(WORKERS)), st.integers(0, 2**32))
+def test_the_order_in_which_servers_are_listed_does_not_matter(names: list[str], seed: int) -> None:
+    script = random_events(random.Random(seed), 30)
+    sorted_core = Core(RULES[0], WORKERS.values())
+    other_core = Core(RULES[0], [WORKERS[name] for name in names])
+    for now_us, events in script:
+        assert sorted_core.handle(events, now_us) == other_core.handle(events, now_us)
+
+
+@given(st.lists(st.tuples(st.sampled_from(Kind), st.integers(1, 700)), max_size=30))
+def test_the_order_of_arrivals_within_an_instant_does_not_matter(
+    wanted: list[tuple[Kind, int]],
+) -> None:
+    jobs = [
+        (online if kind is Kind.ONLINE else offline)(f"j{i}", tokens)
+        for i, (kind, tokens) in enumerate(wanted)
+    ]
+    rules = replace(RULES[0], max_queued=1000)
+    forth, back = (Core(rules, WORKERS.values()) for _ in range(2))
+    assert forth.handle([Arrived(job) for job in jobs], 0) == back.handle(
+        [Arrived(job) for job in reversed(jobs)], 0
+    )
