@@ -33,6 +33,7 @@ def spec(logs: Path) -> FleetSpec:
             "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(RENDEZVOUS_TIMEOUT_S),
             "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(RENDEZVOUS_TIMEOUT_S),
             "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": str(HEARTBEAT_S),
+            "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT": str(HEARTBEAT_S),
         },
         flags=("--enable-priority-scheduling",),
         servers=(
