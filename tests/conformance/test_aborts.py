@@ -56,7 +56,7 @@ async def test_an_abort_frees_the_slot_and_its_tokens(
     assert load["num_used_tokens"] == before
 
 
-async def test_an_abort_acts_within_two_steps(client: Client, fleet: FleetUnderTest) -> None:
+async def test_an_abort_acts_within_a_few_steps(client: Client, fleet: FleetUnderTest) -> None:
     rid = client.rid()
     await client.slow(fleet.decode, SLOW_S)
     _, decode = await running_pair(client, 200, rid)
