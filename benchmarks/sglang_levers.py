@@ -24,6 +24,7 @@ from backends.fleet.spec import FleetError, FleetSpec, Group
 from policies.types import Pool, Role
 from tests.conformance.under_test import Client, Leg, is_idle
 
+KV_TOKENS = 65_536
 CHUNK_TOKENS = 1024
 RESUMED_TOKENS = 6000
 LONG_TOKENS = 12_000
@@ -227,7 +228,7 @@ async def measure(spec: FleetSpec, table: Table, repeat: int) -> None:
 
 async def run(args: argparse.Namespace) -> Table:
     table = Table()
-    spec = FleetSpec(model=args.model, servers=SERVERS)
+    spec = FleetSpec(model=args.model, kv_tokens=KV_TOKENS, servers=SERVERS)
     for _ in range(args.starts):
         await start_once(spec, table)
     await measure(spec, table, args.repeat)

@@ -53,7 +53,9 @@ def run_fleet(args: argparse.Namespace) -> int:
             return _install(args, console)
         return asyncio.run(serve(spec_of_arguments(args), args.output, console))
     except FleetError as error:
-        console.print(f"slackwater fleet: {error}", style="red", markup=False, highlight=False)
+        console.print(
+            f"slackwater fleet: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         return 1
 
 
@@ -86,7 +88,13 @@ def groups_of(prefill: int | None, decode: int | None, unified: int | None) -> t
 
 def _install(args: argparse.Namespace, console: Console) -> int:
     if (problem := install(interpreter.chosen(args.python or ""), args.index)) is not None:
-        console.print(f"slackwater fleet: {problem}", style="red", markup=False, highlight=False)
+        console.print(
+            f"slackwater fleet: {problem}",
+            style="red",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
         return 1
     return 0
 
@@ -131,7 +139,7 @@ class Board:
     def hear(self, name: str, news: str) -> None:
         self._news[name] = news
         if not self._starting:
-            self._console.print(f"{name}: {news}", markup=False, highlight=False)
+            self._console.print(f"{name}: {news}", markup=False, highlight=False, soft_wrap=True)
 
     def _table(self) -> Table:
         table = Table.grid(padding=(0, 2))
@@ -145,7 +153,11 @@ def announce(fleet: Fleet, output: Path | None, console: Console) -> None:
     """Tables on standard output (or in the file), words on standard error."""
     count = len(fleet.servers)
     memory = gigabytes(fleet.resident_bytes())
-    console.print(f"{count} servers ready, {memory} resident, logs in {fleet.logs}", markup=False)
+    console.print(
+        f"{count} servers ready, {memory} resident, logs in {fleet.logs}",
+        markup=False,
+        soft_wrap=True,
+    )
     if output is None:
         sys.stdout.write(fleet.worker_tables())
         sys.stdout.flush()
@@ -154,4 +166,8 @@ def announce(fleet: Fleet, output: Path | None, console: Console) -> None:
         output.write_text(fleet.worker_tables())
     except OSError as error:
         raise FleetError(f"cannot write {output}: {error.strerror}") from None
-    console.print(f"[[worker]] tables written to {output}; Ctrl-C ends the fleet", markup=False)
+    console.print(
+        f"[[worker]] tables written to {output}; Ctrl-C ends the fleet",
+        markup=False,
+        soft_wrap=True,
+    )

@@ -154,6 +154,10 @@ class Spawner:
             os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, **env}
             self.serve(argv)
             code = 0
+        except SystemExit as ended:  # whoever raised it has said why
+            if not isinstance(ended.code, int):
+                sys.stderr.write(f"{ended.code}\n")
+            code = ended.code if isinstance(ended.code, int) else 1
         except BaseException:  # noqa: BLE001 - the edge of a process: its log is the only witness
             traceback.print_exc()
         finally:

@@ -53,7 +53,7 @@ class FleetSpec:
     """The interpreter that has SGLang; empty means $SLACKWATER_SGLANG_PYTHON, then this one."""
     logs: str = ""
     """Where each server's output goes; empty means a folder in the user's cache."""
-    kv_tokens: int = 65_536
+    kv_tokens: int = 16_384
     """Tokens that each server keeps, on a CPU."""
     flags: tuple[str, ...] = ()
     """Added to every command line."""

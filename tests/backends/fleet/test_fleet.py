@@ -40,7 +40,11 @@ def model(folder: Path) -> str:
 @pytest.fixture
 def spec(tmp_path: Path) -> FleetSpec:
     return FleetSpec(
-        model=model(tmp_path), python=sys.executable, logs=str(tmp_path / "logs"), servers=PAIR
+        model=model(tmp_path),
+        python=sys.executable,
+        logs=str(tmp_path / "logs"),
+        kv_tokens=65_536,
+        servers=PAIR,
     )
 
 
