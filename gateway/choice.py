@@ -51,10 +51,8 @@ def _best(
     best: Ledger | None = None
     least: tuple[float, ...] = ()
     for ledger in ledgers:
-        if not ledger.usable(now_us):
-            continue
-        its = rank(job, ledger)
-        if (best is None or its < least) and admits(job, ledger):
+        its = rank(job, ledger)  # the cheapest question first
+        if (best is None or its < least) and ledger.usable(now_us) and admits(job, ledger):
             best, least = ledger, its
     return best
 

@@ -79,6 +79,8 @@ class Core:
         self._alarm_us = 0
         self._stale_us = _NEVER_US
         self._fresh: list[Ticket] = []
+        self._tripped: list[Ledger] = []
+        """Servers whose breaker is open, or was when it was last looked at."""
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
@@ -255,6 +257,7 @@ class Core:
         for name in event.blamed:
             if (blamed := self._fleet.ledgers.get(name)) is not None:
                 blamed.breaker.failed(now_us)
+                self._watch_breaker(blamed)
         if ticket.state is State.CANCELLED:
             self._end(ticket)
             return
@@ -267,6 +270,11 @@ class Core:
             self._forget(ticket)
         else:
             self._retry(ticket, event, now_us)
+
+    def _watch_breaker(self, ledger: Ledger) -> None:
+        self._tripped = [e for e in self._tripped if e is not ledger and not e.breaker.is_closed]
+        if not ledger.breaker.is_closed:
+            self._tripped.append(ledger)
 
     def _no_retry(self, ticket: Ticket, event: Failed, now_us: int) -> Reason | None:
         if not event.restartable:
@@ -364,7 +372,7 @@ class Core:
 
     def _look_again(self) -> None:
         self._alarm_us = 0
-        if all(ledger.breaker.is_closed for ledger in self._fleet.ledgers.values()):
+        if all(ledger.breaker.is_closed for ledger in self._tripped):
             self._touch_all()
         else:
             self._reconsider()
@@ -396,11 +404,7 @@ class Core:
             return
         heaps = (self._later, self._give_up, self._stale)
         due = [first[0] for heap in heaps if (first := heap.first_key()) is not None]
-        due += [
-            ledger.breaker.open_until_us
-            for ledger in self._fleet.ledgers.values()
-            if ledger.breaker.open_until_us > now_us
-        ]
+        due += [until_us for e in self._tripped if (until_us := e.breaker.open_until_us) > now_us]
         if not now_us < self._alarm_us <= min(due):
             self._alarm_us = min(due)
             self._out.append(WakeAt(self._alarm_us))
