@@ -128,6 +128,7 @@ class Prober:
 
 def learnt(worker: Worker, info: Mapping[str, Any], model: str) -> Worker:
     mode = info.get("disaggregation_mode", "unknown")
+    dp_size = _whole(info, "dp_size") or 1
     return replace(
         worker,
         role=_ROLES.get(mode, worker.role),
@@ -135,9 +136,9 @@ def learnt(worker: Worker, info: Mapping[str, Any], model: str) -> Worker:
         bootstrap_port=worker.bootstrap_port
         or _whole(info, "disaggregation_bootstrap_port")
         or (8998 if _ROLES.get(mode, worker.role) is Role.PREFILL else None),
-        dp_size=_whole(info, "dp_size") or 1,
+        dp_size=dp_size,
         page_size=_whole(info, "page_size") or 1,
-        kv_tokens=worker.kv_tokens or _whole(info, "max_total_num_tokens"),
+        kv_tokens=worker.kv_tokens or _whole(info, "max_total_num_tokens") * dp_size,
         max_running=worker.max_running or _whole(info, "max_running_requests"),
         chunk_tokens=worker.chunk_tokens or max(0, _whole(info, "chunked_prefill_size")),
         orders_by_priority=info.get("enable_priority_scheduling") is True,
