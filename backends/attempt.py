@@ -141,7 +141,7 @@ class Attempt:
         self._splicer = splicer
         if self.exchange.client_rid:
             shown = orjson.dumps(self.exchange.client_rid)[1:-1]
-            self._rename = (self.rid.encode(), shown)
+            self._rename = ((self.exchange.shown_rid or self.rid).encode(), shown)
         path = self.exchange.path
         if self.prefill is not None:
             leg = PrefillLeg(self)
@@ -243,6 +243,7 @@ class Attempt:
         )
         if not exchange.timeline.first_token_us:
             exchange.timeline.first_token_us = self._backend.now_us()
+            exchange.shown_rid = self.rid
             if not exchange.assembles:
                 exchange.client.begin()
         self._backend.first_token(exchange.job_id)

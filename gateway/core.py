@@ -285,7 +285,8 @@ class Core:
         job = ticket.job
         self._budget.spend(job)
         ticket.step(Step.RETRIED)
-        ticket.avoid, ticket.resumes = event.blamed, event.generated > 0
+        ticket.avoid += event.blamed
+        ticket.resumes = event.generated > 0
         if delay_us := self._rules.retry.delay_us(job.kind, ticket.attempt):
             self._later.put(job.id, (now_us + delay_us,))
             self._give_up.put(job.id, (job.give_up_us,))

@@ -142,6 +142,7 @@ def learnt(worker: Worker, info: Mapping[str, Any], model: str) -> Worker:
         max_running=worker.max_running or _whole(info, "max_running_requests"),
         chunk_tokens=worker.chunk_tokens or max(0, _whole(info, "chunked_prefill_size")),
         orders_by_priority=info.get("enable_priority_scheduling") is True,
+        streams_increments=info.get("incremental_streaming_output"),
     )
 
 
