@@ -26,7 +26,7 @@ from policies.types import Pool, Role
 Key = tuple[str, ...]
 
 
-def keys(cls: type, path: Key = ()) -> Iterator[tuple[Key, Any, dataclasses.Field[Any]]]:
+def keys(cls: Any, path: Key = ()) -> Iterator[tuple[Key, Any, dataclasses.Field[Any]]]:
     """Every key of the configuration with its type; lists stand for one entry."""
     hints = get_type_hints(cls)
     for each in dataclasses.fields(cls):
