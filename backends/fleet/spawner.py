@@ -155,9 +155,7 @@ class Spawner:
             self.serve(argv)
             code = 0
         except SystemExit as ended:  # whoever raised it has said why
-            if not isinstance(ended.code, int):
-                sys.stderr.write(f"{ended.code}\n")
-            code = ended.code if isinstance(ended.code, int) else 1
+            code = exit_status(ended)
         except BaseException:  # noqa: BLE001 - the edge of a process: its log is the only witness
             traceback.print_exc()
         finally:
@@ -235,6 +233,14 @@ def redirect(log: str) -> None:
     os.dup2(out, 2)
     os.close(null)
     os.close(out)
+
+
+def exit_status(ended: SystemExit) -> int:
+    """As the interpreter would have it: a text is written out and means failure."""
+    if ended.code is None or isinstance(ended.code, int):
+        return ended.code or 0
+    sys.stderr.write(f"{ended.code}\n")
+    return 1
 
 
 def sweep(folder: Path) -> None:

@@ -299,6 +299,7 @@ async def standing(
                 with capture_logs() as told:
                     await gateway.start()
                     spy_on(gateway, site)
+                    await asyncio.sleep(1.0)  # in timelines 0 stands for never
                     yield site
                     assert await site.nothing_left() == []
                 site.complaints += [str(one) for one in told if one["log_level"] == "error"]
@@ -372,7 +373,8 @@ class RawClient:
     def post(self, path: str, body: Any, *, version: str = "1.1", more: str = "") -> None:
         data = json.dumps(body).encode()
         head = f"POST {path} HTTP/{version}\r\nhost: x\r\ncontent-type: application/json\r\n"
-        self.say(f"{head}{more}content-length: {len(data)}\r\n\r\n".encode() + data)
+        head += f"{more}content-length: {len(data)}\r\n\r\n"
+        self.say(head.encode(errors="surrogateescape") + data)
 
     async def rest(self, within_s: float = 30.0) -> bytes:
         """Everything up to the end of the connection."""
