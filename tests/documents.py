@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -25,15 +26,18 @@ _PLAIN = {
     "server.body_timeout_s": "A client sends its body within this time after the headers.",
     "worker.url": "`http://HOST:PORT` of the server. Required.",
     "worker.role": "What it was started as; what the server says of itself goes before this.",
-    "worker.pool": "With `policies.pools`: strict servers decode online work, relaxed ones offline work.",
+    "worker.pool": "Under `policies.pools`: strict servers decode online work, relaxed ones "
+    "offline work.",
     "worker.api_key": "Sent to this server as `Authorization: Bearer`.",
+    "timeouts.between_tokens_s": "The longest pause inside a stream.",
     "timeouts.connect_s": "For a connection to a server.",
     "timeouts.first_token_offline_s": "The same for offline requests.",
     "retry.offline_attempts": "All tries of one offline job, the first included.",
     "breaker.cooldown_max_ms": "The pause doubles with each failed try, up to this.",
     "telemetry.timeout_ms": "For one answer to a probe.",
-    "key.key": "What the client sends as `Authorization: Bearer KEY` or `x-api-key: KEY`. Required.",
-    "key.tenant": "Whose key it is: stands in the log; one tenant cannot abort the requests of others. Required.",
+    "key.key": "What clients send: `Authorization: Bearer KEY` or `x-api-key: KEY`. Required.",
+    "key.tenant": "Whose key it is: it stands in the log, and nobody can abort another's requests. "
+    "Required.",
     "log.level": "What is logged besides; above `info`, requests are not.",
 }
 
@@ -108,14 +112,20 @@ def docstrings() -> dict[tuple[str, str], str]:
             continue
         for field, after in zip(node.body, node.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                match after:
-                    case ast.Expr(value=ast.Constant(value=str(text))):
-                        found[node.name, field.target.id] = " ".join(text.split())
+                text = _text(after)
+                if text:
+                    found[node.name, field.target.id] = text
     return found
 
 
+def _text(node: ast.stmt) -> str:
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return " ".join(str(node.value.value).split())
+    return ""
+
+
 def options(cls: type[Any] = Config, prefix: str = "") -> Iterator[Option]:
-    """Every key in the order of the code; keys that have only other keys below them do not count."""
+    """Every key that has a value, in the order of the code."""
     told, hints = docstrings(), get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind, key = hints[field.name], prefix + field.name
@@ -139,7 +149,7 @@ def _allowed(kind: Any, metadata: Any) -> str:
         return ", ".join(f"`{member.value}`" for member in kind)
     low, high = metadata.get("low"), metadata.get("high")
     if low is None:
-        return {bool: "`true`, `false`", str: "text"}.get(kind, kind.__name__)
+        return "`true`, `false`" if kind is bool else "text"
     unit = "" if kind is float else "whole, "
     return f"{unit}{low:g} to {high:g}" if high is not None else f"{unit}from {low:g}"
 
@@ -164,9 +174,9 @@ def options_table() -> str:
 def config_text() -> str:
     lines = [
         "# All that Slackwater can be told, with its defaults: an empty file means the same.",
-        "# `slackwater serve --config config.toml` watches this file: what is changed here is taken",
-        "# over within a second, without dropping a request; a file with a mistake is refused, and the",
-        "# log says why.",
+        "# `slackwater serve --config config.toml` watches this file: a change is taken over",
+        "# within a second or two, without dropping a request; a file with a mistake is",
+        "# refused, and the log says why.",
         "# Made by `python -m tests.documents` from gateway/config.py.",
     ]
     section = ""
@@ -180,7 +190,8 @@ def config_text() -> str:
         note = option.meaning.replace("`", "")
         if not option.allowed.startswith(("text", "`true`")):
             note += f" ({option.allowed.replace('`', '')})"
-        lines += ["", f"# {note.strip()}", f"{name} = {toml_value(option.default)}"]
+        wrapped = textwrap.wrap(note.strip(), 96, initial_indent="# ", subsequent_indent="# ")
+        lines += ["", *wrapped, f"{name} = {toml_value(option.default)}"]
     return "\n".join(lines) + "\n\n" + EXAMPLE
 
 
@@ -189,7 +200,7 @@ def between(text: str, name: str) -> str:
     found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, re.DOTALL)
     if found is None:
         raise ValueError(f"no part is marked {name}")
-    return found[1]
+    return found[2].strip()
 
 
 def rows(table: str) -> list[list[str]]:
@@ -201,7 +212,9 @@ def rows(table: str) -> list[list[str]]:
 def main() -> None:
     CONFIG.write_text(config_text())
     text = README.read_text()
-    README.write_text(text.replace(between(text, "options"), options_table()))
+    before, mark, rest = text.partition("<!-- options -->\n")
+    _, end, after = rest.partition("<!-- /options -->")
+    README.write_text(f"{before}{mark}{options_table()}\n{end}{after}")
 
 
 if __name__ == "__main__":
