@@ -41,6 +41,7 @@ from policies.order import Edf, Order
 from policies.place import LeastWork, Place
 from policies.pools import Pools, Shared
 from policies.retry import RetryBudget, RetryRule, continued
+from policies.steps import Costs
 from policies.types import Job, Kind, Worker
 
 
@@ -52,6 +53,7 @@ class Rules:
     place: Place = field(default_factory=LeastWork)
     admit: Admit = field(default_factory=Headroom)
     pools: Pools = field(default_factory=Shared)
+    costs: Costs = field(default_factory=Costs)
     breaker: BreakerRule = field(default_factory=BreakerRule)
     retry: RetryRule = field(default_factory=RetryRule)
     max_queued: int = 10_000
@@ -69,7 +71,7 @@ class Core:
 
     def __init__(self, rules: Rules, workers: Iterable[Worker] = ()) -> None:
         self._rules = rules
-        self._fleet = Fleet(rules.breaker, rules.pools)
+        self._fleet = Fleet(rules.breaker, rules.pools, rules.costs)
         self._budget = RetryBudget(rules.retry)
         self._tickets: dict[str, Ticket] = {}
         self._lanes: dict[str, Lane] = {}
@@ -139,7 +141,7 @@ class Core:
     def adopt(self, rules: Rules) -> None:
         """Other policies from here on: what waits is keyed anew, what runs is left alone."""
         self._rules = rules
-        self._fleet.adopt(rules.breaker, rules.pools)
+        self._fleet.adopt(rules.breaker, rules.pools, rules.costs)
         self._budget.adopt(rules.retry)
         for lane in self._lanes.values():
             for kind in Kind:
@@ -500,13 +502,13 @@ class Core:
         return max(0, min(due, default=0))
 
     def _predicted_wait_us(self, lane: Lane, kind: Kind, now_us: int) -> int:
-        """How long the last prompt in the queue waits at the rate seen; 0 while none was seen.
+        """How long the last prompt in the queue waits at the rate seen or predicted; else 0.
 
         Servers that have not shown their rate are taken to be as fast as the others.
         """
         candidates = self._candidates(lane, kind).in_rotation(now_us)
         ledgers = candidates.prefills + candidates.unified
-        rates = [rate for e in ledgers if (rate := e.prefill_rate.tokens_per_us) is not None]
+        rates = [rate for e in ledgers if (rate := e.prefill_tokens_per_us) is not None]
         if not rates:
             return 0
         tokens = lane.waiting_tokens[Kind.ONLINE] + sum(e.prefill_tokens for e in ledgers)

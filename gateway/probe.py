@@ -11,6 +11,7 @@ import orjson
 import structlog
 
 from backends.base import Post
+from backends.counters import counters_of
 from backends.http import HttpError, fetch
 from backends.sglang import Server, Sglang
 from gateway.clock import pause
@@ -163,6 +164,7 @@ def load_of(ranks: list[Mapping[str, Any]], now_us: int) -> Load:
         capacity_tokens=_sum(ranks, "max_total_num_tokens"),
         max_running=_sum(ranks, "max_running_requests"),
         waiting_uncached_tokens=_sum(ranks, "num_waiting_uncached_tokens"),
+        counters=counters_of(ranks),
     )
 
 
