@@ -165,7 +165,7 @@ def test_every_failure_has_its_code(
     fault: Fault,
     trouble: Trouble | None,
     begun: bool,
-    code: Code,  # noqa: FBT001  # parametrized
+    code: Code,  # parametrized
 ) -> None:
     assert api_error(Fail(JOB, Reason.ATTEMPTS, fault), trouble, begun=begun).code is code
 
