@@ -11,6 +11,7 @@ import orjson
 import structlog
 
 from backends.base import Post
+from backends.counters import counters_of
 from backends.http import HttpError, fetch
 from backends.sglang import Server, Sglang
 from gateway.clock import pause
@@ -148,7 +149,7 @@ def learnt(worker: Worker, info: Mapping[str, Any], model: str) -> Worker:
         max_running=worker.max_running or _whole(info, "max_running_requests"),
         chunk_tokens=worker.chunk_tokens or max(0, _whole(info, "chunked_prefill_size")),
         orders_by_priority=info.get("enable_priority_scheduling") is True,
-        streams_increments=info.get("incremental_streaming_output"),
+        streams_increments=_flag(info, "incremental_streaming_output"),
     )
 
 
@@ -163,11 +164,17 @@ def load_of(ranks: list[Mapping[str, Any]], now_us: int) -> Load:
         capacity_tokens=_sum(ranks, "max_total_num_tokens"),
         max_running=_sum(ranks, "max_running_requests"),
         waiting_uncached_tokens=_sum(ranks, "num_waiting_uncached_tokens"),
+        counters=counters_of(ranks),
     )
 
 
 def _sum(ranks: list[Mapping[str, Any]], key: str) -> int:
     return sum(_whole(rank, key) for rank in ranks)
+
+
+def _flag(table: Mapping[str, Any], key: str) -> bool | None:
+    value = table.get(key)
+    return value if isinstance(value, bool) else None
 
 
 def _whole(table: Mapping[str, Any], key: str) -> int:

@@ -205,6 +205,14 @@ async def test_decode_servers_of_one_pool_only_are_noted_where_pools_are_kept() 
     assert not any("shares them" in note for note in told(shared, Level.NOTE))
 
 
+async def test_what_is_noted_of_many_servers_is_shown_once() -> None:
+    out = io.StringIO()
+    async with fleet_of(TWO_PAIRS) as (_, config):
+        check.show(await checked(config), Console(file=out, width=400))
+    assert out.getvalue().count("no incremental streaming") == 1
+    assert "note p1, d1, p2, d2: no incremental streaming" in out.getvalue()
+
+
 # The command.
 
 
