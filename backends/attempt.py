@@ -32,6 +32,15 @@ _WHOLE = (b"}\n\n", b"[DONE]\n\n")
 _ABORTED = Trouble(status=499, message="aborted", retryable=False, blames=Blame.ABORTED)
 
 
+_MARKS = {
+    "messages": b"event: content_block_delta",
+    "responses": b"event: response.output_text.delta",
+}
+"""What is counted as a token where events of other kinds are many."""
+_OTHER_EVENTS = {"chat": 2}
+"""The role before the first token, and the finish reason after the last one."""
+
+
 class PrefillLeg:
     """The prompt's side. Its answer is judged, never relayed."""
 
@@ -67,7 +76,9 @@ class Attempt:
         "_backend",
         "_decode_call",
         "_decode_ended",
+        "_ended",
         "_last",
+        "_mark",
         "_moved",
         "_paused_since_s",
         "_prefill_body",
@@ -103,6 +114,8 @@ class Attempt:
         self._decode_call: Call | None = None
         self._prefill_body: bytes | None = None
         self._answer: list[bytes] = []
+        self._mark = _MARKS.get(exchange.dialect, b"\n\n")
+        self._ended = False
         self._relays = False
         self._torn = b""
         self._write = exchange.client.write
@@ -128,7 +141,7 @@ class Attempt:
         self._splicer = splicer
         if self.exchange.client_rid:
             shown = orjson.dumps(self.exchange.client_rid)[1:-1]
-            self._rename = (self.rid.encode(), shown)
+            self._rename = ((self.exchange.shown_rid or self.rid).encode(), shown)
         path = self.exchange.path
         if self.prefill is not None:
             leg = PrefillLeg(self)
@@ -150,7 +163,7 @@ class Attempt:
             return
         self._moved = True
         self._last = piece
-        self.tokens += piece.count(b"\n\n")
+        self.tokens += piece.count(self._mark)
         if self._write(piece):
             self._pause()
 
@@ -166,10 +179,19 @@ class Attempt:
         if not self.flowing:
             self._begin()
         self._moved = True
-        self.tokens += piece.count(b"\n\n")
+        self.tokens += piece.count(self._mark)
+        if piece.endswith(DONE):
+            self.tokens -= 1
+            self._ended = True
         if self._splicer is not None:
             piece = self._splicer.feed(piece)
-        self._last = piece
+        if piece != DONE:
+            self._last = piece
+        self._hand_on(piece)
+        if self._splicer is not None and self._splicer.finished:
+            self._cut_short()
+
+    def _hand_on(self, piece: bytes) -> None:
         exchange = self.exchange
         if exchange.transcript is not None:
             exchange.transcript.feed(piece)
@@ -177,8 +199,6 @@ class Attempt:
             piece = piece.replace(*self._rename)
         if not exchange.assembles and self._write(piece):
             self._pause()
-        if self._splicer is not None and self._splicer.finished:
-            self._cut_short()
 
     def _cut_short(self) -> None:
         """The answer is complete before the server thinks so."""
@@ -223,6 +243,7 @@ class Attempt:
         )
         if not exchange.timeline.first_token_us:
             exchange.timeline.first_token_us = self._backend.now_us()
+            exchange.shown_rid = self.rid
             if not exchange.assembles:
                 exchange.client.begin()
         self._backend.first_token(exchange.job_id)
@@ -233,7 +254,7 @@ class Attempt:
             return
         if not self.exchange.stream or self._status != 200:
             self._whole_answer()
-        elif self.flowing and ends_stream(self._last):
+        elif self.flowing and (self._ended or ends_stream(self._last)):
             self._finish()
         elif self.flowing and _FINISHED.search(self._last):
             # The last token has come; what is lost is the line that says so.
@@ -301,11 +322,20 @@ class Attempt:
                 self.fail(Fault.ENGINE, (self.decode.name,), judge(502, str(error)))
                 return
         self.over = True
+        if exchange.stream:
+            self.tokens = self._counted()
         if exchange.stream and not exchange.assembles:
             exchange.client.end()
         else:
             self._answer_whole(self._answer[0])
         self._backend.finished(self)
+
+    def _counted(self) -> int:
+        """The server's own count where its last event has one, else one for each event."""
+        found = _COMPLETION_TOKENS.findall(self._last) if self._splicer is None else []
+        if found:
+            return int(found[-1])
+        return max(1, self.tokens - _OTHER_EVENTS.get(self.exchange.dialect, 0))
 
     def _answer_whole(self, body: bytes) -> None:
         if self._rename is not None:

@@ -74,6 +74,8 @@ class Exchange:
     attempts: int = 0
     tokens: int = 0
     trouble: Trouble | None = None
+    shown_rid: str = ""
+    """The rid of the attempt that the client has heard first: the id in all that follows."""
 
     @property
     def tpot_us(self) -> float | None:

@@ -19,6 +19,7 @@ import httptools
 # work (a step takes longer than this), so whoever asked decides whether to ask again.
 _RESEND_WITHIN_S = 0.005
 _SWEEP_AT_LEAST_S = 0.01
+_KEPT_HEADS = 16
 
 _TARGET = re.compile(rb"/[!-~]*")
 _HEADER_LINES = re.compile(
@@ -357,6 +358,8 @@ class Upstream:
         self._path = address.path.encode()
         fixed = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         self._fixed = b"host: %b\r\n" % address.authority.encode() + _checked(fixed.encode())
+        self._posts: dict[bytes, bytes] = {}
+        """The heads of requests that come again and again, by path."""
         self._connections: set[_Connection] = set()
         self._idle: dict[_Connection, float] = {}  # since when, oldest first
         self._connecting: dict[Call, asyncio.Task[_Connection]] = {}
@@ -408,16 +411,24 @@ class Upstream:
             connection._transport.abort()
 
     def _request(self, method: bytes, path: bytes, body: bytes, headers: bytes) -> bytes:
+        head = self._posts.get(path) if method == b"POST" and not headers else None
+        if head is None:
+            head = self._head(method, path, headers, with_type=bool(body))
+            if method == b"POST" and body and not headers and len(self._posts) < _KEPT_HEADS:
+                self._posts[path] = head
+        if body or method not in _USUALLY_WITHOUT_BODY:
+            return b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
+        return head + b"\r\n"
+
+    def _head(self, method: bytes, path: bytes, headers: bytes, *, with_type: bool) -> bytes:
         if not (method.isalpha() and _TARGET.fullmatch(path)):
             raise ValueError(f"not a request line: {method!r} {path!r}")
         lines = self._fixed
         if headers:
             lines += _checked(headers)
-        if body and b"content-type:" not in headers.lower():
+        if with_type and b"content-type:" not in headers.lower():
             lines += b"content-type: application/json\r\n"
-        if body or method not in _USUALLY_WITHOUT_BODY:
-            lines += b"content-length: %d\r\n" % len(body)
-        return b"%b %b%b HTTP/1.1\r\n%b\r\n%b" % (method, self._path, path, lines, body)
+        return b"%b %b%b HTTP/1.1\r\n%b" % (method, self._path, path, lines)
 
     def _connect(self, call: Call, request: bytes) -> None:
         if self._closed:

@@ -13,6 +13,7 @@ from backends.attempt import Attempt
 from backends.base import Post
 from backends.exchange import Exchange
 from backends.http import HttpError, Upstream
+from backends.progress import Kind
 from backends.resume import resume
 from backends.splice import Splicer
 from policies.clock import Clock
@@ -36,6 +37,7 @@ _RID_PREFIX = {"chat": "chatcmpl-", "completions": "cmpl-"}
 """What clients of the OpenAI routes expect their ids to begin with."""
 
 _ROOM_BITS = 62
+_NATIVE_KIND = {True: Kind.INCREMENTAL, False: Kind.CUMULATIVE, None: None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +102,8 @@ class Sglang:
         self._live: dict[str, Attempt] = {}
         self._lingering: list[tuple[float, Attempt]] = []
         self._ticking = False
+        self.models: frozenset[str] = frozenset()
+        """What all servers together serve; an empty name stands for one that did not say."""
         self.patience = patience
 
     def connect(self, post: Post) -> None:
@@ -113,15 +117,21 @@ class Sglang:
         if known is not None and known.worker.url == worker.url:
             worker = known.worker  # until it has been asked again
         self._servers[worker.name] = server = Server(worker, self._connect(worker, api_key))
+        self._note_models()
         return server
 
     def update(self, worker: Worker) -> None:
         """The same server, better known."""
         self._servers[worker.name].worker = worker
+        self._note_models()
 
     def remove(self, name: str) -> None:
         """Attempts under way keep their own reference and their own sockets."""
         self._servers.pop(name, None)
+        self._note_models()
+
+    def _note_models(self) -> None:
+        self.models = frozenset(server.worker.model for server in self._servers.values())
 
     def server(self, name: str) -> Server:
         return self._servers[name]
@@ -157,6 +167,8 @@ class Sglang:
         exchange.attempts = dispatch.attempt
         rid = f"{_RID_PREFIX.get(exchange.dialect, '')}{self._rng.getrandbits(128):032x}"
         attempt = Attempt(self, exchange, prefill, decode, rid)
+        if exchange.transcript is not None and exchange.transcript.kind is None:
+            exchange.transcript.kind = _NATIVE_KIND[decode.worker.streams_increments]
         self._live[exchange.job_id] = attempt
         if exchange.timeline.first_token_us:
             resume(attempt, exchange, prefill or decode, self._send)
@@ -213,7 +225,7 @@ class Sglang:
         return self._clock.time()
 
     def now_us(self) -> int:
-        return round(self._clock.time() * 1e6)
+        return int(self._clock.time() * 1e6)
 
     def prefill_done(self, job_id: str) -> None:
         self._post(PrefillDone(job_id))

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from backends.emulator import command as emulator
+from backends.fleet import command as fleet
+from backends.fleet.spec import FleetError
 from gateway import calibrate, check, predict, serve
 from gateway.clock import LiveClock
 from gateway.settings import ConfigError
@@ -20,6 +22,11 @@ COMMANDS: dict[str, Command] = {
         "run emulated SGLang servers",
         emulator.add_arguments,
         lambda given: emulator.run_emulator(given, LiveClock),
+    ),
+    "fleet": (
+        "run real SGLang servers on this machine",
+        fleet.add_arguments,
+        fleet.run_fleet,
     ),
     "predict": (
         "what a model on a GPU will do: times, bottlenecks, capacity",
@@ -59,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
         return COMMANDS[given.command][2](given)
-    except ConfigError as error:
+    except (ConfigError, FleetError) as error:
         sys.stderr.write(f"slackwater: {error}\n")
         return 2
     except KeyboardInterrupt:

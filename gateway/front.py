@@ -167,7 +167,9 @@ class Front:
             client=client,
             client_rid=rid if isinstance(rid, str) else rid[0],
             priority=_PRIORITY[kind] if ask.priority is None else ask.priority,
-            transcript=Transcript() if ask.resumable and (ask.stream or assembles) else None,
+            transcript=Transcript.of(ask.body)
+            if ask.resumable and (ask.stream or assembles)
+            else None,
             first_token_timeout_s=timeouts.first_token_online_s
             if kind is Kind.ONLINE
             else timeouts.first_token_offline_s,
@@ -176,7 +178,7 @@ class Front:
 
     def _model(self, named: str) -> str:
         """A model that no server has is refused, unless some server did not say what it has."""
-        models = {server.worker.model for server in self._backend.servers()}
+        models = self._backend.models
         if not named or named in models or not models:
             return named if named in models else ""
         if "" in models:
@@ -190,7 +192,7 @@ class Front:
     async def body_of(self, request: web.BaseRequest) -> bytes:
         try:
             if request.content.is_eof():
-                return await request.read()
+                return self._body_at_hand(request)
             async with asyncio.timeout(self._body_timeout_s):
                 return await request.read()
         except TimeoutError:
@@ -199,6 +201,13 @@ class Front:
             raise ApiError(Code.INVALID_REQUEST, "the body is not encoded as it says") from None
         except web.HTTPRequestEntityTooLarge:
             raise ApiError(Code.BODY_TOO_LARGE, "the body is too large for this gateway") from None
+
+    def _body_at_hand(self, request: web.BaseRequest) -> bytes:
+        """It came with the headers, as most do: there is nothing to wait for."""
+        body = request.content.read_nowait()
+        if len(body) > request.client_max_size:
+            raise ApiError(Code.BODY_TOO_LARGE, "the body is too large for this gateway")
+        return body
 
     # From answers to a response.
 

@@ -23,16 +23,16 @@ def header_lines(visit: Visit) -> str:
 def _server_timing(exchange: Exchange) -> str:
     """How the time was spent so far, in milliseconds, as browsers and proxies read it."""
     times = exchange.timeline
-    spans = [("queue", times.arrived_us, times.dispatched_us)]
-    if times.prefilled_us:
-        spans.append(("prefill", times.dispatched_us, times.prefilled_us))
-        spans.append(("transfer", times.prefilled_us, times.first_token_us))
-    else:
-        spans.append(("prefill", times.dispatched_us, times.first_token_us))
-    since_us = times.first_token_us or times.prefilled_us or times.dispatched_us
-    spans.append(("decode", since_us, times.ended_us))
-    known = [(name, start, end) for name, start, end in spans if start and end > start]
-    return ", ".join(f"{name};dur={(end - start) / 1000:.1f}" for name, start, end in known)
+    sent_us, first_us, ended_us = times.dispatched_us, times.first_token_us, times.ended_us
+    prefilled_us = times.prefilled_us or first_us
+    line = f"queue;dur={(sent_us - times.arrived_us) / 1000:.1f}"
+    if prefilled_us:
+        line += f", prefill;dur={(prefilled_us - sent_us) / 1000:.1f}"
+    if first_us > prefilled_us:
+        line += f", transfer;dur={(first_us - prefilled_us) / 1000:.1f}"
+    if ended_us:
+        line += f", decode;dur={(ended_us - max(sent_us, prefilled_us, first_us)) / 1000:.1f}"
+    return line
 
 
 def fields_of(visit: Visit, outcome: str) -> dict[str, Any]:

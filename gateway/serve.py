@@ -11,9 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import uvloop
+from rich.console import Console
 
 from backends.emulator import EmulatedFleet, ServerSpec
 from backends.engine import EngineConfig
+from backends.fleet.command import Board
+from backends.fleet.fleet import Fleet
+from backends.fleet.spec import FleetSpec, read_spec
 from gateway.app import run
 from gateway.clock import LiveClock
 from gateway.config import Config, WorkerEntry, check, load, with_workers
@@ -54,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--decode", action="append", default=[], metavar="URL", help="a decode server")
     add("--worker-urls", nargs="*", default=[], metavar="URL", help="unified servers")
+    add("--fleet", type=Path, metavar="FILE", help="start this fleet of real servers, too")
     add("--api-key", default="", help="sent to the servers that the flags name")
     add("--policy", metavar="NAME", help="placement: least-work, round_robin, ...")
     add("--request-timeout-secs", type=float, metavar="S", help="the longest a request may take")
@@ -70,7 +75,9 @@ def run_serve(given: argparse.Namespace) -> int:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         clock = LiveClock(runner.get_loop())
         rng = random.Random(random.SystemRandom().getrandbits(128))
-        if config.worker:
+        if given.fleet is not None:
+            runner.run(_run_over_fleet(given, read_spec(given.fleet), clock, rng))
+        elif config.worker:
             runner.run(run(lambda: configuration(given), given.config, clock, rng))
         else:
             runner.run(_run_embedded(given, clock, rng))
@@ -93,6 +100,31 @@ async def _run_embedded(given: argparse.Namespace, clock: Clock, rng: random.Ran
         server = configuration(given).server
         sys.stderr.write(_WELCOME.format(host=server.host, port=server.port))
         await run(lambda: with_workers(configuration(given), entries), given.config, clock, rng)
+
+
+async def _run_over_fleet(
+    given: argparse.Namespace, spec: FleetSpec, clock: Clock, rng: random.Random
+) -> None:
+    """Real servers of our own, started before the gateway and ended after it."""
+    with Board(Console(stderr=True)) as board:
+        async with Fleet(spec, report=board.hear) as fleet:
+            board.settle()
+            entries = tuple(
+                WorkerEntry(
+                    url=server.url,
+                    name=server.name,
+                    role=server.role,
+                    pool=server.pool,
+                    bootstrap_port=server.bootstrap_port or 0,
+                )
+                for server in fleet.servers
+            )
+            async with asyncio.TaskGroup() as tasks:
+                keeper = tasks.create_task(fleet.keep())
+                await run(
+                    lambda: with_workers(configuration(given), entries), given.config, clock, rng
+                )
+                keeper.cancel()
 
 
 def configuration(given: argparse.Namespace) -> Config:

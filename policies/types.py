@@ -65,3 +65,5 @@ class Worker:
     chunk_tokens: int = 0
     page_size: int = 1
     orders_by_priority: bool = False
+    streams_increments: bool | None = None
+    """Whether its events hold what is new, or all so far; None when it did not say."""

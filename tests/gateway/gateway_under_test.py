@@ -6,10 +6,11 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import AsyncIterator, Mapping, Sequence
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 from structlog.testing import capture_logs
@@ -21,6 +22,8 @@ from gateway.app import Gateway
 from gateway.config import Config, Retry, Server, Telemetry, Timeouts, WorkerEntry
 from gateway.core import Core
 from policies.types import Pool, Role
+
+T = TypeVar("T")
 
 RELEASED_WITHIN_S = 10.0
 """SGLang notices at a tick of 4 s that the client of a whole answer has left."""
@@ -122,9 +125,11 @@ class Site:
 
     fleet: EmulatedFleet
     gateway: Gateway
+    config: Config
     http: aiohttp.ClientSession
     lines: list[dict[str, Any]]
     """The log's lines about requests."""
+    strangers: list[RawClient] = field(default_factory=list)
     sent: list[Sent] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
     """Everything that a log would show as an error: there must be none."""
@@ -160,7 +165,7 @@ class Site:
         given = {"content-type": "application/json", **(headers or {})}
         async with self.http.request(method, self.url + path, data=data, headers=given) as response:
             raw = await response.read()
-            return Told(response.status, dict(response.headers), raw, self.now_s() - began_s)
+            return Told(response.status, response.headers, raw, self.now_s() - began_s)
 
     async def get(self, path: str, headers: Mapping[str, str] | None = None) -> Told:
         return await self.ask(path, b"", headers, method="GET")
@@ -192,7 +197,18 @@ class Site:
                 return left
             await asyncio.sleep(0.02)
 
-    async def until(self, what: str, holds: Any, within_s: float = 20.0) -> None:
+    @asynccontextmanager
+    async def meanwhile(self, asking: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
+        """Asks while the test goes on; what it has begun is ended with it."""
+        task = asyncio.create_task(asking)
+        try:
+            yield task
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError, aiohttp.ClientError):
+                await task
+
+    async def until(self, what: str, holds: Callable[[], object], within_s: float = 20.0) -> None:
         until_s = self.now_s() + within_s
         while not holds():
             assert self.now_s() < until_s, f"not within {within_s} s: {what}"
@@ -274,7 +290,7 @@ async def standing(
         async with asyncio.TaskGroup() as tasks, aiohttp.ClientSession() as http:
             lines: list[dict[str, Any]] = []
             gateway = Gateway(config, loop, random.Random(7), tasks, lines.append)
-            site = Site(fleet, gateway, http, lines)
+            site = Site(fleet, gateway, config, http, lines)
             handler = _Complaints(site.complaints)
             loggers = [logging.getLogger(name) for name in ("slackwater.http", "asyncio")]
             for logger in loggers:
@@ -283,11 +299,14 @@ async def standing(
                 with capture_logs() as told:
                     await gateway.start()
                     spy_on(gateway, site)
+                    await asyncio.sleep(1.0)  # in timelines 0 stands for never
                     yield site
                     assert await site.nothing_left() == []
                 site.complaints += [str(one) for one in told if one["log_level"] == "error"]
                 assert site.complaints == []
             finally:
+                for stranger in site.strangers:
+                    stranger.vanish()
                 for logger in loggers:
                     logger.removeHandler(handler)
                 await gateway.close()
@@ -338,9 +357,15 @@ class RawClient:
         self.writer = writer
 
     @classmethod
-    async def connect(cls, site: Site, *, buffer_bytes: int = 2**16) -> RawClient:
-        pair = await asyncio.open_connection("127.0.0.1", site.gateway.port, limit=buffer_bytes)
-        return cls(*pair)
+    async def connect(cls, site: Site, *, buffer_bytes: int | None = None) -> RawClient:
+        plug = socket.socket()
+        if buffer_bytes is not None:
+            plug.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+        plug.settimeout(0.0)
+        await asyncio.get_running_loop().sock_connect(plug, ("127.0.0.1", site.gateway.port))
+        client = cls(*await asyncio.open_connection(sock=plug, limit=buffer_bytes or 2**16))
+        site.strangers.append(client)
+        return client
 
     def say(self, text: bytes) -> None:
         self.writer.write(text)
@@ -348,7 +373,8 @@ class RawClient:
     def post(self, path: str, body: Any, *, version: str = "1.1", more: str = "") -> None:
         data = json.dumps(body).encode()
         head = f"POST {path} HTTP/{version}\r\nhost: x\r\ncontent-type: application/json\r\n"
-        self.say(f"{head}{more}content-length: {len(data)}\r\n\r\n".encode() + data)
+        head += f"{more}content-length: {len(data)}\r\n\r\n"
+        self.say(head.encode(errors="surrogateescape") + data)
 
     async def rest(self, within_s: float = 30.0) -> bytes:
         """Everything up to the end of the connection."""

@@ -1,0 +1,38 @@
+"""Stands in for `sglang.launch_server`: takes its flags, answers /ready, fails on cue."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+SLEEPER = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"pid": os.getpid()}).encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        return
+
+
+def main(argv: list[str]) -> None:
+    sys.stdout.write("loading weights\n")
+    sys.stdout.flush()
+    if "--die" in argv:
+        raise SystemExit("weights do not fit")
+    if "--hang" in argv:
+        time.sleep(600)
+    subprocess.Popen(SLEEPER)  # a scheduler
+    address = ("127.0.0.1", int(argv[argv.index("--port") + 1]))
+    HTTPServer(address, Answer).serve_forever()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

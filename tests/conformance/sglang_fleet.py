@@ -1,0 +1,111 @@
+"""Real SGLang as a fleet under test: it runs on a loop of its own, in a thread, for the session."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from backends.fleet.fleet import Fleet
+from backends.fleet.plan import Server
+from backends.fleet.spec import FleetSpec, Group
+from policies.types import Pool, Role
+from tests.conformance.under_test import (
+    CHUNK_TOKENS,
+    HEARTBEAT_S,
+    KV_TOKENS,
+    RELAXED_RUNNING,
+    RENDEZVOUS_TIMEOUT_S,
+    UNIFIED_QUEUED,
+    UNIFIED_RUNNING,
+)
+
+
+def spec(logs: Path) -> FleetSpec:
+    return FleetSpec(
+        model="tiny",
+        logs=str(logs),
+        kv_tokens=KV_TOKENS,
+        env={
+            "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(RENDEZVOUS_TIMEOUT_S),
+            "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(RENDEZVOUS_TIMEOUT_S),
+            "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": str(HEARTBEAT_S),
+            "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT": str(HEARTBEAT_S),
+        },
+        flags=("--enable-priority-scheduling",),
+        servers=(
+            Group(role=Role.PREFILL, flags=("--chunked-prefill-size", str(CHUNK_TOKENS))),
+            Group(role=Role.DECODE, pool=Pool.STRICT),
+            Group(
+                role=Role.DECODE,
+                flags=(
+                    *("--max-running-requests", str(RELAXED_RUNNING)),
+                    "--incremental-streaming-output",
+                ),
+            ),
+            Group(
+                role=Role.UNIFIED,
+                flags=(
+                    *("--max-running-requests", str(UNIFIED_RUNNING)),
+                    *("--max-queued-requests", str(UNIFIED_QUEUED)),
+                ),
+            ),
+        ),
+    )
+
+
+class SGLangFleet:
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-fleet")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        try:
+            self._fleet = self._do(self._opened()).result()
+        except BaseException:
+            self._end()
+            raise
+        self.prefill, self.decode, self.relaxed, self.unified = (
+            server.url for server in self._fleet.servers
+        )
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self._do(self._fleet.__aexit__(None, None, None)).result()
+        self._end()
+
+    async def _opened(self) -> Fleet:
+        return await Fleet(spec(self._logs)).__aenter__()
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _do(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _server(self, url: str) -> Server:
+        servers: tuple[Server, ...] = self._fleet.servers
+        return next(server for server in servers if server.url == url)
+
+    def bootstrap_port(self, url: str) -> int:
+        port = self._server(url).bootstrap_port
+        assert port is not None
+        return port
+
+    async def kill(self, url: str) -> None:
+        await asyncio.wrap_future(self._do(self._fleet.kill(self._server(url).name)))
+
+    async def start(self, url: str) -> None:
+        await asyncio.wrap_future(self._do(self._fleet.start(self._server(url).name)))

@@ -1,0 +1,80 @@
+"""A server changes its role while it runs, when it is idle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.conformance.under_test import Client, FleetUnderTest
+
+TO_PREFILL = {"new_role": "prefill"}
+TO_DECODE = {"new_role": "decode", "decode_cuda_graph_memory_gb": 0}
+
+
+async def switch(client: Client, url: str, body: dict[str, Any]) -> tuple[int, Any]:
+    await client.idle(url)
+    return await client.post(url + "/pd_role_switch", body)
+
+
+async def test_a_decode_server_becomes_a_prefill_server_and_comes_back(
+    client: Client, fleet: FleetUnderTest
+) -> None:
+    prompt = client.prompt(300)
+    there = await switch(client, fleet.relaxed, TO_PREFILL)
+    mode = (await client.loads(fleet.relaxed))["disaggregation"]["mode"]
+    _, model = await client.get(fleet.relaxed + "/model_info")
+    prefill, decode = await client.paired(prompt, 8, prefill=fleet.relaxed)
+    back = await switch(client, fleet.relaxed, TO_DECODE)
+    _, again = await client.paired(prompt, 8, decode=fleet.relaxed)
+    alone = await client.generated(fleet.unified, prompt, 8)
+    assert (there[0], back[0]) == (200, 200)
+    assert (there[1]["old_role"], there[1]["new_role"]) == ("decode", "prefill")
+    assert mode == model["disaggregation_mode"] == "prefill"
+    assert prefill.finish == {"type": "length", "length": 0}
+    assert decode.ids == again.ids == alone.ids
+
+
+async def test_a_prefill_server_becomes_a_decode_server(
+    client: Client, fleet: FleetUnderTest
+) -> None:
+    prompt = client.prompt(300)
+    alone = await client.generated(fleet.unified, prompt, 8)
+    answers = [
+        await switch(client, fleet.relaxed, TO_PREFILL),
+        await switch(client, fleet.prefill, TO_DECODE),
+    ]
+    _, decode = await client.paired(prompt, 8, prefill=fleet.relaxed, decode=fleet.prefill)
+    answers.append(await switch(client, fleet.prefill, TO_PREFILL))
+    answers.append(await switch(client, fleet.relaxed, TO_DECODE))
+    assert [status for status, _ in answers] == [200] * 4
+    assert decode.ids == alone.ids
+
+
+async def test_a_prefill_server_that_came_back_is_cold_and_works_at_the_second_try(
+    client: Client, fleet: FleetUnderTest
+) -> None:
+    """A decode server that knew it before may hold a stale connection, and loses one request."""
+    prompt = client.prompt(300)
+    await client.paired(prompt, 2)
+    await switch(client, fleet.prefill, TO_DECODE)
+    await switch(client, fleet.prefill, TO_PREFILL)
+    tries = [await client.paired(prompt, 2)]
+    if tries[0][1].finish["type"] == "abort":
+        tries.append(await client.paired(prompt, 2))
+    prefill, decode = tries[-1]
+    assert decode.finish == {"type": "length", "length": 2}
+    assert prefill.meta["cached_tokens"] == 0
+
+
+async def test_a_busy_server_refuses_to_switch(client: Client, fleet: FleetUnderTest) -> None:
+    _, decode = client.pair(client.prompt(30), 400)
+    await client.until(fleet.decode, lambda load: load["num_running_reqs"] == 1)
+    status, told = await client.post(fleet.decode + "/pd_role_switch", TO_PREFILL)
+    await decode.task
+    assert (status, told["success"]) == (400, False)
+    assert "instance is not idle" in told["message"]
+    assert decode.finish["type"] == "length"
+
+
+async def test_a_unified_server_refuses_to_switch(client: Client, fleet: FleetUnderTest) -> None:
+    status, told = await client.post(fleet.unified + "/pd_role_switch", TO_PREFILL)
+    assert (status, told["success"]) == (400, False)

@@ -1,0 +1,102 @@
+"""The small policies: order, admission, placement, pools, each by its own promise."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policies.admit import Headroom
+from policies.breaker import Breaker, BreakerRule
+from policies.ledger import Ledger
+from policies.order import Edf, Fcfs
+from policies.place import LeastWork, RoundRobin
+from policies.pools import ByLatency, Shared
+from policies.registry import ORDER, PLACE, POOLS
+from policies.types import Kind, Pool, Worker
+from tests.gateway.talk import decode, load, online, prefill, unified
+
+
+def ledger(worker: Worker) -> Ledger:
+    return Ledger(worker, Breaker(BreakerRule()))
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 500))
+def test_an_empty_server_takes_whatever_fits_at_all(kv: int, prompt: int, answer: int) -> None:
+    books, job = ledger(decode(kv_tokens=kv)), online("a", prompt, max_tokens=answer)
+    assert Headroom().decode(job, books) is Headroom().fits_ever(job, books)
+
+
+@given(st.lists(st.integers(1, 400), max_size=20), st.integers(100, 2000))
+def test_headroom_promises_no_more_than_the_watermark(prompts: list[int], kv: int) -> None:
+    books, admit = ledger(decode(kv_tokens=kv)), Headroom(output_reserve_tokens=20)
+    for tokens in prompts:
+        job = online("a", tokens)
+        if admit.decode(job, books):
+            books.add_decode(tokens, admit.reserved(job))
+    assert books.decodes < 2 or books.reserved_tokens <= kv
+
+
+def test_a_server_of_unknown_size_takes_anything() -> None:
+    assert Headroom().decode(online("a", 10**9), ledger(decode()))
+
+
+@given(st.integers(0, 5000), st.integers(1, 5000))
+def test_more_context_is_never_a_better_rank(context: int, more: int) -> None:
+    less_busy, busier = ledger(decode()), ledger(decode())
+    less_busy.add_decode(context, context)
+    busier.add_decode(context + more, context + more)
+    job = online("a")
+    assert LeastWork().decode(job, less_busy) < LeastWork().decode(job, busier)
+
+
+def test_the_work_of_others_counts_for_placement() -> None:
+    crowded = ledger(decode())
+    crowded.correct(load(5000))
+    crowded.correct(load(5000))
+    assert LeastWork().decode(online("a"), ledger(decode())) < LeastWork().decode(
+        online("a"), crowded
+    )
+
+
+def test_round_robin_sees_only_turns() -> None:
+    busy = ledger(unified())
+    busy.add_prefill(9999, 0)
+    assert RoundRobin().prefill(online("a"), busy) == (0,)
+
+
+def test_orders_differ_where_the_later_job_is_more_urgent() -> None:
+    early, late = online("early"), online("late", at_us=5, deadline_us=9)
+    assert Fcfs().key(early) < Fcfs().key(late)
+    assert Edf().key(late) < Edf().key(early)
+
+
+WORKERS = [
+    prefill("p"),
+    decode("ds"),
+    decode("dr", pool=Pool.RELAXED),
+    unified("us"),
+    unified("ur", pool=Pool.RELAXED),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefills", "decodes"),
+    [(Kind.ONLINE, ["p", "us"], ["ds"]), (Kind.OFFLINE, ["p", "ur"], ["dr"])],
+)
+def test_each_kind_has_its_pool(kind: Kind, prefills: list[str], decodes: list[str]) -> None:
+    pools = ByLatency()
+    assert [w.name for w in pools.prefills(kind, WORKERS)] == prefills
+    assert [w.name for w in pools.decodes(kind, WORKERS)] == decodes
+
+
+def test_without_pools_everybody_shares() -> None:
+    assert [w.name for w in Shared().prefills(Kind.ONLINE, WORKERS)] == ["p", "us", "ur"]
+    assert [w.name for w in Shared().decodes(Kind.OFFLINE, WORKERS)] == ["ds", "dr"]
+
+
+@pytest.mark.parametrize("registry", [ORDER, PLACE, POOLS])
+def test_every_registered_policy_needs_no_argument(registry: dict[str, type[object]]) -> None:
+    for name, policy in registry.items():
+        assert repr(policy())
+        assert name == name.lower()
