@@ -92,11 +92,22 @@ class Gateway:
             logger=_wire_log(),
             keepalive_timeout=server.header_timeout_s,
         )
+        self._say_what_predicts()
         self._runner = web.ServerRunner(listener, shutdown_timeout=1.0)
         await self._runner.setup()
         await web.TCPSite(self._runner, server.host, server.port, backlog=4096).start()
         self.port = self._runner.addresses[0][1]
         log.info("listening", host=server.host, port=self.port, workers=len(self._entries))
+
+    def _say_what_predicts(self) -> None:
+        ledgers = self.core.ledgers
+        unknown = sorted(name for name, ledger in ledgers.items() if ledger.steps is None)
+        if unknown:
+            log.info(
+                "no model and device under [cost] for some servers: their step times are ranked "
+                "in the proportions of an 8B model on an H100, prefill times by what is seen",
+                workers=unknown,
+            )
 
     async def _wait_for_first_looks(self, looks: list[asyncio.Event]) -> None:
         try:

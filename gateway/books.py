@@ -11,6 +11,7 @@ from policies.ledger import Ledger
 from policies.order import Key
 from policies.pools import Pools
 from policies.queue import KeyedHeap
+from policies.steps import Costs
 from policies.types import Job, Kind, Role, Worker
 
 
@@ -73,10 +74,8 @@ class Ticket:
         self.trials = ()
 
     def prefilled(self, now_us: int) -> None:
-        """The prompt is computed: what that took tells how fast the server is."""
         if self.prefill is not None:
-            self.prefill.end_prefill(self.booked_prefill)
-            self.prefill.prefill_rate.done(self.booked_prefill, now_us)
+            self.prefill.prefilled(self.booked_prefill, now_us)
             self.prefill = None
 
     def grow(self, generated: int) -> None:
@@ -176,16 +175,18 @@ class Lane:
 class Fleet:
     """Every server's ledger, and which of them serve a model and a kind."""
 
-    def __init__(self, breaker: BreakerRule, pools: Pools) -> None:
+    def __init__(self, breaker: BreakerRule, pools: Pools, costs: Costs) -> None:
         self._breaker = breaker
         self._pools = pools
+        self._costs = costs
         self._retired: dict[str, Ledger] = {}
         self.ledgers: dict[str, Ledger] = {}
 
-    def adopt(self, breaker: BreakerRule, pools: Pools) -> None:
-        self._breaker, self._pools = breaker, pools
+    def adopt(self, breaker: BreakerRule, pools: Pools, costs: Costs) -> None:
+        self._breaker, self._pools, self._costs = breaker, pools, costs
         for ledger in self.ledgers.values():
             ledger.breaker.rule = breaker
+            ledger.predict_by(costs.of(ledger.worker))
 
     def add(self, worker: Worker) -> None:
         """A server that comes back finds the work in its books that it still has."""
@@ -198,6 +199,7 @@ class Fleet:
             # Announced while it was there already: whoever drained it wants it back.
             ledger.draining = False
         ledger.adopt(worker)
+        ledger.predict_by(self._costs.of(worker))
         ledger.up = True
 
     def _reopened(self, worker: Worker) -> Ledger:

@@ -9,11 +9,13 @@ from urllib.parse import urlsplit
 
 from backends.sglang import Patience
 from gateway.core import Rules
+from gateway.costs import Cost, Hardware, beside, costs_of
 from gateway.settings import ConfigError, bounded, decode, one_of
 from policies.admit import Headroom
 from policies.breaker import BreakerRule
 from policies.registry import ORDER, PLACE, POOLS
 from policies.retry import RetryRule
+from policies.steps import Costs
 from policies.types import Kind, Pool, Role, Worker
 
 __all__ = ["Config", "ConfigError", "load", "rules_of", "workers_of"]
@@ -57,6 +59,8 @@ class WorkerEntry:
     """Jobs that may decode at once; 0: what the server says."""
     chunk_tokens: int = bounded(0, low=0)
     """Prompt tokens in one prefill step; 0: what the server says."""
+    cost: Hardware = field(default_factory=Hardware)
+    """Where it differs from [cost]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +195,7 @@ class Config:
     retry: Retry = field(default_factory=Retry)
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
     telemetry: Telemetry = field(default_factory=Telemetry)
+    cost: Cost = field(default_factory=Cost)
     log: Log = field(default_factory=Log)
     worker: tuple[WorkerEntry, ...] = ()
     key: tuple[Key, ...] = ()
@@ -203,7 +208,21 @@ def load(path: Path) -> Config:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    return check(decode(Config, table))
+    return check(_with_paths(decode(Config, table), path.parent))
+
+
+def _with_paths(config: Config, folder: Path) -> Config:
+    """Files that the configuration names lie beside it."""
+    entries = tuple(
+        replace(entry, cost=replace(entry.cost, model=beside(folder, entry.cost.model)))
+        for entry in config.worker
+    )
+    cost = replace(
+        config.cost,
+        constants=str(folder / config.cost.constants) if config.cost.constants else "",
+        model=beside(folder, config.cost.model),
+    )
+    return replace(config, worker=entries, cost=cost)
 
 
 def check(config: Config) -> Config:
@@ -214,7 +233,13 @@ def check(config: Config) -> Config:
     secrets = [key.key for key in config.key]
     if "" in secrets or len(set(secrets)) < len(secrets):
         raise ConfigError("each [[key]] needs a key of its own")
+    _costs(config)
     return config
+
+
+def _costs(config: Config) -> Costs:
+    own = zip(workers_of(config), config.worker, strict=True)
+    return costs_of(config.cost, {worker.name: entry.cost for worker, entry in own})
 
 
 def workers_of(config: Config) -> list[Worker]:
@@ -274,6 +299,7 @@ def rules_of(config: Config) -> Rules:
             burst_tokens=retry.burst_tokens,
             share=retry.share,
         ),
+        costs=_costs(config),
         max_queued=config.limits.max_queued,
         load_stale_us=_us(config.telemetry.stale_ms),
     )

@@ -167,7 +167,9 @@ class Front:
             client=client,
             client_rid=rid if isinstance(rid, str) else rid[0],
             priority=_PRIORITY[kind] if ask.priority is None else ask.priority,
-            transcript=Transcript() if ask.resumable and (ask.stream or assembles) else None,
+            transcript=Transcript.of(ask.body)
+            if ask.resumable and (ask.stream or assembles)
+            else None,
             first_token_timeout_s=timeouts.first_token_online_s
             if kind is Kind.ONLINE
             else timeouts.first_token_offline_s,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from policies.steps import Counters
 from policies.types import Job, Worker
 
 
@@ -53,6 +54,7 @@ class Load:
     capacity_tokens: int = 0
     max_running: int = 0
     waiting_uncached_tokens: int = 0
+    counters: Counters | None = None
 
 
 @dataclass(frozen=True, slots=True)

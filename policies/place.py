@@ -21,10 +21,12 @@ class Place(Protocol):
 class LeastWork:
     """Fewest prompt tokens outstanding at prefill; the shortest predicted step at decode.
 
-    The default constants are those of an 8B model on an H100 (step tables of AIConfigurator
-    0.12): only their proportions matter here.
+    A server whose hardware is known is predicted by its cost model. For the others the constants
+    here are those of an 8B model on an H100 (step tables of AIConfigurator 0.12): between such
+    servers only their proportions matter.
     """
 
+    step_fixed_us: float = 6_600.0
     step_per_sequence_us: float = 25.0
     step_per_token_us: float = 0.036
 
@@ -33,7 +35,13 @@ class LeastWork:
 
     def decode(self, job: Job, ledger: Ledger) -> tuple[float, ...]:
         context = ledger.context_tokens + ledger.foreign_tokens + job.prompt_tokens
-        step_us = self.step_per_sequence_us * ledger.decodes + self.step_per_token_us * context
+        if (steps := ledger.steps) is not None:
+            return (steps.decode_us(ledger.decodes + 1, context), ledger.reserved_tokens)
+        step_us = (
+            self.step_fixed_us
+            + self.step_per_sequence_us * (ledger.decodes + 1)
+            + self.step_per_token_us * context
+        )
         return (step_us, ledger.reserved_tokens)
 
 

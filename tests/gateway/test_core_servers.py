@@ -203,8 +203,8 @@ def test_a_server_that_goes_down_takes_its_report_along() -> None:
 
 def test_messages_about_unknown_servers_change_nothing() -> None:
     talk = Talk(pair())
-    gone = [WorkerDown("x"), WorkerDraining("x"), WorkerGone("x"), LoadReport("x", load())]
-    assert talk.say(*gone) == []
+    assert talk.say(WorkerDown("x"), WorkerDraining("x"), WorkerGone("x")) == []
+    assert talk.say(LoadReport("x", load())) == []
     assert set(talk.core.ledgers) == {"p", "d"}
 
 
