@@ -62,10 +62,12 @@ class Ticket:
         self.generated = 0
         prefill.add_prefill(self.booked_prefill, now_us)
         decode.add_decode(self.booked_context, reserved)
+        self.trials = ()
         ledgers = (prefill,) if prefill is decode else (prefill, decode)
         for ledger in ledgers:
             ledger.dispatched += 1
-        self.trials = tuple(e.breaker for e in ledgers if e.breaker.try_out())
+            if not ledger.breaker.is_closed and ledger.breaker.try_out():
+                self.trials += (ledger.breaker,)
 
     def end_trials(self) -> None:
         """The attempt is over for a reason that says nothing about the servers on trial."""

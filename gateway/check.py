@@ -64,6 +64,8 @@ def run_check(given: argparse.Namespace) -> int:
             "no server to check: give --prefill, --decode or --worker-urls, "
             "or a --config FILE with [[worker]] tables"
         )
+    if given.fleet is not None:
+        raise ConfigError("--fleet starts servers: check looks at those that run already")
     if given.timeout_s <= 0:
         raise ConfigError("--timeout-s must be positive")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

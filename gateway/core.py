@@ -477,7 +477,9 @@ class Core:
     def _enqueue(self, ticket: Ticket, lane: Lane) -> None:
         lane.put(ticket.job, self._rules.order.key(ticket.job))
         self._agenda.put(self._agenda.give_up, ticket.job.id, ticket.job.give_up_us)
-        self._touched[lane.model] = lane
+        if lane.waiting[ticket.job.kind].peek() == ticket.job.id:
+            # Behind another it changes nothing: whoever is first was looked at already.
+            self._touched[lane.model] = lane
 
     # Small questions.
 

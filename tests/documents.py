@@ -200,7 +200,7 @@ def between(text: str, name: str) -> str:
     found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, re.DOTALL)
     if found is None:
         raise ValueError(f"no part is marked {name}")
-    return found[2].strip()
+    return found[1]
 
 
 def rows(table: str) -> list[list[str]]:

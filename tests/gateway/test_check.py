@@ -227,6 +227,12 @@ def test_a_configuration_without_servers_is_an_error_that_says_what_to_give() ->
         check.run_check(arguments())
 
 
+@pytest.mark.parametrize("more", [("--fleet", "fleet.toml"), ("--timeout-s", "0")])
+def test_flags_that_make_no_sense_for_a_check_are_refused(more: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match=more[0]):
+        check.run_check(arguments("--decode", "http://d:1", *more))
+
+
 @pytest.mark.parametrize("text", ["nonsense = 1", "[[worker]]\nurl = 'tcp://x'", "]["])
 def test_a_wrong_configuration_ends_with_2(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
