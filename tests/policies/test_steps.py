@@ -78,19 +78,21 @@ def test_ranks_behind_one_door_share_the_sequences() -> None:
 def test_a_decode_server_is_ranked_by_its_own_model_and_its_correction() -> None:
     small, large = ledger(cost_of("Llama-3.1-8B")), ledger(cost_of("Llama-3.1-70B", tp=8))
     place = LeastWork()
-    assert place.decode(job(), small) < place.decode(job(), large)
+    first, second = place.decode(job(), [small, large])
+    assert first < second
     assert small.steps is not None
-    before = place.decode(job(), small)[0]
+    before = place.decode(job(), [small])[0]
     for turn in range(4):
         small.add_decode(1000, 1000)
         small.correct(load(counters(steps=20 * turn, batch=1, step_us=30_000.0)))
         small.end_decode(1000, 1000)
-    assert place.decode(job(), small)[0] > 3 * before
+    assert place.decode(job(), [small])[0] > 3 * before
 
 
 def test_without_hardware_more_work_is_a_longer_step_still() -> None:
     idle, loaded = ledger(None), ledger(None, decodes=8)
-    assert LeastWork().decode(job(), idle) < LeastWork().decode(job(), loaded)
+    first, second = LeastWork().decode(job(), [idle, loaded])
+    assert first < second
 
 
 def test_the_prefill_rate_is_the_predicted_one_until_one_was_seen() -> None:
