@@ -197,7 +197,7 @@ class Attempt:
             exchange.transcript.feed(piece)
         if self._rename is not None:
             piece = piece.replace(*self._rename)
-        if not exchange.assembles and self._write(piece):
+        if piece and not exchange.assembles and self._write(piece):  # an empty chunk ends a stream
             self._pause()
 
     def _cut_short(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from policies.steps import Counters
 from policies.types import Job, Worker
@@ -164,8 +165,7 @@ Event = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch:
+class Dispatch(NamedTuple):
     """Send both legs now. A unified server takes the whole job as `decode`."""
 
     job: Job

@@ -7,6 +7,7 @@ from gateway.books import Fleet, Lane, Ticket
 from policies.breaker import Breaker, BreakerRule
 from policies.ledger import Ledger
 from policies.pools import ByLatency, Shared
+from policies.steps import Costs
 from policies.types import Kind, Pool, Worker
 from tests.gateway.talk import decode, offline, online, prefill, unified
 
@@ -88,7 +89,7 @@ def test_who_is_set_aside_is_queued_but_does_not_wait_in_line() -> None:
 
 
 def fleet(*workers: Worker) -> Fleet:
-    new = Fleet(BreakerRule(), ByLatency())
+    new = Fleet(BreakerRule(), ByLatency(), Costs())
     for worker in workers:
         new.add(worker)
     return new
@@ -111,7 +112,7 @@ def test_a_server_serves_its_model_and_a_nameless_one_any() -> None:
 def test_a_reload_may_change_the_pools() -> None:
     new = fleet(unified("s"), unified("r", pool=Pool.RELAXED))
     assert len(new.candidates("", Kind.ONLINE).unified) == 1
-    new.adopt(BreakerRule(), Shared())
+    new.adopt(BreakerRule(), Shared(), Costs())
     assert len(new.candidates("", Kind.ONLINE).unified) == 2
 
 

@@ -164,8 +164,8 @@ def test_every_rejection_has_its_code_and_a_time_to_come_back(
 def test_every_failure_has_its_code(
     fault: Fault,
     trouble: Trouble | None,
-    begun: bool,
-    code: Code,  # noqa: FBT001  # parametrized
+    begun: bool,  # noqa: FBT001  # parametrized
+    code: Code,
 ) -> None:
     assert api_error(Fail(JOB, Reason.ATTEMPTS, fault), trouble, begun=begun).code is code
 

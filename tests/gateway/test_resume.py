@@ -38,7 +38,7 @@ BREAKS: dict[str, FaultKind] = {
     "corrupts": FaultKind.CORRUPT,
 }
 TOKENS = 40
-AFTER = (1, 2, 7, 38)
+AFTER = (1, 7, 38)
 
 
 def native(told: Told, fleet: str) -> tuple[list[int], str, Any]:
