@@ -1,18 +1,14 @@
-"""The core's records: one ticket a job, one lane a model, and the fleet they are booked on."""
+"""The core's records: one ticket a job and one lane a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from gateway.lifecycle import State, Step, advance
-from policies.breaker import Breaker, BreakerRule
+from gateway.servers import Candidates
+from policies.breaker import Breaker
 from policies.ledger import Ledger
 from policies.order import Key
-from policies.pools import Pools
 from policies.queue import KeyedHeap
-from policies.steps import Costs
-from policies.types import Job, Kind, Role, Worker
+from policies.types import Job, Kind
 
 
 class Ticket:
@@ -105,36 +101,6 @@ class Ticket:
             self.decode = None
 
 
-@dataclass(slots=True)
-class Candidates:
-    """The servers that one kind of job may use, in the order of their names."""
-
-    prefills: list[Ledger]
-    decodes: list[Ledger]
-    unified: list[Ledger]
-
-    @property
-    def can_serve(self) -> bool:
-        return bool(self.unified or (self.prefills and self.decodes))
-
-    def in_rotation(self, now_us: int) -> Candidates:
-        return self._only(lambda ledger: ledger.usable(now_us))
-
-    def without(self, names: tuple[str, ...]) -> Candidates:
-        """A leg that nobody else can take stays with those that can."""
-        others = self._only(lambda ledger: ledger.worker.name not in names)
-        others.prefills = others.prefills or self.prefills
-        others.decodes = others.decodes or self.decodes
-        return others
-
-    def _only(self, wanted: Callable[[Ledger], bool]) -> Candidates:
-        return Candidates(
-            prefills=[e for e in self.prefills if wanted(e)],
-            decodes=[e for e in self.decodes if wanted(e)],
-            unified=[e for e in self.unified if wanted(e)],
-        )
-
-
 class Lane:
     """The queues of one model: jobs of different models never wait for each other."""
 
@@ -160,6 +126,11 @@ class Lane:
     def queued(self, kind: Kind) -> int:
         return len(self.waiting[kind]) + len(self.aside[kind])
 
+    def tokens_before(self, kind: Kind) -> int:
+        """Prompt tokens that wait before one more job of this kind, if it is the last."""
+        online = self.waiting_tokens[Kind.ONLINE]
+        return online if kind is Kind.ONLINE else online + self.waiting_tokens[Kind.OFFLINE]
+
     def put(self, job: Job, key: Key) -> None:
         heap = self.waiting[job.kind]
         self.last_key[job.kind] = max(key, self.last_key[job.kind]) if heap else key
@@ -178,74 +149,3 @@ class Lane:
 
     def jobs(self, kind: Kind) -> list[str]:
         return [*self.waiting[kind], *self.aside[kind]]
-
-
-class Fleet:
-    """Every server's ledger, and which of them serve a model and a kind."""
-
-    def __init__(self, breaker: BreakerRule, pools: Pools, costs: Costs) -> None:
-        self._breaker = breaker
-        self._pools = pools
-        self._costs = costs
-        self._retired: dict[str, Ledger] = {}
-        self.ledgers: dict[str, Ledger] = {}
-
-    def adopt(self, breaker: BreakerRule, pools: Pools, costs: Costs) -> None:
-        self._breaker, self._pools, self._costs = breaker, pools, costs
-        for ledger in self.ledgers.values():
-            ledger.breaker.rule = breaker
-            ledger.predict_by(costs.of(ledger.worker))
-
-    def add(self, worker: Worker) -> None:
-        """A server that comes back finds the work in its books that it still has."""
-        ledger = self.ledgers.get(worker.name)
-        if ledger is None:
-            self.ledgers[worker.name] = ledger = self._reopened(worker)
-        elif ledger.worker.url != worker.url:
-            ledger.breaker = Breaker(self._breaker)
-        if ledger.up:
-            # Announced while it was there already: whoever drained it wants it back.
-            ledger.draining = False
-        ledger.adopt(worker)
-        ledger.predict_by(self._costs.of(worker))
-        ledger.up = True
-
-    def _reopened(self, worker: Worker) -> Ledger:
-        ledger = self._retired.pop(worker.name, None)
-        if ledger is None or ledger.worker.url != worker.url:
-            return Ledger(worker, Breaker(self._breaker))
-        ledger.breaker.rule = self._breaker
-        ledger.draining = False
-        return ledger
-
-    def remove(self, name: str) -> bool:
-        if (ledger := self.ledgers.pop(name, None)) is None:
-            return False
-        ledger.forget_report()
-        self._retired = {n: e for n, e in self._retired.items() if not e.is_empty}
-        self._retired[name] = ledger
-        return True
-
-    @property
-    def takes_any_model(self) -> bool:
-        return any(not ledger.worker.model for ledger in self.ledgers.values())
-
-    def candidates(self, model: str, kind: Kind) -> Candidates:
-        """The order of names makes every tie the same everywhere."""
-        workers = [
-            self.ledgers[name].worker
-            for name in sorted(self.ledgers)
-            if self._serves(self.ledgers[name].worker, model)
-        ]
-        prefills = [self.ledgers[w.name] for w in self._pools.prefills(kind, workers)]
-        decodes = [self.ledgers[w.name] for w in self._pools.decodes(kind, workers)]
-        return Candidates(
-            prefills=[e for e in prefills if e.worker.role is Role.PREFILL],
-            decodes=decodes,
-            unified=[e for e in prefills if e.worker.role is Role.UNIFIED],
-        )
-
-    @staticmethod
-    def _serves(worker: Worker, model: str) -> bool:
-        """A server that did not name its model takes any, and so does a job."""
-        return not model or not worker.model or worker.model == model

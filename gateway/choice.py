@@ -1,11 +1,11 @@
-"""Which servers a job goes to now, and whether there is any point in waiting for them."""
+"""Which servers a job goes to now, whether there is any point in waiting for them, and how long."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from operator import itemgetter
 
-from gateway.books import Candidates
+from gateway.servers import Candidates
 from policies.admit import Admit
 from policies.ledger import Ledger
 from policies.place import Place
@@ -85,3 +85,24 @@ def without_failed(
     """Those that have just failed this job are out, unless nothing else could ever take it."""
     others = candidates.without(avoid)
     return others if is_worth_a_wait(job, others, admit, now_us) else candidates
+
+
+def predicted_wait_us(candidates: Candidates, waiting_tokens: int, now_us: int) -> int:
+    """How long the prompts that wait keep the servers busy, at the rate seen or predicted; else 0.
+
+    Servers that have not shown their rate are taken to be as fast as the others.
+    """
+    usable = candidates.in_rotation(now_us)
+    ledgers = usable.prefills + usable.unified
+    rates = [rate for e in ledgers if (rate := e.prefill_tokens_per_us) is not None]
+    if not rates:
+        return 0
+    tokens = waiting_tokens + sum(e.prefill_tokens for e in ledgers)
+    return round(tokens * len(rates) / (sum(rates) * len(ledgers)))
+
+
+def reopens_in_us(candidates: Candidates, now_us: int) -> int:
+    """Until the first of the open breakers may be tried."""
+    ledgers = candidates.prefills + candidates.decodes + candidates.unified
+    due = [e.breaker.open_until_us - now_us for e in ledgers if not e.breaker.is_closed]
+    return max(0, min(due, default=0))

@@ -7,9 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.agenda import Agenda, passed
-from gateway.books import Candidates, Fleet, Lane, Ticket
-from gateway.choice import choose, fits_ever, is_worth_a_wait, without_failed
+from gateway.books import Lane, Ticket
+from gateway.choice import (
+    choose,
+    fits_ever,
+    is_worth_a_wait,
+    predicted_wait_us,
+    reopens_in_us,
+    without_failed,
+)
 from gateway.lifecycle import State, Step
+from gateway.servers import Candidates, Fleet
 from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
 from policies.events import (
@@ -62,7 +70,6 @@ class Rules:
     load_stale_us: int = 5_000_000
 
 
-_NEVER_US = 2**63
 _REPORT_LAG_US = 500_000
 """What was sent this long before a report must be in it."""
 _MAX_LANES = 64
@@ -79,10 +86,7 @@ class Core:
         self._tickets: dict[str, Ticket] = {}
         self._lanes: dict[str, Lane] = {}
         self._agenda = Agenda()
-        self._stale_us = _NEVER_US
         self._fresh: list[Ticket] = []
-        self._tripped: list[Ledger] = []
-        """Servers whose breaker is open, or was when it was last looked at."""
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
@@ -105,8 +109,8 @@ class Core:
             self._fleet.add(worker)
 
     def handle(self, events: Sequence[Event], now_us: int) -> list[Decision]:
-        if now_us >= self._stale_us:
-            self._forget_stale(now_us)
+        if now_us >= self._fleet.stale_us and self._fleet.forget_stale(now_us):
+            self._touch_all()
         for event in events:
             self._on[type(event)](event, now_us)
         if self._fresh:
@@ -196,7 +200,7 @@ class Core:
             return Reject(job, Reason.TOO_LARGE)
         is_online, queued = job.kind is Kind.ONLINE, lane.queued(job.kind)
         if is_online and not is_worth_a_wait(job, candidates, admit, now_us):
-            return Reject(job, Reason.UNAVAILABLE, self._reopens_in_us(candidates, now_us))
+            return Reject(job, Reason.UNAVAILABLE, reopens_in_us(candidates, now_us))
         if not queued:
             return None
         wait_us = self._predicted_wait_us(lane, job.kind, now_us)
@@ -262,7 +266,8 @@ class Core:
         for name in event.blamed:
             if (blamed := self._fleet.ledgers.get(name)) is not None:
                 blamed.breaker.failed(now_us)
-                self._watch_breaker(blamed)
+                if not blamed.breaker.is_closed:
+                    self._agenda.alarm_us = 0
         if ticket.state is State.CANCELLED:
             self._end(ticket)
             return
@@ -275,12 +280,6 @@ class Core:
             self._forget(ticket)
         else:
             self._retry(ticket, event, now_us)
-
-    def _watch_breaker(self, ledger: Ledger) -> None:
-        self._tripped = [e for e in self._tripped if e is not ledger and not e.breaker.is_closed]
-        if not ledger.breaker.is_closed:
-            self._tripped.append(ledger)
-            self._agenda.alarm_us = 0
 
     def _no_retry(self, ticket: Ticket, event: Failed, now_us: int) -> Reason | None:
         if not event.restartable:
@@ -310,10 +309,9 @@ class Core:
             self._reconsider()
 
     def _succeeded(self, ledger: Ledger) -> None:
-        if ledger.breaker.is_closed:
-            ledger.breaker.succeeded()
-        else:
-            ledger.breaker.succeeded()
+        was_closed = ledger.breaker.is_closed
+        ledger.breaker.succeeded()
+        if not was_closed:
             self._reconsider()
 
     # Servers.
@@ -322,10 +320,9 @@ class Core:
         if (ledger := self._fleet.ledgers.get(event.worker)) is None:
             return
         capacity_tokens = ledger.kv_tokens
-        ledger.correct(event.load)
         stale_us = event.load.seen_us + self._rules.load_stale_us
-        self._agenda.put(self._agenda.stale, event.worker, stale_us)
-        self._stale_us = min(self._stale_us, stale_us)
+        self._fleet.correct(ledger, event.load, stale_us)
+        self._agenda.mind(stale_us)
         if ledger.worker.role is Role.UNIFIED and ledger.prefills:
             self._free_computed(ledger, event.load)
         if ledger.kv_tokens == capacity_tokens:
@@ -346,10 +343,7 @@ class Core:
         self._fleet_changed()
 
     def _worker_down(self, event: WorkerDown, now_us: int) -> None:
-        if (ledger := self._fleet.ledgers.get(event.name)) is not None:
-            ledger.up = False
-            ledger.forget_report()
-            self._agenda.stale.discard(event.name)
+        if self._fleet.silence(event.name):
             self._touch_all()
 
     def _worker_draining(self, event: WorkerDraining, now_us: int) -> None:
@@ -360,7 +354,6 @@ class Core:
     def _worker_gone(self, event: WorkerGone, now_us: int) -> None:
         """What runs there keeps its own reference to the ledger and ends as it would have."""
         if self._fleet.remove(event.name):
-            self._agenda.stale.discard(event.name)
             self._fleet_changed()
 
     def _fleet_changed(self) -> None:
@@ -389,10 +382,10 @@ class Core:
 
     def _look_again(self) -> None:
         self._agenda.alarm_us = 0
-        if all(ledger.breaker.is_closed for ledger in self._tripped):
-            self._touch_all()
-        else:
+        if self._fleet.has_tripped:
             self._reconsider()
+        else:
+            self._touch_all()
 
     def _pass_time(self, now_us: int) -> None:
         if self._agenda.alarm_us:
@@ -405,18 +398,9 @@ class Core:
             self._reject(self._tickets[job_id], Reason.EXPIRED, now_us)
             self._touch_all()
 
-    def _forget_stale(self, now_us: int) -> None:
-        """Servers fell silent: the books alone go on."""
-        for name in passed(self._agenda.stale, now_us):
-            self._fleet.ledgers[name].forget_report()
-            self._touch_all()
-        first = self._agenda.stale.first_key()
-        self._stale_us = _NEVER_US if first is None else first[0]
-
     def _set_alarm(self, now_us: int) -> None:
         """Asks to be woken for the next moment at which a job that waits may go or must end."""
-        reopen = [us for e in self._tripped if (us := e.breaker.open_until_us) > now_us]
-        self._out.append(WakeAt(self._agenda.next_alarm(reopen)))
+        self._out.append(WakeAt(self._agenda.next_alarm(self._fleet.changes_us(now_us))))
 
     # Dispatch.
 
@@ -510,26 +494,8 @@ class Core:
             candidates = lane.candidates[kind] = self._fleet.candidates(lane.model, kind)
         return candidates
 
-    @staticmethod
-    def _reopens_in_us(candidates: Candidates, now_us: int) -> int:
-        ledgers = candidates.prefills + candidates.decodes + candidates.unified
-        due = [e.breaker.open_until_us - now_us for e in ledgers if not e.breaker.is_closed]
-        return max(0, min(due, default=0))
-
     def _predicted_wait_us(self, lane: Lane, kind: Kind, now_us: int) -> int:
-        """How long the last prompt in the queue waits at the rate seen or predicted; else 0.
-
-        Servers that have not shown their rate are taken to be as fast as the others.
-        """
-        candidates = self._candidates(lane, kind).in_rotation(now_us)
-        ledgers = candidates.prefills + candidates.unified
-        rates = [rate for e in ledgers if (rate := e.prefill_tokens_per_us) is not None]
-        if not rates:
-            return 0
-        tokens = lane.waiting_tokens[Kind.ONLINE] + sum(e.prefill_tokens for e in ledgers)
-        if kind is Kind.OFFLINE:
-            tokens += lane.waiting_tokens[Kind.OFFLINE]
-        return round(tokens * len(rates) / (sum(rates) * len(ledgers)))
+        return predicted_wait_us(self._candidates(lane, kind), lane.tokens_before(kind), now_us)
 
     def _reject(self, ticket: Ticket, reason: Reason, now_us: int) -> None:
         lane = self._lane(ticket.job.model)

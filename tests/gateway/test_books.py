@@ -3,8 +3,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.books import Fleet, Lane, Ticket
+from gateway.books import Lane, Ticket
+from gateway.servers import Fleet
 from policies.breaker import Breaker, BreakerRule
+from policies.events import Load
 from policies.ledger import Ledger
 from policies.pools import ByLatency, Shared
 from policies.steps import Costs
@@ -114,6 +116,17 @@ def test_a_reload_may_change_the_pools() -> None:
     assert len(new.candidates("", Kind.ONLINE).unified) == 1
     new.adopt(BreakerRule(), Shared(), Costs())
     assert len(new.candidates("", Kind.ONLINE).unified) == 2
+
+
+def test_a_server_that_is_gone_changes_nothing_any_more() -> None:
+    new = fleet(unified("u"))
+    ledger = new.ledgers["u"]
+    new.correct(ledger, Load(seen_us=0, running=0, waiting=0, used_tokens=0, total_tokens=0), 50)
+    for _ in range(BreakerRule().failures):
+        ledger.breaker.failed(0)
+    assert (new.has_tripped, new.changes_us(10)) == (True, [BreakerRule().cooldown_us, 50])
+    new.remove("u")
+    assert (new.has_tripped, new.changes_us(10), new.forget_stale(60)) == (False, [], False)
 
 
 def test_servers_that_are_gone_and_empty_are_forgotten() -> None:
