@@ -174,9 +174,7 @@ class Client:
         await leg.task
         return leg
 
-    def send(
-        self, url: str, body: dict[str, Any], headers: Mapping[str, str] | None = None
-    ) -> Leg:
+    def send(self, url: str, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> Leg:
         leg = Leg(task=asyncio.create_task(asyncio.sleep(0)))
         leg.task = asyncio.create_task(self._run(leg, url, body, headers))
         self.legs.append(leg)

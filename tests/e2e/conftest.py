@@ -15,5 +15,12 @@ collect_ignore_glob = [] if is_included() else ["test_*.py"]
 
 @pytest.fixture
 async def client(real_fleet: SGLangFleet, request: pytest.FixtureRequest) -> AsyncIterator[Client]:
-    async with talking(real_fleet, zlib.crc32(request.node.nodeid.encode())) as client:
-        yield client
+    """Whatever a test has slowed or paused runs again after it."""
+    fleet = real_fleet
+    async with talking(fleet, zlib.crc32(request.node.nodeid.encode())) as client:
+        try:
+            yield client
+        finally:
+            for url in (fleet.prefill, fleet.decode, fleet.relaxed, fleet.unified):
+                await client.slow(url, None)
+                await client.post(url + "/continue_generation", {})

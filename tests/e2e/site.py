@@ -30,7 +30,7 @@ REAL = [pytest.mark.real_time, pytest.mark.timeout(60, func_only=True)]
 """Each module's marks; the fleet's start, which the first test pays for, has its own limit."""
 
 OFFLINE = {"x-slackwater-class": "offline"}
-SHARED = Policies(pools="shared")
+SHARED = Policies(pools="none")
 FREED_WITHIN_S = 2.0
 
 QUICK = Config(
@@ -62,6 +62,9 @@ class Site:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.gateway.port}"
 
+    def entries(self, *names: str) -> tuple[WorkerEntry, ...]:
+        return entries(self.client, *names)
+
     def generate(self, ids: list[int], tokens: int, **more: Any) -> Leg:
         return self.client.generate(self.url, ids, tokens, **more)
 
@@ -71,7 +74,9 @@ class Site:
     def chat(self, tokens: int, **more: Any) -> Leg:
         return self.client.chat(self.url, "Tell me of a river", tokens, **more)
 
-    def send(self, path: str, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> Leg:
+    def send(
+        self, path: str, body: dict[str, Any], headers: Mapping[str, str] | None = None
+    ) -> Leg:
         return self.client.send(self.url + path, body, headers)
 
     async def ask(self, path: str, body: dict[str, Any]) -> Leg:
@@ -83,15 +88,14 @@ class Site:
 
     async def until(self, holds: Callable[[], object], within_s: float = 10.0) -> None:
         async with asyncio.timeout(within_s):
-            while not holds():
+            while not holds():  # noqa: ASYNC110 - a state is looked at
                 await asyncio.sleep(0.01)
 
     async def freed(self, within_s: float = FREED_WITHIN_S) -> None:
         """No server runs or holds anything any more, and the gateway knows of no request."""
-        fleet = self.client.fleet
         async with asyncio.timeout(within_s):
-            for url in (fleet.decode, fleet.relaxed, fleet.prefill, fleet.unified):
-                await self.client.until(url, is_idle, within_s)
+            for entry in self.config.worker:
+                await self.client.until(entry.url, is_idle, within_s)
         assert self.leftovers() == []
 
     def leftovers(self) -> list[str]:
