@@ -35,7 +35,7 @@ from gateway.pages import Pages
 from gateway.probe import Prober
 from gateway.router import Router
 from policies.clock import Clock
-from policies.events import WorkerDown, WorkerGone, WorkerUp
+from policies.events import Wakeup, WorkerDown, WorkerGone, WorkerUp
 from policies.types import Worker
 
 log = structlog.get_logger("slackwater")
@@ -92,11 +92,22 @@ class Gateway:
             logger=_wire_log(),
             keepalive_timeout=server.header_timeout_s,
         )
+        self._say_what_predicts()
         self._runner = web.ServerRunner(listener, shutdown_timeout=1.0)
         await self._runner.setup()
         await web.TCPSite(self._runner, server.host, server.port, backlog=4096).start()
         self.port = self._runner.addresses[0][1]
         log.info("listening", host=server.host, port=self.port, workers=len(self._entries))
+
+    def _say_what_predicts(self) -> None:
+        ledgers = self.core.ledgers
+        unknown = sorted(name for name, ledger in ledgers.items() if ledger.steps is None)
+        if unknown:
+            log.info(
+                "no model and device under [cost] for some servers: their step times are ranked "
+                "in the proportions of an 8B model on an H100, prefill times by what is seen",
+                workers=unknown,
+            )
 
     async def _wait_for_first_looks(self, looks: list[asyncio.Event]) -> None:
         try:
@@ -135,6 +146,7 @@ class Gateway:
             log.warning("[server] has changed: that needs a restart")
         self._config = config
         self.core.adopt(rules_of(config))
+        self.driver.post(Wakeup())
         self.front.adopt(config)
         self.backend.patience = patience_of(config.timeouts)
         self.prober.settings = config.telemetry

@@ -11,6 +11,7 @@ from policies.ledger import Ledger
 from policies.order import Key
 from policies.pools import Pools
 from policies.queue import KeyedHeap
+from policies.steps import Costs
 from policies.types import Job, Kind, Role, Worker
 
 
@@ -28,6 +29,7 @@ class Ticket:
         "job",
         "prefill",
         "resumes",
+        "sent_us",
         "state",
         "trials",
     )
@@ -40,6 +42,7 @@ class Ticket:
         self.decode: Ledger | None = None
         self.avoid: tuple[str, ...] = ()
         self.resumes = False
+        self.sent_us = 0
         self.trials: tuple[Breaker, ...] = ()
         self.generated = 0
         self.booked_prefill = 0
@@ -61,10 +64,13 @@ class Ticket:
         self.generated = 0
         prefill.add_prefill(self.booked_prefill, now_us)
         decode.add_decode(self.booked_context, reserved)
+        self.sent_us = now_us
+        self.trials = ()
         ledgers = (prefill,) if prefill is decode else (prefill, decode)
         for ledger in ledgers:
             ledger.dispatched += 1
-        self.trials = tuple(e.breaker for e in ledgers if e.breaker.try_out())
+            if not ledger.breaker.is_closed and ledger.breaker.try_out():
+                self.trials += (ledger.breaker,)
 
     def end_trials(self) -> None:
         """The attempt is over for a reason that says nothing about the servers on trial."""
@@ -73,10 +79,8 @@ class Ticket:
         self.trials = ()
 
     def prefilled(self, now_us: int) -> None:
-        """The prompt is computed: what that took tells how fast the server is."""
         if self.prefill is not None:
-            self.prefill.end_prefill(self.booked_prefill)
-            self.prefill.prefill_rate.done(self.booked_prefill, now_us)
+            self.prefill.prefilled(self.booked_prefill, now_us)
             self.prefill = None
 
     def grow(self, generated: int) -> None:
@@ -89,10 +93,13 @@ class Ticket:
         self.decode.reserved_tokens += reserved - self.booked_reserved
         self.booked_context, self.booked_reserved, self.generated = context, reserved, generated
 
-    def release(self) -> None:
+    def free_prefill(self) -> None:
         if self.prefill is not None:
             self.prefill.end_prefill(self.booked_prefill)
             self.prefill = None
+
+    def release(self) -> None:
+        self.free_prefill()
         if self.decode is not None:
             self.decode.end_decode(self.booked_context, self.booked_reserved)
             self.decode = None
@@ -176,16 +183,18 @@ class Lane:
 class Fleet:
     """Every server's ledger, and which of them serve a model and a kind."""
 
-    def __init__(self, breaker: BreakerRule, pools: Pools) -> None:
+    def __init__(self, breaker: BreakerRule, pools: Pools, costs: Costs) -> None:
         self._breaker = breaker
         self._pools = pools
+        self._costs = costs
         self._retired: dict[str, Ledger] = {}
         self.ledgers: dict[str, Ledger] = {}
 
-    def adopt(self, breaker: BreakerRule, pools: Pools) -> None:
-        self._breaker, self._pools = breaker, pools
+    def adopt(self, breaker: BreakerRule, pools: Pools, costs: Costs) -> None:
+        self._breaker, self._pools, self._costs = breaker, pools, costs
         for ledger in self.ledgers.values():
             ledger.breaker.rule = breaker
+            ledger.predict_by(costs.of(ledger.worker))
 
     def add(self, worker: Worker) -> None:
         """A server that comes back finds the work in its books that it still has."""
@@ -198,6 +207,7 @@ class Fleet:
             # Announced while it was there already: whoever drained it wants it back.
             ledger.draining = False
         ledger.adopt(worker)
+        ledger.predict_by(self._costs.of(worker))
         ledger.up = True
 
     def _reopened(self, worker: Worker) -> Ledger:

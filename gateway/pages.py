@@ -11,8 +11,9 @@ from aiohttp import hdrs, web
 
 from backends.http import HttpError, fetch
 from backends.sglang import Server, Sglang
-from gateway.config import Config, WorkerEntry, worker_of
+from gateway.config import Config, WorkerEntry, hardware_of, worker_of
 from gateway.core import Core
+from gateway.costs import Hardware
 from gateway.driver import Driver
 from gateway.errors import ApiError, Code
 from gateway.front import Front
@@ -20,8 +21,10 @@ from gateway.metrics import Metrics
 from gateway.probe import Prober
 from gateway.router import Handler, Route
 from gateway.settings import ConfigError, decode
+from policies.correction import Correction
 from policies.events import WorkerDraining, WorkerGone
 from policies.ledger import Ledger
+from policies.steps import Steps
 from policies.types import Kind, Role
 
 _ANY_SERVER = (
@@ -214,6 +217,8 @@ class Pages:
         try:
             entry = decode(WorkerEntry, table)
             worker = worker_of(entry, "worker")
+            if hardware_of(entry) != Hardware():
+                raise ConfigError("cost_model, device and tp are read from config.toml only")
         except ConfigError as error:
             raise ApiError(Code.INVALID_REQUEST, str(error)) from None
         known_worker = self._core.ledgers.get(worker.name)
@@ -274,7 +279,25 @@ def _worker_page(ledger: Ledger, now_us: int) -> dict[str, Any]:
         "reserved_tokens": ledger.reserved_tokens,
         "foreign_tokens": ledger.foreign_tokens,
         "kv_tokens": ledger.kv_tokens,
+        "predicted": None if ledger.steps is None else _predicted(ledger.steps, now_us),
         "load_age_ms": None if load is None else (now_us - load.seen_us) // 1000,
+    }
+
+
+def _predicted(steps: Steps, now_us: int) -> dict[str, Any]:
+    """What predicts its steps, and how far that had to be corrected."""
+    return {
+        "constants": steps.cost.source,
+        **{phase: _correction(it, now_us) for phase, it in steps.corrections.items()},
+    }
+
+
+def _correction(correction: Correction, now_us: int) -> dict[str, Any]:
+    return {
+        "correction": round(correction.size, 4),
+        "error": round(correction.error, 4),
+        "steps": correction.steps,
+        "age_ms": correction.age_us(now_us) // 1000 if correction.steps else None,
     }
 
 

@@ -11,6 +11,7 @@ import orjson
 import structlog
 
 from backends.base import Post
+from backends.counters import counters_of
 from backends.http import HttpError, fetch
 from backends.sglang import Server, Sglang
 from gateway.clock import pause
@@ -54,12 +55,18 @@ class Prober:
         failures, up = 0, False
         while True:
             try:
-                if not up:
-                    worker = await self._introduce(server, configured)
+                worker = None if up else await self._introduce(server, configured)
+                # Only whoever tells its load, or has no such page, is up.
+                ranks = await self._ranks(server)
+                load = load_of(ranks, round(self._clock.time() * 1e6)) if ranks else None
+                if worker is not None:
                     self._post(WorkerUp(worker))
                     log.info("worker up", worker=worker.name, role=worker.role.value)
-                await self._report(server, configured)
+                if load is not None:
+                    self._post(LoadReport(server.name, load))
                 failures, up = 0, True
+                if ranks:
+                    await self._follow_role(server, configured, ranks[0])
             except (HttpError, ValueError, KeyError, TypeError, AttributeError) as error:
                 failures += 1
                 if up and failures >= self.settings.failures:
@@ -97,17 +104,17 @@ class Prober:
         data = answer.get("data") if answer else None
         return str(data[0]["id"]) if data else ""
 
-    async def _report(self, server: Server, configured: Worker) -> None:
+    async def _ranks(self, server: Server) -> list[Mapping[str, Any]]:
         answer = await self._fetch(server, _LOADS)
-        if answer is not None and answer.get("loads"):
-            load = load_of(answer["loads"], round(self._clock.time() * 1e6))
-            self._post(LoadReport(server.name, load))
-            pairing = answer["loads"][0].get("disaggregation") or {}
-            await self._follow_role(server, configured, pairing.get("mode"))
+        return answer.get("loads") or [] if answer is not None else []
 
-    async def _follow_role(self, server: Server, configured: Worker, mode: str | None) -> None:
+    async def _follow_role(
+        self, server: Server, configured: Worker, rank: Mapping[str, Any]
+    ) -> None:
         """Somebody may switch a server's role; what it reports with its load is the role it has."""
-        if mode is None or _ROLES.get(mode, server.worker.role) is server.worker.role:
+        pairing = rank.get("disaggregation")
+        mode = pairing.get("mode") if isinstance(pairing, dict) else None
+        if not isinstance(mode, str) or _ROLES.get(mode, server.worker.role) is server.worker.role:
             return
         worker = replace(await self._introduce(server, configured), role=_ROLES[mode])
         self._backend.update(worker)
@@ -128,6 +135,7 @@ class Prober:
 
 def learnt(worker: Worker, info: Mapping[str, Any], model: str) -> Worker:
     mode = info.get("disaggregation_mode", "unknown")
+    dp_size = _whole(info, "dp_size") or 1
     return replace(
         worker,
         role=_ROLES.get(mode, worker.role),
@@ -135,13 +143,13 @@ def learnt(worker: Worker, info: Mapping[str, Any], model: str) -> Worker:
         bootstrap_port=worker.bootstrap_port
         or _whole(info, "disaggregation_bootstrap_port")
         or (8998 if _ROLES.get(mode, worker.role) is Role.PREFILL else None),
-        dp_size=_whole(info, "dp_size") or 1,
+        dp_size=dp_size,
         page_size=_whole(info, "page_size") or 1,
-        kv_tokens=worker.kv_tokens or _whole(info, "max_total_num_tokens"),
+        kv_tokens=worker.kv_tokens or _whole(info, "max_total_num_tokens") * dp_size,
         max_running=worker.max_running or _whole(info, "max_running_requests"),
         chunk_tokens=worker.chunk_tokens or max(0, _whole(info, "chunked_prefill_size")),
         orders_by_priority=info.get("enable_priority_scheduling") is True,
-        streams_increments=info.get("incremental_streaming_output"),
+        streams_increments=_flag(info, "incremental_streaming_output"),
     )
 
 
@@ -156,11 +164,17 @@ def load_of(ranks: list[Mapping[str, Any]], now_us: int) -> Load:
         capacity_tokens=_sum(ranks, "max_total_num_tokens"),
         max_running=_sum(ranks, "max_running_requests"),
         waiting_uncached_tokens=_sum(ranks, "num_waiting_uncached_tokens"),
+        counters=counters_of(ranks),
     )
 
 
 def _sum(ranks: list[Mapping[str, Any]], key: str) -> int:
     return sum(_whole(rank, key) for rank in ranks)
+
+
+def _flag(table: Mapping[str, Any], key: str) -> bool | None:
+    value = table.get(key)
+    return value if isinstance(value, bool) else None
 
 
 def _whole(table: Mapping[str, Any], key: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from enum import Enum
@@ -62,6 +63,8 @@ def _value(wanted: Any, value: Any, key: str) -> Any:
         return float(value)
     if type(value) is not wanted:
         raise ConfigError(f"{key} must be {wanted.__name__}, got {value!r}")
+    if wanted is float and not math.isfinite(value):
+        raise ConfigError(f"{key} must be a finite number, got {value!r}")
     return value
 
 

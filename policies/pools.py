@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from policies.types import Kind, Pool, Role, Worker
@@ -16,6 +17,7 @@ class Pools(Protocol):
     def decodes(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]: ...
 
 
+@dataclass(frozen=True, slots=True)
 class Shared:
     """One pool: every server takes every job of its role."""
 
@@ -26,6 +28,7 @@ class Shared:
         return [w for w in workers if w.role is Role.DECODE]
 
 
+@dataclass(frozen=True, slots=True)
 class ByLatency:
     """Online work decodes on strict servers and offline work on relaxed ones.
 

@@ -205,6 +205,14 @@ async def test_decode_servers_of_one_pool_only_are_noted_where_pools_are_kept() 
     assert not any("shares them" in note for note in told(shared, Level.NOTE))
 
 
+async def test_what_is_noted_of_many_servers_is_shown_once() -> None:
+    out = io.StringIO()
+    async with fleet_of(TWO_PAIRS) as (_, config):
+        check.show(await checked(config), Console(file=out, width=400))
+    assert out.getvalue().count("no incremental streaming") == 1
+    assert "note p1, d1, p2, d2: no incremental streaming" in out.getvalue()
+
+
 # The command.
 
 
@@ -217,6 +225,12 @@ def arguments(*words: str) -> argparse.Namespace:
 def test_a_configuration_without_servers_is_an_error_that_says_what_to_give() -> None:
     with pytest.raises(ConfigError, match="--config FILE with \\[\\[worker\\]\\] tables"):
         check.run_check(arguments())
+
+
+@pytest.mark.parametrize("more", [("--fleet", "fleet.toml"), ("--timeout-s", "0")])
+def test_flags_that_make_no_sense_for_a_check_are_refused(more: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match=more[0]):
+        check.run_check(arguments("--decode", "http://d:1", *more))
 
 
 @pytest.mark.parametrize("text", ["nonsense = 1", "[[worker]]\nurl = 'tcp://x'", "]["])

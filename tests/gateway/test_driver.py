@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from backends.base import Post
+from gateway.core import Core
+from gateway.driver import Driver
+from policies.clock import VirtualClock
+from policies.events import (
+    Arrived,
+    Decision,
+    Dispatch,
+    Fail,
+    Fault,
+    Finished,
+    Freed,
+    Left,
+    Reject,
+)
+from policies.types import Job
+from tests.gateway.talk import PATIENCE_US, RULES, broke, one_at_a_time, online
+
+
+class Scripted:
+    """Writes down what it is told to do."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+        self.post: Post | None = None
+
+    def connect(self, post: Post) -> None:
+        self.post = post
+
+    def start(self, dispatch: Dispatch) -> None:
+        self.told.append(("start", dispatch.job.id))
+
+    def stop(self, job: Job) -> None:
+        self.told.append(("stop", job.id))
+        if self.post is not None:
+            self.post(Freed(job.id))
+
+    def refuse(self, decision: Reject | Fail) -> None:
+        self.told.append(("refuse", decision.job.id))
+
+
+Stage = tuple[VirtualClock, Driver, Scripted, list[tuple[int, Decision]]]
+
+
+@pytest.fixture
+def stage() -> Callable[..., Stage]:
+    def make() -> Stage:
+        clock, backend, seen = VirtualClock(), Scripted(), []
+        core = Core(RULES, one_at_a_time())
+        return clock, Driver(core, clock, backend, lambda *it: seen.append(it)), backend, seen
+
+    return make
+
+
+def test_the_driver_listens_to_its_backend(stage: Callable[..., Stage]) -> None:
+    _, driver, backend, _ = stage()
+    assert backend.post == driver.post
+
+
+def test_events_of_one_instant_are_one_call(stage: Callable[..., Stage]) -> None:
+    """The more urgent of two that arrive together goes first, whoever came first."""
+    clock, driver, backend, _ = stage()
+    driver.post(Arrived(online("b")))
+    driver.post(Arrived(online("a")))
+    assert backend.told == []
+    clock.run(0.0)
+    assert backend.told == [("start", "a")]
+
+
+def test_what_a_backend_says_while_it_obeys_comes_next(stage: Callable[..., Stage]) -> None:
+    clock, driver, backend, _ = stage()
+    driver.post(Arrived(online("a")))
+    driver.post(Arrived(online("b")))
+    clock.run(0.0)
+    driver.post(Left("a"))
+    clock.run(0.0)
+    assert backend.told == [("start", "a"), ("stop", "a"), ("start", "b")]
+
+
+def test_a_deadline_is_kept_to_the_microsecond(stage: Callable[..., Stage]) -> None:
+    clock, driver, backend, seen = stage()
+    driver.post(Arrived(online("a")))
+    driver.post(Arrived(online("b")))
+    clock.run()
+    assert backend.told == [("start", "a"), ("refuse", "b")]
+    assert seen[-1][0] == PATIENCE_US
+
+
+def test_an_earlier_alarm_takes_the_place_of_a_later_one(stage: Callable[..., Stage]) -> None:
+    clock, driver, _, seen = stage()
+    for job in (online("a"), online("b"), online("c", give_up_us=5_000)):
+        driver.post(Arrived(job))
+        clock.run(clock.time())
+    clock.run()
+    refused = [(us, it.job.id) for us, it in seen if isinstance(it, Reject)]
+    assert refused == [(5_000, "c"), (PATIENCE_US, "b")]
+
+
+def test_a_job_that_has_failed_for_good_is_refused(stage: Callable[..., Stage]) -> None:
+    clock, driver, backend, seen = stage()
+    driver.post(Arrived(online("a")))
+    clock.run(0.0)
+    driver.post(broke("a", fault=Fault.REQUEST))
+    clock.run()
+    assert backend.told[-1] == ("refuse", "a")
+    assert isinstance(seen[-1][1], Fail)
+
+
+def test_every_decision_is_seen_with_its_time(stage: Callable[..., Stage]) -> None:
+    clock, driver, _, seen = stage()
+    clock.call_at(1.5, driver.post, Arrived(online("a", at_us=1_500_000)))
+    clock.call_at(2.5, driver.post, Finished("a", 3))
+    clock.run()
+    assert [(us, type(it)) for us, it in seen] == [(1_500_000, Dispatch)]
