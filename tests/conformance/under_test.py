@@ -80,6 +80,13 @@ class Leg:
     @property
     def finish(self) -> dict[str, Any]:
         """The finish reason, or for an error told in other words the same shape."""
+        if "error" in (self.chunks[-1] if self.chunks else {}):
+            error = self.chunks[-1]["error"]
+            return {
+                "type": "abort",
+                "message": error["message"],
+                "status_code": error.get("status"),
+            }
         if self.broken:
             return {"type": "broken", "message": self.broken, "status_code": None}
         if self.status != 200:

@@ -27,7 +27,7 @@ def generate(site: Site, tokens: int, *, stream: bool) -> Leg:
 
 def words(site: Site, tokens: int) -> str:
     """Roughly that many tokens, and no prefix that another test has left in a cache."""
-    return f"{site.client.rid()} " + " ".join("river" for _ in range(tokens // 2))
+    return f"{site.client.rid()} " + " ".join("river" for _ in range(tokens // 3))
 
 
 def chat(site: Site, tokens: int, *, stream: bool) -> Leg:

@@ -78,8 +78,8 @@ async def test_a_stream_goes_on_token_for_token_when_its_decode_server_dies(
         async with dead(client, url):
             await at_full_speed(site, but=url)
             await asyncio.wait_for(leg.task, 15.0)
+        assert leg.finish == {"type": "length", "length": TOKENS}, leg.last
         assert leg.ids == undisturbed
-        assert leg.finish == {"type": "length", "length": TOKENS}
         assert len({chunk["meta_info"]["id"] for chunk in leg.chunks}) == 1
 
 
@@ -164,6 +164,7 @@ async def test_a_server_that_falls_silent_in_a_stream_is_left_for_another(client
         await at_full_speed(site)
         await asyncio.wait_for(leg.task, 10.0)
         await client.post(client.fleet.decode + "/continue_generation", {})
+        assert leg.finish == {"type": "length", "length": TOKENS}, leg.last
         assert leg.ids == undisturbed
         await site.freed()
 
