@@ -334,6 +334,7 @@ class Engine:
         else:
             chunks = self.prefilling.plan(len(self.sending.sending))
             if chunks:
+                self.decoding.interrupt()
                 self.sending.computing(chunks)
                 seconds = self.times.prefill_s([(it.new_tokens, it.cached_tokens) for it in chunks])
                 self._run(seconds, self._prefilled, chunks)
@@ -343,6 +344,7 @@ class Engine:
             seconds = self.times.decode_s(batch, self.machine.batch.context_tokens)
             self._run(seconds, self._decoded)
         else:
+            self.decoding.interrupt()
             self.prefilling.ratio = FIRST_RATIO
 
     def _run(self, seconds: float, done: Callable[..., object], *args: object) -> None:
