@@ -55,6 +55,7 @@ class Engine:
         self.config = config
         self.name = config.name
         self.life = 0
+        self.switches = 0
         self.alive = True
         self.paused: str | None = None
         self.switching = False
@@ -197,6 +198,8 @@ class Engine:
         address = f"{self.config.bootstrap_host}:{self.config.bootstrap_port}"
         self.fabric.died(self, address, self.config.heartbeat_s)
         self.life += 1
+        self.switches = 0
+        self.receiving.forget_peers()
         for resident in lost:
             resident.listener.lost(resident)
 
@@ -419,6 +422,8 @@ class Engine:
     def _switched(self, role: Role, done: Callable[[], object]) -> None:
         self._switch_timer = None
         self.switching = False
+        self.switches += 1
+        self.receiving.forget_peers()
         self.machine.take_role(role)
         done()
         if not self.paused:

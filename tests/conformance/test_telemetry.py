@@ -58,7 +58,11 @@ ROLE_METRICS = {
         "sglang:num_prefill_bootstrap_queue_reqs",
         "sglang:num_prefill_inflight_queue_reqs",
     ],
-    "decode": ["sglang:num_decode_prealloc_queue_reqs", "sglang:num_decode_transfer_queue_reqs", TTFT],
+    "decode": [
+        "sglang:num_decode_prealloc_queue_reqs",
+        "sglang:num_decode_transfer_queue_reqs",
+        TTFT,
+    ],
     "unified": ["sglang:generation_tokens_total", TTFT],
 }
 
