@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -46,7 +46,7 @@ SETTLE_S = 0.02
 COUNTED_WITHIN_S = 3.0
 """The last counters of a request come this long after its answer at most."""
 REQUEST_S = 60.0
-MOST_ROUNDS = 3
+MOST_ROUNDS = 5
 EVEN = 0.02
 """A window in which the batch varied by more (its variance over its mean's square) is left out."""
 MINIMUM_STEPS = 8
@@ -98,6 +98,12 @@ class Facts:
     bootstrap_port: int
 
 
+def undisturbed(seconds: Iterable[float]) -> float:
+    """The lower quartile; of up to four, the least."""
+    ordered = sorted(seconds)
+    return ordered[(len(ordered) - 1) // 4]
+
+
 class Step(NamedTuple):
     context_tokens: float
     """Of all sequences together."""
@@ -106,7 +112,7 @@ class Step(NamedTuple):
 
 @dataclass(slots=True)
 class Findings:
-    """Medians over all rounds, so that what disturbed one of them does not count."""
+    """Lower quartiles over all rounds: what disturbs a step can only make it longer."""
 
     prefills: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(list))
     """Seconds by (new tokens, cached tokens)."""
@@ -124,7 +130,7 @@ class Findings:
             *(
                 Sample(
                     batch=decode_batch(count, round(median(step.context_tokens for step in steps))),
-                    seconds=median(step.seconds for step in steps),
+                    seconds=undisturbed(step.seconds for step in steps),
                 )
                 for (count, _), steps in sorted(self.decodes.items())
             ),
@@ -136,7 +142,7 @@ class Findings:
 
     def _prompts(self, wanted: Callable[[int], bool]) -> list[Sample]:
         return [
-            Sample(batch=prefill_batch([(new, cached)]), seconds=median(seconds))
+            Sample(batch=prefill_batch([(new, cached)]), seconds=undisturbed(seconds))
             for (new, cached), seconds in sorted(self.prefills.items())
             if wanted(cached)
         ]
