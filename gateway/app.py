@@ -35,7 +35,7 @@ from gateway.pages import Pages
 from gateway.probe import Prober
 from gateway.router import Router
 from policies.clock import Clock
-from policies.events import WorkerDown, WorkerGone, WorkerUp
+from policies.events import Wakeup, WorkerDown, WorkerGone, WorkerUp
 from policies.types import Worker
 
 log = structlog.get_logger("slackwater")
@@ -146,6 +146,7 @@ class Gateway:
             log.warning("[server] has changed: that needs a restart")
         self._config = config
         self.core.adopt(rules_of(config))
+        self.driver.post(Wakeup())
         self.front.adopt(config)
         self.backend.patience = patience_of(config.timeouts)
         self.prober.settings = config.telemetry

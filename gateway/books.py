@@ -29,6 +29,7 @@ class Ticket:
         "job",
         "prefill",
         "resumes",
+        "sent_us",
         "state",
         "trials",
     )
@@ -41,6 +42,7 @@ class Ticket:
         self.decode: Ledger | None = None
         self.avoid: tuple[str, ...] = ()
         self.resumes = False
+        self.sent_us = 0
         self.trials: tuple[Breaker, ...] = ()
         self.generated = 0
         self.booked_prefill = 0
@@ -62,6 +64,7 @@ class Ticket:
         self.generated = 0
         prefill.add_prefill(self.booked_prefill, now_us)
         decode.add_decode(self.booked_context, reserved)
+        self.sent_us = now_us
         self.trials = ()
         ledgers = (prefill,) if prefill is decode else (prefill, decode)
         for ledger in ledgers:
@@ -90,10 +93,13 @@ class Ticket:
         self.decode.reserved_tokens += reserved - self.booked_reserved
         self.booked_context, self.booked_reserved, self.generated = context, reserved, generated
 
-    def release(self) -> None:
+    def free_prefill(self) -> None:
         if self.prefill is not None:
             self.prefill.end_prefill(self.booked_prefill)
             self.prefill = None
+
+    def release(self) -> None:
+        self.free_prefill()
         if self.decode is not None:
             self.decode.end_decode(self.booked_context, self.booked_reserved)
             self.decode = None

@@ -163,8 +163,9 @@ class StreamClient:
     def _write_last(self, event: bytes) -> None:
         if event:
             self.write(event)
-        if self._chunked and not self._transport.is_closing():
-            self._transport.write(LAST_CHUNK)
+        last = self._head + (LAST_CHUNK if self._chunked else b"")
+        if last and not self._transport.is_closing():
+            self._transport.write(last)
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -132,6 +132,8 @@ class Timeouts:
     """From dispatch to the first byte of a stream."""
     first_token_offline_s: float = bounded(600.0, low=0.01)
     between_tokens_s: float = bounded(60.0, low=0.01)
+    per_token_s: float = bounded(0.5, low=0.001)
+    """An answer that is not streamed may take this for each token it may have, after the first."""
     total_s: float = bounded(3600.0, low=0.01)
     """One attempt, streamed or not."""
     client_stall_s: float = bounded(60.0, low=0.01)

@@ -24,6 +24,7 @@ from policies.events import (
     FirstToken,
     Freed,
     Left,
+    Load,
     LoadReport,
     PrefillDone,
     Progress,
@@ -42,7 +43,7 @@ from policies.place import LeastWork, Place
 from policies.pools import Pools, Shared
 from policies.retry import RetryBudget, RetryRule, continued
 from policies.steps import Costs
-from policies.types import Job, Kind, Worker
+from policies.types import Job, Kind, Role, Worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,8 @@ class Rules:
 
 
 _NEVER_US = 2**63
+_REPORT_LAG_US = 500_000
+"""What was sent this long before a report must be in it."""
 _MAX_LANES = 64
 """Beyond this, lanes without jobs are dropped: clients may make model names up."""
 
@@ -323,10 +326,20 @@ class Core:
         stale_us = event.load.seen_us + self._rules.load_stale_us
         self._agenda.put(self._agenda.stale, event.worker, stale_us)
         self._stale_us = min(self._stale_us, stale_us)
+        if ledger.worker.role is Role.UNIFIED and ledger.prefills:
+            self._free_computed(ledger, event.load)
         if ledger.kv_tokens == capacity_tokens:
             self._touch_all()
         else:
             self._reconsider()
+
+    def _free_computed(self, ledger: Ledger, load: Load) -> None:
+        """A whole answer of a unified server shows no first token; that nothing waits shows it."""
+        if load.waiting or load.waiting_uncached_tokens:
+            return
+        for ticket in self._tickets.values():
+            if ticket.prefill is ledger and ticket.sent_us < load.seen_us - _REPORT_LAG_US:
+                ticket.free_prefill()
 
     def _worker_up(self, event: WorkerUp, now_us: int) -> None:
         self._fleet.add(event.worker)

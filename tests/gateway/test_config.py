@@ -48,7 +48,7 @@ def table_with(path: Key, value: object) -> dict[str, Any]:
     if len(path) == 1:
         return {path[0]: value}
     if path[1] == "[]":
-        return {path[0]: [NEEDED[path[0]] | {path[2]: value}]}
+        return {path[0]: [NEEDED[path[0]] | table_with(path[2:], value)]}
     return {path[0]: table_with(path[1:], value)}
 
 
