@@ -57,7 +57,7 @@ class Effort:
     fresh_s: float
 
 
-FULL = Effort(repeats=3, calibrate_s=75.0, fresh_s=45.0)
+FULL = Effort(repeats=3, calibrate_s=60.0, fresh_s=40.0)
 QUICK = Effort(repeats=1, calibrate_s=18.0, fresh_s=9.0)
 
 
