@@ -393,6 +393,8 @@ class Attempt:
             self._check_client(now_s)
         elif now_s - self._sent_s > patience.total_s:
             self._time_out(f"no end after {patience.total_s:g} s")
+        elif not self.exchange.stream and now_s - self._sent_s > self.exchange.whole_timeout_s:
+            self._time_out(f"no answer after {self.exchange.whole_timeout_s:g} s")
         elif self.flowing and now_s - self._quiet_since_s > patience.between_tokens_s:
             self._time_out(f"no token for {patience.between_tokens_s:g} s")
         elif (

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from backends.sglang import Patience
 from gateway.core import Rules
-from gateway.costs import Cost, Hardware, beside, costs_of
+from gateway.costs import Hardware, beside, costs_of
 from gateway.settings import ConfigError, bounded, decode, one_of
 from policies.admit import Headroom
 from policies.breaker import BreakerRule
@@ -59,8 +59,12 @@ class WorkerEntry:
     """Jobs that may decode at once; 0: what the server says."""
     chunk_tokens: int = bounded(0, low=0)
     """Prompt tokens in one prefill step; 0: what the server says."""
-    cost: Hardware = field(default_factory=Hardware)
-    """Where it differs from [cost]."""
+    cost_model: str = ""
+    """The model's shape, where it is not that of `cost.model`."""
+    device: str = ""
+    """Its device, where it is not `cost.device`."""
+    tp: int = bounded(0, low=0)
+    """Its tensor parallelism; 0: `cost.tp`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +132,8 @@ class Timeouts:
     """From dispatch to the first byte of a stream."""
     first_token_offline_s: float = bounded(600.0, low=0.01)
     between_tokens_s: float = bounded(60.0, low=0.01)
+    per_token_s: float = bounded(0.5, low=0.001)
+    """An answer that is not streamed may take this for each token it may have, after the first."""
     total_s: float = bounded(3600.0, low=0.01)
     """One attempt, streamed or not."""
     client_stall_s: float = bounded(60.0, low=0.01)
@@ -176,6 +182,18 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    constants: str = ""
+    """What `slackwater calibrate` wrote; empty: the shipped constants of the device."""
+    model: str = ""
+    """A known name, a config.json or its folder; empty: step times are not predicted."""
+    device: str = ""
+    """What all servers run on, such as h100."""
+    tp: int = bounded(1, low=1)
+    """Devices that one model is spread over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
     level: str = one_of("info", dict.fromkeys(("debug", "info", "warning", "error")))
     format: str = one_of("auto", dict.fromkeys(("auto", "json", "console")))
@@ -214,8 +232,7 @@ def load(path: Path) -> Config:
 def _with_paths(config: Config, folder: Path) -> Config:
     """Files that the configuration names lie beside it."""
     entries = tuple(
-        replace(entry, cost=replace(entry.cost, model=beside(folder, entry.cost.model)))
-        for entry in config.worker
+        replace(entry, cost_model=beside(folder, entry.cost_model)) for entry in config.worker
     )
     cost = replace(
         config.cost,
@@ -239,7 +256,16 @@ def check(config: Config) -> Config:
 
 def _costs(config: Config) -> Costs:
     own = zip(workers_of(config), config.worker, strict=True)
-    return costs_of(config.cost, {worker.name: entry.cost for worker, entry in own})
+    cost = config.cost
+    return costs_of(
+        cost.constants,
+        Hardware(model=cost.model, device=cost.device, tp=cost.tp),
+        {worker.name: hardware_of(entry) for worker, entry in own},
+    )
+
+
+def hardware_of(entry: WorkerEntry) -> Hardware:
+    return Hardware(model=entry.cost_model, device=entry.device, tp=entry.tp)
 
 
 def workers_of(config: Config) -> list[Worker]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from backends.constants_file import load_constants
 from gateway.predict import read_model
-from gateway.settings import ConfigError, bounded
+from gateway.settings import ConfigError
 from policies.constants import Constants, ConstantsError, Key, lookup
 from policies.devices import UnknownDevice, device_named
 from policies.models import ModelError
@@ -22,22 +22,8 @@ class Hardware:
     """What one server's steps are predicted by; what is left out is as [cost] says."""
 
     model: str = ""
-    """A known name, a config.json or its folder."""
     device: str = ""
-    """Such as h100."""
-    tp: int = bounded(0, low=0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
-    """Step times are predicted where the model and the device are known."""
-
-    constants: str = ""
-    """What `slackwater calibrate` wrote; without it, the shipped constants of the device."""
-    model: str = ""
-    """A known name, a config.json or its folder; for servers that say nothing else."""
-    device: str = ""
-    tp: int = bounded(1, low=1)
+    tp: int = 0
 
 
 def beside(folder: Path, model: str) -> str:
@@ -46,16 +32,15 @@ def beside(folder: Path, model: str) -> str:
     return str(path) if model and path.exists() else model
 
 
-def costs_of(cost: Cost, own: Mapping[str, Hardware]) -> Costs:
+def costs_of(constants: str, default: Hardware, own: Mapping[str, Hardware]) -> Costs:
     """The models of all servers; `own` is what the entry of each one says."""
-    table = _constants(Path(cost.constants)) if cost.constants else SHIPPED
-    default = Hardware(model=cost.model, device=cost.device, tp=cost.tp)
+    table = _constants(Path(constants)) if constants else SHIPPED
     by_name: dict[str, CostModel] = {}
     for name, given in own.items():
         merged = Hardware(
-            model=given.model or cost.model,
-            device=given.device or cost.device,
-            tp=given.tp or cost.tp,
+            model=given.model or default.model,
+            device=given.device or default.device,
+            tp=given.tp or default.tp,
         )
         if merged != default and (model := _built(merged, table, f"worker {name}")):
             by_name[name] = model

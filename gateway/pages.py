@@ -11,7 +11,7 @@ from aiohttp import hdrs, web
 
 from backends.http import HttpError, fetch
 from backends.sglang import Server, Sglang
-from gateway.config import Config, WorkerEntry, worker_of
+from gateway.config import Config, WorkerEntry, hardware_of, worker_of
 from gateway.core import Core
 from gateway.costs import Hardware
 from gateway.driver import Driver
@@ -217,8 +217,8 @@ class Pages:
         try:
             entry = decode(WorkerEntry, table)
             worker = worker_of(entry, "worker")
-            if entry.cost != Hardware():
-                raise ConfigError("worker.cost is read from the configuration file only")
+            if hardware_of(entry) != Hardware():
+                raise ConfigError("cost_model, device and tp are read from config.toml only")
         except ConfigError as error:
             raise ApiError(Code.INVALID_REQUEST, str(error)) from None
         known_worker = self._core.ledgers.get(worker.name)

@@ -53,6 +53,7 @@ _SECTIONS = {
     "retry": "Failed attempts are made again, within a budget of prompt tokens.",
     "breaker": "When a server that fails is left alone.",
     "telemetry": "How servers are watched.",
+    "cost": "What the servers are, so that step times can be predicted: docs/cost-model.md.",
     "log": "What goes to standard error.",
 }
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from backends.emulator import FaultKind
-from gateway.config import Telemetry
-from gateway.costs import Cost
+from gateway.config import Cost, Telemetry
 from policies.steps import Steps
 from policies.types import Role
 from tests.gateway.gateway_under_test import Site, generate, spec, standing

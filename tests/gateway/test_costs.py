@@ -62,7 +62,7 @@ def test_constants_and_models_lie_beside_the_configuration(tmp_path: Path) -> No
 
 
 def test_a_worker_says_where_it_differs(tmp_path: Path) -> None:
-    text = TWO + 'cost = { device = "a100" }\n[cost]\nmodel = "Llama-3.1-8B"\ndevice = "h100"\n'
+    text = TWO + 'device = "a100"\n[cost]\nmodel = "Llama-3.1-8B"\ndevice = "h100"\n'
     found = costs(tmp_path, text)
     h100, a100 = model_of(found, "a"), model_of(found, "b")
     assert h100 is not None
@@ -95,10 +95,10 @@ def test_constants_that_are_none_are_refused(tmp_path: Path) -> None:
 
 async def test_a_worker_added_over_http_has_the_costs_of_all() -> None:
     async with standing() as site:
-        body = {"url": "http://127.0.0.1:9", "cost": {"device": "h100"}}
+        body = {"url": "http://127.0.0.1:9", "device": "h100"}
         told = await site.ask("/workers", body)
     assert told.status == 400
-    assert "configuration file only" in told.body["error"]["message"]
+    assert "config.toml only" in told.body["error"]["message"]
 
 
 def test_ranks_are_summed_and_a_server_that_counts_nothing_is_told_apart() -> None:
