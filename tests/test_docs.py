@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from backends.fleet.install import WITH_DEPENDENCIES
 from gateway.errors import STATUS, Code
 from tests.documents import ROOT, rows
 
@@ -64,3 +66,10 @@ def test_files_that_the_architecture_names_are_there() -> None:
     named = set(re.findall(r"`((?:gateway|backends|policies|tests)/[\w/]+\.py)`", text))
     assert len(named) > 15
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_extra_for_sglang_is_what_its_installer_installs() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = WITH_DEPENDENCIES.read_text().splitlines()
+    wanted = [line for line in lines if line and not line.startswith("#")]
+    assert project["optional-dependencies"]["sglang-cpu"] == wanted
