@@ -246,7 +246,10 @@ class SimulatedBackend:
     def generated(self, job_id: str) -> int:
         """Tokens of its present attempt that the gateway could know of."""
         attempt = self._live.get(job_id)
-        return attempt.tokens if attempt is not None else 0
+        if attempt is None:
+            return 0
+        attempt.decode.engine.catch_up()
+        return attempt.tokens
 
     # What the driver asks for.
 
@@ -304,6 +307,8 @@ class SimulatedBackend:
     def _tick(self) -> None:
         self._ticking = False
         moved = []
+        for engine in self.engines.values():
+            engine.catch_up()
         for job_id, attempt in self._live.items():
             if (tokens := attempt.tokens) > attempt.told_tokens:
                 attempt.told_tokens = tokens

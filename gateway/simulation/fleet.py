@@ -148,6 +148,7 @@ def engines_of(
         own = Random(random.getrandbits(64))
         times = Noisy(plan.times, own, noise) if noise else plan.times
         engine = Engine(plan.config, clock, times, fabric)
+        engine.leaps = True
         engine.slow_factor = 1 / plan.entry.speed
         engines.append(engine)
     return engines
