@@ -229,7 +229,7 @@ class Scenario:
     """Where traces and tables lie, beside this file; --data says it better."""
     seeds: tuple[int, ...] = (1, 2, 3)
     warm_up_s: float = bounded(0.0, low=0)
-    """Requests that come earlier are served and not counted."""
+    """Online requests that come earlier are served and not counted."""
     duration_s: float = bounded(0.0, low=0)
     """Arrivals end here; 0: with the last trace."""
     drain_s: float = bounded(600.0, low=0)

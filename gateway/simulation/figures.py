@@ -44,9 +44,10 @@ class Figures:
     rejected: int
     failed: int
     unfinished: int
-    ttft_attained: float
-    tpot_attained: float
-    attained: float
+    ttft_attained: float | None
+    """None where no request counts."""
+    tpot_attained: float | None
+    attained: float | None
     """Online: both targets. Offline: finished in its window."""
     ttft_ms: Quantiles
     tpot_ms: Quantiles
@@ -79,7 +80,7 @@ def figures_of(facts: RunFacts, records: Sequence[Record]) -> list[Figures]:
 def distributions_of(facts: RunFacts, records: Sequence[Record]) -> list[Distributions]:
     found = []
     for of_one in _by_workload(records):
-        counted = [it for it in of_one if it.arrival_us >= facts.from_us]
+        counted = _counted(facts, of_one)
         ttft_ms, tpot_ms = sorted(_ttft_ms(counted)), sorted(_tpot_ms(counted))
         found.append(
             Distributions(
@@ -99,7 +100,7 @@ def _by_workload(records: Iterable[Record]) -> list[list[Record]]:
 
 
 def _figures(facts: RunFacts, records: Sequence[Record]) -> Figures:
-    counted = [it for it in records if it.arrival_us >= facts.from_us]
+    counted = _counted(facts, records)
     ended = {state: sum(it.ended is state for it in counted) for state in Ended}
     seconds = (facts.until_us - facts.from_us) / 1e6
     attained = sum(it.keeps_all for it in counted)
@@ -126,8 +127,13 @@ def _figures(facts: RunFacts, records: Sequence[Record]) -> Figures:
     )
 
 
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
+def _counted(facts: RunFacts, records: Iterable[Record]) -> list[Record]:
+    """Online requests of the warm-up do not count; offline work has no latency to warm up."""
+    return [it for it in records if it.kind is Kind.OFFLINE or it.arrival_us >= facts.from_us]
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 def _ttft_ms(records: Iterable[Record]) -> list[float]:

@@ -142,7 +142,7 @@ class RunFacts:
     load: float
     seed: int
     from_us: int
-    """Requests that come from here on count."""
+    """Online requests that come from here on count."""
     until_us: int
     """Arrivals end."""
     ended_us: int
