@@ -2,7 +2,8 @@
 
 `slackwater calibrate` measures each server and fits constants. Then come prompts and batches of
 other sizes, drawn at random, and each is compared with what was predicted before it was sent.
-Times are the server's own counters in both halves; each figure of a load is a median over rounds.
+Times are the server's own counters in both halves; each load counts with the lower quartile
+of its rounds, as what disturbs a server can only make it slower.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Effort:
     fresh_s: float
 
 
-FULL = Effort(repeats=3, calibrate_s=75.0, fresh_s=60.0)
+FULL = Effort(repeats=3, calibrate_s=60.0, fresh_s=40.0)
 QUICK = Effort(repeats=1, calibrate_s=18.0, fresh_s=9.0)
 
 

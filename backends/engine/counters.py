@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 TTFT_BOUNDS_S = (
@@ -66,3 +67,16 @@ class Counters:
         self.generated_tokens += batch
         self.tokens_per_s = batch / step_us * 1e6 if step_us else 0.0
         self.itl.observe(step_us / 1e6, batch)
+
+    def decoded_alike(self, batch: int, steps_us: Sequence[float]) -> None:
+        """Several steps of one batch."""
+        count, total_us = len(steps_us), sum(steps_us)
+        if not count:
+            return
+        sums = (count, count * batch, total_us, count * batch**2, batch * total_us, count * batch)
+        for index, amount in enumerate(sums):
+            self.decode_moments[index] += amount
+        self.generated_tokens += count * batch
+        self.tokens_per_s = batch / steps_us[-1] * 1e6 if steps_us[-1] else 0.0
+        for step_us in steps_us:
+            self.itl.observe(step_us / 1e6, batch)
