@@ -6,11 +6,19 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from gateway.config import Classes, Online
-from tests.conformance.under_test import CHUNK_TOKENS, SLOW_S, Client, Leg, is_idle
+from tests.conformance.under_test import (
+    CHUNK_TOKENS,
+    HEARTBEAT_S,
+    SLOW_S,
+    Client,
+    Leg,
+    is_idle,
+)
 from tests.e2e.site import QUICK, REAL, SHARED, Site, over, standing
 
 pytestmark = REAL
@@ -23,10 +31,16 @@ BACK_WITHIN_S = 10.0
 
 @asynccontextmanager
 async def dead(client: Client, url: str) -> AsyncIterator[None]:
-    """Killed when the block begins, started again and ready when it ends."""
+    """Killed when the block begins, started again and ready when it ends.
+
+    A prefill server stays away until decode servers know of its death: one that is back before
+    that loses their next pair.
+    """
     await client.fleet.kill(url)
     try:
         yield
+        if url == client.fleet.prefill:
+            await asyncio.sleep(3 * HEARTBEAT_S)
     finally:
         await client.fleet.start(url)
 
@@ -131,10 +145,12 @@ async def half_prefilled(site: Site, prompt: list[int], tokens: int) -> Leg:
     client = site.client
     await client.slow(client.fleet.prefill, STEP_S)
     leg = site.generate(prompt, tokens)
-    await client.until(
-        client.fleet.prefill,
-        lambda load: 0 < load["num_waiting_uncached_tokens"] < len(prompt) - CHUNK_TOKENS,
-    )
+
+    def is_there(load: dict[str, Any]) -> bool:
+        assert not leg.task.done(), leg.last
+        return bool(0 < load["num_waiting_uncached_tokens"] < len(prompt) - CHUNK_TOKENS)
+
+    await client.until(client.fleet.prefill, is_there)
     return leg
 
 
