@@ -71,9 +71,7 @@ def apart(work: Callable[[Plan], Timed], plan: Plan) -> Timed:
 def longer(scenario: Scenario, times: int, data: Path) -> Plan:
     """The fleet of the scenario under a steady synthetic load for so many times as long."""
     workload = WorkloadEntry(name="steady", rate=RATE, output_median=100.0)
-    steady = dataclasses.replace(
-        scenario, data="", workload=(workload,), duration_s=SHORTEST_S * times
-    )
+    steady = dataclasses.replace(scenario, workload=(workload,), duration_s=SHORTEST_S * times)
     return planned(steady, data)
 
 

@@ -165,6 +165,8 @@ class WorkloadEntry:
     output_max: int = bounded(4096, low=1)
     max_tokens: int = bounded(4096, low=1)
     """What each request names as its limit: all that policies and servers know of its answer."""
+    names_length: bool = False
+    """Requests name the true length of their answer instead, as benchmarks with ignore_eos do."""
     prefix_groups: int = bounded(8, low=1)
     """Cached prefixes belong to so many families of prompts."""
     ttft_ms: float = bounded(2000.0, low=1)
@@ -226,7 +228,7 @@ class Scenario:
     name: str = "scenario"
     about: str = ""
     data: str = ""
-    """Where traces and tables lie, beside this file; --data says it better."""
+    """Where traces and tables lie, as seen from this file; --data goes before it."""
     seeds: tuple[int, ...] = (1, 2, 3)
     warm_up_s: float = bounded(0.0, low=0)
     """Online requests that come earlier are served and not counted."""
@@ -308,13 +310,14 @@ def load(path: Path, data: Path | None = None) -> Plan:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    return planned(decode(Scenario, table), data or path.parent)
+    scenario = decode(Scenario, table)
+    return planned(scenario, data or path.parent / scenario.data)
 
 
-def planned(scenario: Scenario, beside: Path) -> Plan:
-    """`beside` is what relative paths begin from, after the scenario's own `data`."""
+def planned(scenario: Scenario, data: Path) -> Plan:
+    """Traces and tables are looked for in `data`."""
     check(scenario)
-    data = (beside / scenario.data).resolve()
+    data = data.resolve()
     entries = enumerate(scenario.workload)
     sources = tuple(_source(entry, f"workload[{i}]", data) for i, entry in entries)
     plan = Plan(scenario=scenario, sources=sources, data=data)

@@ -60,9 +60,10 @@ class Room:
         contexts = [server.config.context_tokens for fleet in plans for server in fleet]
         return cls([capacities(fleet) for fleet in plans], min(contexts))
 
-    def limit(self, entry: WorkloadEntry, prompt_tokens: int) -> int:
+    def limit(self, entry: WorkloadEntry, ask: Ask) -> int:
         """The most that a request names, within the model's context."""
-        return max(1, min(entry.max_tokens, self.context_tokens - prompt_tokens))
+        named = ask.output_tokens if entry.names_length else entry.max_tokens
+        return max(1, min(named, self.context_tokens - ask.input_tokens))
 
     def holds(self, ask: Ask) -> bool:
         if ask.input_tokens >= self.context_tokens:
@@ -115,7 +116,7 @@ def _sieve(
 ) -> Iterator[Ask]:
     entry = source.entry
     for number, ask in enumerate(asks, start=1):
-        limit = room.limit(entry, ask.input_tokens)
+        limit = room.limit(entry, ask)
         fitting = ask._replace(output_tokens=min(ask.output_tokens, limit))
         if room.holds(fitting):
             counts.cut_answers += fitting is not ask and fitting.output_tokens < ask.output_tokens
@@ -145,7 +146,7 @@ def opened(stream: Stream, ask: Ask, now_us: int, room: Room) -> tuple[Job, Work
         kind=entry.kind,
         model="",
         prompt_tokens=ask.input_tokens,
-        max_tokens=room.limit(entry, ask.input_tokens),
+        max_tokens=room.limit(entry, ask),
         arrival_us=now_us,
         deadline_us=now_us + (ttft_us if is_online else window_us),
         give_up_us=now_us + patience_us,
