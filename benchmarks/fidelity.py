@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -57,12 +57,10 @@ READY_S = 30.0
 VOCABULARY = range(1000, 30_000)
 
 
-async def emulate(plan: Plan, seed: int, tell: Callable[[str], object]) -> None:
-    """The scenario's fleet over HTTP until interrupted; told its [[worker]] tables."""
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_signal_handler(signal.SIGINT, stop.set)
+def specs_of(plan: Plan, seed: int) -> list[ServerSpec]:
+    """The scenario's first fleet as emulated servers, with noise of their own."""
     fleet, noise = plan.scenario.fleet[0], Random(f"{seed}/emulated")
-    specs = [
+    return [
         ServerSpec(
             engine=it.config,
             times=Noisy(it.times, Random(noise.getrandbits(64)), fleet.noise),
@@ -71,7 +69,13 @@ async def emulate(plan: Plan, seed: int, tell: Callable[[str], object]) -> None:
         )
         for it in servers_of(fleet, plan.data)
     ]
-    async with EmulatedFleet(specs, LiveClock(loop)) as servers:
+
+
+async def emulate(plan: Plan, seed: int, tell: Callable[[str], object]) -> None:
+    """The fleet over HTTP until interrupted; told its [[worker]] tables."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGINT, stop.set)
+    async with EmulatedFleet(specs_of(plan, seed), LiveClock(loop)) as servers:
         tell(servers.toml())
         await stop.wait()
 
@@ -93,12 +97,12 @@ requests = false
 class Player:
     """Sends each request at its time and takes the times of its tokens."""
 
-    def __init__(self, plan: Plan, seed: int, url: str, model_ids: Sequence[int]) -> None:
+    def __init__(self, plan: Plan, seed: int, url: str, time: Callable[[], float]) -> None:
         asks = prepared(plan, 1.0, seed)
         self._coming = [(stream, ask) for stream in asks.streams for ask in stream.asks]
         self._room = asks.room
         self._url = url
-        self._ids = model_ids
+        self._time = time
         self._random = Random(f"{seed}/prompts")
         self._began = 0.0
         self.records: list[Record] = []
@@ -111,11 +115,11 @@ class Player:
         timeout = aiohttp.ClientTimeout(total=patience_s)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
             await self._ask(http, Ask(0.0, 8, 2), None)
-            self._began = time.perf_counter()
+            self._began = self._time()
             async with asyncio.TaskGroup() as group:
                 for stream, ask in self._coming:
                     body = self._body(ask)
-                    await asyncio.sleep(max(0.0, self._began + ask.arrival_s - time.perf_counter()))
+                    await asyncio.sleep(max(0.0, self._began + ask.arrival_s - self._time()))
                     group.create_task(self._one(http, stream, ask, body))
 
     async def _one(
@@ -163,7 +167,7 @@ class Player:
     def _body(self, ask: Ask) -> bytes:
         return orjson.dumps(
             {
-                "input_ids": self._random.choices(self._ids, k=ask.input_tokens),
+                "input_ids": self._random.choices(VOCABULARY, k=ask.input_tokens),
                 "sampling_params": {
                     "max_new_tokens": ask.output_tokens,
                     "ignore_eos": True,
@@ -174,12 +178,12 @@ class Player:
         )
 
     def _now_us(self) -> int:
-        return round((time.perf_counter() - self._began) * 1e6)
+        return round((self._time() - self._began) * 1e6)
 
 
 def played(plan: Plan, facts: RunFacts, seed: int, url: str, report: Report) -> Figures:
     wait_until_ready(url)
-    player = Player(plan, seed, url, VOCABULARY)
+    player = Player(plan, seed, url, time.perf_counter)
     uvloop.run(player.play(plan.scenario.duration_s + plan.scenario.drain_s))
     late = sorted(player.late_ms)
     report.notes.append(f"seed {seed}: the client sent 99 % of requests within "

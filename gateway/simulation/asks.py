@@ -119,7 +119,7 @@ def _sieve(
         limit = room.limit(entry, ask)
         fitting = ask._replace(output_tokens=min(ask.output_tokens, limit))
         if room.holds(fitting):
-            counts.cut_answers += fitting is not ask and fitting.output_tokens < ask.output_tokens
+            counts.cut_answers += fitting.output_tokens < ask.output_tokens
             yield fitting
         elif entry.too_large is BadRows.SKIP:
             counts.too_large += 1
