@@ -136,9 +136,6 @@ class Sglang:
     def _note_models(self) -> None:
         self.models = frozenset(server.worker.model for server in self._servers.values())
 
-    def server(self, name: str) -> Server:
-        return self._servers[name]
-
     def servers(self) -> Iterable[Server]:
         return self._servers.values()
 

@@ -130,7 +130,7 @@ class StreamClient:
 
     def write(self, piece: bytes) -> bool:
         transport = self._transport
-        if transport.is_closing():
+        if transport.is_closing() or self.over.done():  # a server's last bytes may come after it
             return False
         if self._chunked:
             piece = b"%x\r\n%b\r\n" % (len(piece), piece)
@@ -146,6 +146,8 @@ class StreamClient:
         self._transport.abort()
 
     def end(self) -> None:
+        if self.over.done():
+            return
         self._write_last(b"")
         _resolve(self.over)
 

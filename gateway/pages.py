@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 from typing import Any
 from urllib.parse import unquote
 
@@ -11,6 +12,7 @@ from aiohttp import hdrs, web
 
 from backends.http import HttpError, fetch
 from backends.sglang import Server, Sglang
+from gateway.asking import secret_of
 from gateway.config import Config, WorkerEntry, hardware_of, worker_of
 from gateway.core import Core
 from gateway.costs import Hardware
@@ -178,10 +180,12 @@ class Pages:
 
     def _usable(self) -> list[Server]:
         """Least busy first."""
-        now_us = self._backend.now_us()
-        ledgers = [e for e in self._core.ledgers.values() if e.usable(now_us)]
-        ledgers.sort(key=lambda e: (e.decodes + e.prefills, e.worker.name))
-        return [self._backend.server(e.worker.name) for e in ledgers]
+        now_us, ledgers = self._backend.now_us(), self._core.ledgers
+        # The core hears a little later than the backend that a server has come or gone.
+        known = [(ledgers[s.name], s) for s in self._backend.servers() if s.name in ledgers]
+        usable = [(ledger, server) for ledger, server in known if ledger.usable(now_us)]
+        usable.sort(key=lambda pair: (pair[0].decodes + pair[0].prefills, pair[1].name))
+        return [server for _, server in usable]
 
     async def abort(self, request: web.BaseRequest) -> web.Response:
         """As SGLang answers: 200 whatever the rid. Only a caller's own requests are found."""
@@ -256,7 +260,7 @@ class Pages:
 
 
 def _check_admin(request: web.BaseRequest, key: str) -> None:
-    if request.headers.get("authorization", "") != f"Bearer {key}":
+    if not hmac.compare_digest(key.encode(), secret_of(request.headers)):
         raise ApiError(Code.UNAUTHORIZED, "the admin key is needed: Authorization: Bearer KEY")
 
 

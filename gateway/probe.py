@@ -52,10 +52,10 @@ class Prober:
             self.forget(name)
 
     async def _loop(self, server: Server, configured: Worker, looked: asyncio.Event) -> None:
-        failures, up = 0, False
+        failures, known, down = 0, False, False
         while True:
             try:
-                worker = None if up else await self._introduce(server, configured)
+                worker = None if known else await self._introduce(server, configured)
                 # Only whoever tells its load, or has no such page, is up.
                 ranks = await self._ranks(server)
                 load = load_of(ranks, round(self._clock.time() * 1e6)) if ranks else None
@@ -64,13 +64,14 @@ class Prober:
                     log.info("worker up", worker=worker.name, role=worker.role.value)
                 if load is not None:
                     self._post(LoadReport(server.name, load))
-                failures, up = 0, True
+                failures, known, down = 0, True, False
                 if ranks:
                     await self._follow_role(server, configured, ranks[0])
             except (HttpError, ValueError, KeyError, TypeError, AttributeError) as error:
                 failures += 1
-                if up and failures >= self.settings.failures:
-                    up = False
+                if not down and failures >= self.settings.failures:
+                    # Of a server watched anew the core may still think that it is up.
+                    known, down = False, True
                     self._post(WorkerDown(server.name))
                     log.warning("worker down", worker=server.name, error=str(error))
                 elif failures == 1:

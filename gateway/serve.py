@@ -23,6 +23,7 @@ from gateway.clock import LiveClock
 from gateway.config import Config, Server, Timeouts, WorkerEntry, check, load, with_workers
 from gateway.settings import ConfigError, decode
 from policies.clock import Clock
+from policies.registry import PLACE
 from policies.types import Pool, Role
 
 _EMBEDDED = (
@@ -142,7 +143,7 @@ def configuration(given: argparse.Namespace) -> Config:
     if given.log_level is not None:
         config = replace(config, log=replace(config.log, level=given.log_level))
     if given.policy is not None:
-        place = _POLICIES.get(given.policy, "least-work")
+        place = given.policy if given.policy in PLACE else _POLICIES.get(given.policy, "least-work")
         config = replace(config, policies=replace(config.policies, place=place))
     entries = _entries(given)
     return check(replace(config, worker=entries) if entries else config)

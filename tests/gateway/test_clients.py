@@ -113,6 +113,16 @@ async def test_a_stream_ends_once() -> None:
     assert (socket.sent, client.error) == (sent, None)
 
 
+async def test_nothing_follows_the_end_of_a_stream_on_its_connection() -> None:
+    client, socket = await stream()
+    client.begin()
+    client.ended(ApiError(Code.GATEWAY_DRAINING, "the gateway is shutting down"))
+    sent = socket.sent
+    assert client.write(b"data: late\n\n") is False
+    client.end()
+    assert socket.sent == sent
+
+
 async def test_a_whole_answer_is_kept_for_the_front() -> None:
     client = UnaryClient(asyncio.get_running_loop())
     client.answer(200, "application/json", b"{}")

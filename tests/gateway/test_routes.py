@@ -174,6 +174,7 @@ async def test_the_admin_key_guards_the_list_of_servers() -> None:
         user, admin = ({"authorization": f"Bearer {key}"} for key in ("user", "admin"))
         assert (await site.get("/workers", user)).status == 401
         assert (await site.get("/workers", admin)).status == 200
+        assert (await site.get("/workers", {"x-api-key": "admin"})).status == 200
 
 
 async def test_keys_name_a_tenant_and_bound_its_class() -> None:

@@ -64,6 +64,10 @@ def test_a_policy_that_balances_load_in_sglangs_router_is_least_work_here() -> N
     assert configured("--policy", "cache_aware").policies.place == "least-work"
 
 
+def test_a_policy_of_ours_goes_by_its_own_name() -> None:
+    assert configured("--policy", "round-robin").policies.place == "round-robin"
+
+
 def test_flags_go_before_the_file(tmp_path: Path) -> None:
     path = written(
         tmp_path,
