@@ -254,7 +254,7 @@ class Attempt:
         self._backend.first_token(exchange.job_id)
 
     def on_end(self) -> None:
-        self._decode_ended = True
+        self._decode_ended, self._decode_call = True, None  # it holds this attempt
         if self.over:
             return
         if not self.exchange.stream or self._status != 200:
@@ -300,7 +300,7 @@ class Attempt:
         return False
 
     def on_error(self, error: HttpError) -> None:
-        self._decode_ended = True
+        self._decode_ended, self._decode_call = True, None
         self._stream_closed(_FAULT.get(error.reason, Fault.ENGINE), str(error))
 
     # The prefill leg.

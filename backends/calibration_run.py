@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -46,7 +46,7 @@ SETTLE_S = 0.02
 COUNTED_WITHIN_S = 3.0
 """The last counters of a request come this long after its answer at most."""
 REQUEST_S = 60.0
-MOST_ROUNDS = 3
+MOST_ROUNDS = 5
 EVEN = 0.02
 """A window in which the batch varied by more (its variance over its mean's square) is left out."""
 MINIMUM_STEPS = 8
@@ -98,6 +98,12 @@ class Facts:
     bootstrap_port: int
 
 
+def undisturbed(seconds: Iterable[float]) -> float:
+    """The lower quartile; of up to four, the least."""
+    ordered = sorted(seconds)
+    return ordered[(len(ordered) - 1) // 4]
+
+
 class Step(NamedTuple):
     context_tokens: float
     """Of all sequences together."""
@@ -106,7 +112,7 @@ class Step(NamedTuple):
 
 @dataclass(slots=True)
 class Findings:
-    """Medians over all rounds, so that what disturbed one of them does not count."""
+    """Lower quartiles over all rounds: what disturbs a step can only make it longer."""
 
     prefills: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(list))
     """Seconds by (new tokens, cached tokens)."""
@@ -124,7 +130,7 @@ class Findings:
             *(
                 Sample(
                     batch=decode_batch(count, round(median(step.context_tokens for step in steps))),
-                    seconds=median(step.seconds for step in steps),
+                    seconds=undisturbed(step.seconds for step in steps),
                 )
                 for (count, _), steps in sorted(self.decodes.items())
             ),
@@ -136,7 +142,7 @@ class Findings:
 
     def _prompts(self, wanted: Callable[[int], bool]) -> list[Sample]:
         return [
-            Sample(batch=prefill_batch([(new, cached)]), seconds=median(seconds))
+            Sample(batch=prefill_batch([(new, cached)]), seconds=undisturbed(seconds))
             for (new, cached), seconds in sorted(self.prefills.items())
             if wanted(cached)
         ]
@@ -283,26 +289,24 @@ class Measuring:
         after = await self._prefilled(before, new)
         tokens = after.prefill_tokens - before.prefill_tokens
         busy_s = (after.prefill_busy_us - before.prefill_busy_us) * 1e-6
-        if not cached and tokens != len(prompt):
+        if tokens > len(prompt) or (not cached and tokens < new - by_chance(new)):
             self.findings.disturbed += 1
-        elif 0 < tokens <= self._prefill_facts.chunk_tokens and busy_s > 0:
-            # What the server found in its cache decides, not what should be there.
-            self.findings.prefills[tokens, len(prompt) - tokens].append(busy_s)
+        elif tokens <= self._prefill_facts.chunk_tokens and busy_s > 0:
+            if abs(tokens - new) > by_chance(new):  # the server's cache decides, not the plan
+                new, cached = tokens, len(prompt) - tokens
+            self.findings.prefills[new, cached].append(busy_s)
             self.findings.overheads.append(took_s - busy_s)
 
     async def _prefilled(self, before: Counters, tokens: int) -> Counters:
         """Counters come a little later than the answer."""
         until_s = self._clock.time() + COUNTED_WITHIN_S
         while True:
-            now = await self._counters(self._target.prefill)
-            if now.prefill_tokens - before.prefill_tokens >= tokens:
+            now = await self._idle(self._target.prefill)
+            if now.prefill_tokens > before.prefill_tokens:
                 return now
             if self._clock.time() > until_s:
-                raise CannotMeasure(
-                    f"{self._target.prefill.url} has computed {tokens} tokens and counts "
-                    f"{now.prefill_tokens - before.prefill_tokens} of them"
-                )
-            await _pause(self._clock, SETTLE_S)
+                url = self._target.prefill.url
+                raise CannotMeasure(f"{url} has computed {tokens} tokens and counts none of them")
 
     # Decode.
 
@@ -395,6 +399,11 @@ class Measuring:
         if found is None:
             raise CannotMeasure(f"{peer.url} no longer counts its work")
         return found
+
+
+def by_chance(tokens: int) -> int:
+    """Made-up prompts may begin alike: so many tokens of one may be found in the cache."""
+    return 4 + tokens // 50
 
 
 def is_even(window: DecodeMoments) -> bool:

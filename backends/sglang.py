@@ -114,8 +114,10 @@ class Sglang:
     def add(self, worker: Worker, api_key: str = "") -> Server:
         """Attempts at an earlier server of this name keep their own reference and sockets."""
         known = self._servers.get(worker.name)
-        if known is not None and known.worker.url == worker.url:
-            worker = known.worker  # until it has been asked again
+        if known is not None:
+            known.upstream.retire()
+            if known.worker.url == worker.url:
+                worker = known.worker  # until it has been asked again
         self._servers[worker.name] = server = Server(worker, self._connect(worker, api_key))
         self._note_models()
         return server
@@ -127,7 +129,8 @@ class Sglang:
 
     def remove(self, name: str) -> None:
         """Attempts under way keep their own reference and their own sockets."""
-        self._servers.pop(name, None)
+        if (server := self._servers.pop(name, None)) is not None:
+            server.upstream.retire()
         self._note_models()
 
     def _note_models(self) -> None:

@@ -106,10 +106,12 @@ class _Leg:
 
     def finished(self, resident: Resident, reason: dict[str, Any]) -> None:
         self.resident = None
+        self.attempt.account(resident)
         self.attempt.later(self.attempt.leg_ended, self, resident.generated, reason)
 
     def lost(self, resident: Resident) -> None:
         self.resident = None
+        self.attempt.account(resident)
         self.attempt.later(self.attempt.leg_lost, self, resident.generated)
 
 
@@ -140,6 +142,10 @@ class _Attempt:
 
     def later(self, callback: Callable[..., None], *args: Any) -> None:
         self._backend.after(self._backend.delays.answer_s, callback, *args)
+
+    def account(self, resident: Resident) -> None:
+        if self._backend.on_leg_end is not None:
+            self._backend.on_leg_end(self.job.id, resident)
 
     def send(self, request: Request) -> None:
         """Both legs at once, as the gateway does."""
@@ -218,6 +224,8 @@ class SimulatedBackend:
         self.engines = {engine.name: engine for engine in engines}
         self.delays = delays or Delays()
         self.post: Post = _nobody
+        self.on_leg_end: Callable[[str, Resident], object] | None = None
+        """Told of every leg that is over at its server, for whoever keeps accounts."""
         self._clock = clock
         self._work: dict[str, Work] = {}
         self._live: dict[str, _Attempt] = {}
@@ -234,6 +242,14 @@ class SimulatedBackend:
     def __len__(self) -> int:
         """Jobs that have not ended."""
         return len(self._work)
+
+    def generated(self, job_id: str) -> int:
+        """Tokens of its present attempt that the gateway could know of."""
+        attempt = self._live.get(job_id)
+        if attempt is None:
+            return 0
+        attempt.decode.engine.catch_up()
+        return attempt.tokens
 
     # What the driver asks for.
 
@@ -291,6 +307,8 @@ class SimulatedBackend:
     def _tick(self) -> None:
         self._ticking = False
         moved = []
+        for engine in self.engines.values():
+            engine.catch_up()
         for job_id, attempt in self._live.items():
             if (tokens := attempt.tokens) > attempt.told_tokens:
                 attempt.told_tokens = tokens

@@ -7,7 +7,7 @@ import gzip
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import exp
+from math import exp, inf
 from pathlib import Path
 from typing import Protocol
 
@@ -88,11 +88,19 @@ class Curve:
         self._y = [y for _, y in ordered]
 
     def at(self, x: float) -> float:
+        slope, offset, _, _ = self.line_at(x)
+        return slope * x + offset
+
+    def line_at(self, x: float) -> tuple[float, float, float, float]:
+        """The line that `x` lies on: slope, offset, and from where to where it goes."""
         if len(self._x) == 1:
-            return self._y[0]
-        right = min(max(bisect_right(self._x, x), 1), len(self._x) - 1)
+            return 0.0, self._y[0], -inf, inf
+        last = len(self._x) - 1
+        right = min(max(bisect_right(self._x, x), 1), last)
         x0, x1, y0, y1 = self._x[right - 1], self._x[right], self._y[right - 1], self._y[right]
-        return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+        slope = (y1 - y0) / (x1 - x0)
+        low, high = -inf if right == 1 else x0, inf if right == last else x1
+        return slope, y0 - slope * x0, low, high
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +110,9 @@ class Row:
     batch: int
     context_tokens: int
     seconds: float
+
+
+_NOWHERE = (0.0, 0.0, inf, inf)
 
 
 class Table:
@@ -116,6 +127,7 @@ class Table:
             Curve((r.context_tokens, r.seconds) for r in decode if r.batch == batch)
             for batch in self._decode_batches
         ]
+        self._lines: dict[int, tuple[float, float, float, float]] = {}
 
     def prefill_s(self, chunks: Sequence[tuple[int, int]]) -> float:
         whole = self._prefill.at(sum(new for new, _ in chunks))
@@ -127,13 +139,23 @@ class Table:
         return max(whole, apart)
 
     def decode_s(self, batch: int, context_tokens: int) -> float:
+        """A running batch grows slowly: it stays on the line where it was."""
         each = context_tokens / batch
+        slope, offset, low, high = self._lines.get(batch, _NOWHERE)
+        if not low <= each < high:
+            slope, offset, low, high = self._lines[batch] = self._line(batch, each)
+        return slope * each + offset
+
+    def _line(self, batch: int, each: float) -> tuple[float, float, float, float]:
         right = min(bisect_right(self._decode_batches, batch), len(self._decode) - 1)
         if right == 0:
-            return self._decode[0].at(each)
+            return self._decode[0].line_at(each)
         b0, b1 = self._decode_batches[right - 1], self._decode_batches[right]
-        y0, y1 = self._decode[right - 1].at(each), self._decode[right].at(each)
-        return y0 + (y1 - y0) * (batch - b0) / (b1 - b0)
+        share = (batch - b0) / (b1 - b0)
+        slope0, offset0, low0, high0 = self._decode[right - 1].line_at(each)
+        slope1, offset1, low1, high1 = self._decode[right].line_at(each)
+        slope, offset = slope0 + share * (slope1 - slope0), offset0 + share * (offset1 - offset0)
+        return slope, offset, max(low0, low1), min(high0, high1)
 
 
 def read_table(path: Path, *, system: str, model: str, tp: int) -> Table:

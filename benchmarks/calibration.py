@@ -2,7 +2,8 @@
 
 `slackwater calibrate` measures each server and fits constants. Then come prompts and batches of
 other sizes, drawn at random, and each is compared with what was predicted before it was sent.
-Times are the server's own counters in both halves; each figure of a load is a median over rounds.
+Times are the server's own counters in both halves; each load counts with the lower quartile
+of its rounds, as what disturbs a server can only make it slower.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import uvloop
@@ -34,7 +36,7 @@ from benchmarks.processes import (
     start,
     wait_until_listening,
 )
-from benchmarks.report import Check, Report, Spread, add_report_options
+from benchmarks.report import Check, Report, Spread, add_report_options, number
 from gateway.calibrate import fit_servers
 from gateway.calibrate_live import Asked, Measured, measure_servers
 from gateway.clock import LiveClock
@@ -56,7 +58,7 @@ class Effort:
     fresh_s: float
 
 
-FULL = Effort(repeats=3, calibrate_s=75.0, fresh_s=60.0)
+FULL = Effort(repeats=3, calibrate_s=60.0, fresh_s=40.0)
 QUICK = Effort(repeats=1, calibrate_s=18.0, fresh_s=9.0)
 
 
@@ -75,6 +77,8 @@ class Outcome:
     errors: dict[Phase, list[list[float]]] = field(
         default_factory=lambda: {phase: [] for phase in Phase}
     )
+    again: dict[Phase, list[float]] = field(default_factory=lambda: {phase: [] for phase in Phase})
+    """How much the same load differed from one round to the next: no prediction can do better."""
     behind: list[float] = field(default_factory=list)
     disturbed: int = 0
 
@@ -142,8 +146,16 @@ class Trial:
         cost = setup.cost(constants)
         for phase in Phase:
             outcome.errors[phase].append(relative_errors(cost, fresh.samples, phase))
+        for found in (*calibrated.found, *fresh.found):
+            steps = [[step.seconds for step in each] for each in found.decodes.values()]
+            outcome.again[Phase.DECODE] += changes(steps)
+            outcome.again[Phase.PREFILL] += changes(found.prefills.values())
         outcome.behind += relative_errors(cost, calibrated.behind_prefixes, Phase.PREFILL)
         outcome.disturbed += calibrated.disturbed + fresh.disturbed
+
+
+def changes(loads: Iterable[Sequence[float]]) -> list[float]:
+    return [abs(b / a - 1) for rounds in loads for a, b in pairwise(rounds)]
 
 
 def emulated(running: list[Running]) -> list[Subject]:
@@ -206,15 +218,22 @@ def measured(
 
 def note(report: Report, subject: Subject, outcome: Outcome) -> Table:
     grid = Table(title=f"{subject.name}: error of predictions, %", title_justify="left")
-    for column in ("phase", "loads", "median of each repeat", "p95 of all"):
+    for column in ("phase", "loads", "median of each repeat", "p95 of all", "the same load again"):
         grid.add_column(column, justify="left" if column == "phase" else "right")
     for phase, repeats in outcome.errors.items():
         medians = [100 * found.median for errors in repeats if (found := summarise(errors))]
         everything = summarise([error for errors in repeats for error in errors])
         name = f"{subject.name}: {phase} time, median error"
+        again = "-"
+        if outcome.again[phase]:
+            changed = Spread.of(100 * change for change in outcome.again[phase])
+            report.spread[f"{subject.name}: {phase}, the same load again, %"] = changed
+            again = number(changed.median)
         if everything:
             spread = report.spread[f"{name}, %"] = Spread.of(medians)
-            grid.add_row(phase, str(everything.count), str(spread), f"{100 * everything.p95:.1f}")
+            grid.add_row(
+                phase, str(everything.count), str(spread), f"{100 * everything.p95:.1f}", again
+            )
         value = Spread.of(medians).median if medians else None
         report.checks.append(Check(name=name, value=value, target=TARGET_PERCENT, unit="%"))
     if outcome.behind:

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from backends.emulator import command as emulator
 from backends.fleet import command as fleet
 from backends.fleet.spec import FleetError
-from gateway import calibrate, check, predict, serve
+from gateway import calibrate, check, predict, serve, simulate
 from gateway.clock import LiveClock
 from gateway.settings import ConfigError
 
@@ -32,6 +32,11 @@ COMMANDS: dict[str, Command] = {
         "what a model on a GPU will do: times, bottlenecks, capacity",
         predict.add_arguments,
         predict.run_predict,
+    ),
+    "simulate": (
+        "what a fleet would do with a workload, in virtual time",
+        simulate.add_arguments,
+        simulate.run_simulate,
     ),
     "calibrate": (
         "measure what the cost model needs to know",

@@ -68,6 +68,8 @@ class Gateway:
         self.prober = Prober(self.backend, self.driver.post, clock, config.telemetry)
         self._entries: dict[str, WorkerEntry] = {}
         self._runner: web.ServerRunner | None = None
+        self.hurry = False
+        """A drain waits for nobody any more."""
         self.port = 0
 
     async def start(self) -> None:
@@ -164,7 +166,7 @@ class Gateway:
         self.front.draining = True
         until_s = self._clock.time() + self._config.server.drain_s
         log.info("draining", requests=len(self.front), for_s=self._config.server.drain_s)
-        while len(self.front) and self._clock.time() < until_s:
+        while len(self.front) and self._clock.time() < until_s and not self.hurry:
             await pause(self._clock, _DRAIN_POLL_S)
         if len(self.front):
             log.warning("cutting off what still runs", requests=len(self.front))
@@ -187,14 +189,14 @@ async def run(
     """
     loop = asyncio.get_running_loop()
     stop, reload = asyncio.Event(), asyncio.Event()
-    for sign in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(sign, _stop, stop, loop)
-    loop.add_signal_handler(signal.SIGHUP, reload.set)
     config = read()
     write_line = configure(config.log)
     async with asyncio.TaskGroup() as tasks:
         gateway = Gateway(config, clock, rng, tasks, write_line)
         await gateway.start()
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(sign, _stop, stop, gateway)
+        loop.add_signal_handler(signal.SIGHUP, reload.set)
         watcher = None
         if path is not None:
             watcher = tasks.create_task(_watch(path, reload, clock, lambda: gateway.adopt(read())))
@@ -205,9 +207,8 @@ async def run(
         await gateway.close()
 
 
-def _stop(stop: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
-    if stop.is_set():
-        loop.stop()
+def _stop(stop: asyncio.Event, gateway: Gateway) -> None:
+    gateway.hurry = stop.is_set()
     stop.set()
 
 

@@ -126,6 +126,7 @@ class StreamClient:
         if not self.begun:
             self.begun = True
             self._head = self._make_head()
+            self._make_head = bytes  # it holds the visit, which holds this
 
     def write(self, piece: bytes) -> bool:
         transport = self._transport

@@ -68,10 +68,19 @@ class DecodeBatch:
         """The pages, in tokens, that the next step takes."""
         return self._due_by_residue[-self.steps % self._page] * self._page
 
-    def step(self) -> list[Resident]:
-        """One token for everybody; answers those who have all of theirs."""
+    @property
+    def steps_to_first_end(self) -> int:
+        """No member has all of its tokens, or was told to end, before."""
+        return self._ends[0][0] - self.steps if self._ends else 1
+
+    def pass_step(self) -> None:
+        """One token for everybody, where nobody ends."""
         self.steps += 1
         self.context_tokens += len(self.members)
+
+    def step(self) -> list[Resident]:
+        """One token for everybody; answers those who have all of theirs."""
+        self.pass_step()
         over = []
         while self._ends and self._ends[0][0] <= self.steps:
             _, serial, resident = heapq.heappop(self._ends)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 TTFT_BOUNDS_S = (
@@ -37,7 +38,7 @@ class Counters:
     prefill_cached_tokens: int = 0
     prefill_busy_us: int = 0
     decode_moments: list[float] = field(default_factory=lambda: [0.0] * 6)
-    """n, sum b, sum t_us, sum b^2, sum b*t_us, tokens generated."""
+    """n, sum b, sum t_us, sum b^2, sum b*t_us, tokens generated; of steps that follow another."""
     retractions: int = 0
     requests: int = 0
     aborts: int = 0
@@ -52,14 +53,30 @@ class Counters:
     itl: Histogram = field(default_factory=lambda: Histogram(ITL_BOUNDS_S))
     e2e: Histogram = field(default_factory=lambda: Histogram(E2E_BOUNDS_S))
 
-    def decoded(self, batch: int, step_us: float) -> None:
-        moments = self.decode_moments
-        moments[0] += 1
-        moments[1] += batch
-        moments[2] += step_us
-        moments[3] += batch * batch
-        moments[4] += batch * step_us
-        moments[5] += batch
+    def decoded(self, batch: int, step_us: float, *, since_launch_us: float) -> None:
+        """SGLang measures from launch to launch: the first step of a run has no time of its own,
+        each later one that of the step before it."""
+        if since_launch_us > 0:
+            moments = self.decode_moments
+            moments[0] += 1
+            moments[1] += batch
+            moments[2] += since_launch_us
+            moments[3] += batch * batch
+            moments[4] += batch * since_launch_us
+            moments[5] += batch
         self.generated_tokens += batch
         self.tokens_per_s = batch / step_us * 1e6 if step_us else 0.0
         self.itl.observe(step_us / 1e6, batch)
+
+    def decoded_alike(self, batch: int, steps_us: Sequence[float]) -> None:
+        """Several steps of one batch."""
+        count, total_us = len(steps_us), sum(steps_us)
+        if not count:
+            return
+        sums = (count, count * batch, total_us, count * batch**2, batch * total_us, count * batch)
+        for index, amount in enumerate(sums):
+            self.decode_moments[index] += amount
+        self.generated_tokens += count * batch
+        self.tokens_per_s = batch / steps_us[-1] * 1e6 if steps_us[-1] else 0.0
+        for step_us in steps_us:
+            self.itl.observe(step_us / 1e6, batch)

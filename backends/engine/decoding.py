@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from backends.engine.machine import Machine
 from backends.engine.prefilling import LAST_RATIO, RATIO_DECAY, Prefilling
@@ -26,6 +26,11 @@ class Decoding:
         self._machine = machine
         self._prefilling = prefilling
         self._retracted = retracted
+        self._last_step_us = 0.0
+
+    def interrupt(self) -> None:
+        """Something else ran, or nothing: the next step follows none."""
+        self._last_step_us = 0.0
 
     def plan(self) -> int:
         """Make room for a step; answers how many requests take part."""
@@ -43,10 +48,33 @@ class Decoding:
         self._prefilling.ratio = max(LAST_RATIO, ratio - RATIO_DECAY)
         return len(batch.members)
 
+    def foreseen(self, most: int) -> int:
+        """How many steps from the planned one on nothing inside the server can disturb.
+
+        A decode server takes nobody in whom it could not take now, because memory only shrinks.
+        """
+        machine = self._machine
+        batch, queue = machine.batch, self._prefilling
+        if batch.streaming or queue.waiting or queue.chunked is not None:
+            return 1
+        steps = min(most, batch.steps_to_first_end)
+        return steps if len(batch) * (steps + machine.kv.page) <= machine.kv.available else 1
+
+    def passed(self, steps_us: Sequence[float]) -> None:
+        """Count foreseen steps, and plan as many anew as have begun."""
+        machine, batch = self._machine, self._machine.batch
+        machine.counters.decoded_alike(len(batch), steps_us)
+        for _ in steps_us:
+            batch.pass_step()
+            machine.kv.take(batch.tokens_due())
+        ratio = self._prefilling.ratio - len(steps_us) * RATIO_DECAY
+        self._prefilling.ratio = max(LAST_RATIO, ratio)
+
     def settle(self, step_us: float) -> None:
         """Count a finished step, tell who listens, and end who is done."""
         machine = self._machine
-        machine.counters.decoded(len(machine.batch), step_us)
+        machine.counters.decoded(len(machine.batch), step_us, since_launch_us=self._last_step_us)
+        self._last_step_us = step_us
         over = machine.batch.step()
         for resident in list(machine.batch.streaming.values()):
             resident.listener.tokens(resident)

@@ -10,6 +10,7 @@ from typing import Any
 from backends.engine.config import EngineConfig
 from backends.engine.decoding import Decoding
 from backends.engine.fabric import Fabric
+from backends.engine.leap import MOST_STEPS, Leap
 from backends.engine.loads import load_report
 from backends.engine.machine import Machine
 from backends.engine.prefilling import FIRST_RATIO, Chunk, Prefilling, urgency
@@ -55,6 +56,7 @@ class Engine:
         self.config = config
         self.name = config.name
         self.life = 0
+        self.switches = 0
         self.alive = True
         self.paused: str | None = None
         self.switching = False
@@ -62,6 +64,9 @@ class Engine:
         self.forward_sleep_s = 0.0
         self.times = times
         self.clock = clock
+        self.leaps = False
+        """Whether undisturbed decode steps are counted together; then `catch_up` before reading
+        how far a request is. For clocks that are never late."""
         self.on_step: Callable[[Engine], object] | None = None
         """Called after each decode step, for whoever wants progress per server."""
         self.fabric = fabric if fabric is not None else Fabric(clock)
@@ -76,6 +81,7 @@ class Engine:
         self._ingests: dict[int, Timer] = {}
         self._aborts: list[Resident] = []
         self._timer: Timer | None = None
+        self._leap: Leap | None = None
         self._switch_timer: Timer | None = None
         self._turning = False
         self._again = False
@@ -147,6 +153,7 @@ class Engine:
     def pause(self, mode: str) -> None:
         """in_place keeps memory, retract gives it back, abort ends all; new requests are held."""
         self.paused = mode
+        self._land()
         if mode == "abort":
             self.abort_all()
         elif mode == "retract" and not self._in_step():
@@ -158,6 +165,7 @@ class Engine:
         self._wake()
 
     def slow_down(self, forward_sleep_s: float | None) -> None:
+        self._land()
         self.forward_sleep_s = forward_sleep_s or 0.0
 
     def flush_cache(self) -> bool:
@@ -187,6 +195,7 @@ class Engine:
 
     def kill(self) -> None:
         """The process is gone, and everything in it."""
+        self.catch_up()
         lost = self.residents
         self.alive = False
         self._reset()
@@ -197,6 +206,8 @@ class Engine:
         address = f"{self.config.bootstrap_host}:{self.config.bootstrap_port}"
         self.fabric.died(self, address, self.config.heartbeat_s)
         self.life += 1
+        self.switches = 0
+        self.receiving.forget_peers()
         for resident in lost:
             resident.listener.lost(resident)
 
@@ -207,6 +218,7 @@ class Engine:
 
     def loads(self) -> dict[str, Any]:
         """One entry of /v1/loads, without its time of day."""
+        self.catch_up()
         return load_report(self.machine, self.prefilling, self.sending, self.receiving)
 
     def serves_rooms(self) -> bool:
@@ -311,6 +323,8 @@ class Engine:
         elif self._timer is None and self.alive:
             self._due_s = self.clock.time()
             self._timer = self.clock.call_at(self._due_s, self._turn)
+        elif self._leap is not None:
+            self._land()
 
     def _turn(self) -> None:
         """Between two passes: take aborts in, then start the next pass if there is work."""
@@ -334,21 +348,58 @@ class Engine:
         else:
             chunks = self.prefilling.plan(len(self.sending.sending))
             if chunks:
+                self.decoding.interrupt()
                 self.sending.computing(chunks)
                 seconds = self.times.prefill_s([(it.new_tokens, it.cached_tokens) for it in chunks])
                 self._run(seconds, self._prefilled, chunks)
                 return
         batch = self.decoding.plan()
-        if batch:
+        if batch and self.leaps and (steps := self.decoding.foreseen(MOST_STEPS)) > 1:
+            self._take_off(batch, steps)
+        elif batch:
             seconds = self.times.decode_s(batch, self.machine.batch.context_tokens)
             self._run(seconds, self._decoded)
         else:
+            self.decoding.interrupt()
             self.prefilling.ratio = FIRST_RATIO
 
     def _run(self, seconds: float, done: Callable[..., object], *args: object) -> None:
         took = seconds * self.slow_factor + self.forward_sleep_s
         self._due_s = max(self._due_s, self.clock.time() - LATENESS_S) + took
         self._timer = self.clock.call_at(self._due_s, done, took * 1e6, *args)
+
+    def _take_off(self, batch: int, steps: int) -> None:
+        """The batch grows by a token for each of its members with every step."""
+        context, decode_s = self.machine.batch.context_tokens, self.times.decode_s
+        factor, sleep_s = self.slow_factor, self.forward_sleep_s
+        last = context + steps * batch
+        start_s = max(self._due_s, self.clock.time() - LATENESS_S)
+        self._leap = Leap(
+            start_s, (decode_s(batch, at) * factor + sleep_s for at in range(context, last, batch))
+        )
+        self._timer = self.clock.call_at(self._leap.ends_s[-1], self._leapt)
+
+    def catch_up(self) -> None:
+        """Steps of a leap that have ended by now are counted."""
+        if self._leap is not None and (passed := self._leap.pass_until(self.clock.time())):
+            self.decoding.passed(passed)
+
+    def _land(self) -> None:
+        """Something has come: the scheduler turns to it after the step in course."""
+        leap = self._leap
+        if leap is None:
+            return
+        self.catch_up()
+        if leap.cut() and self._timer is not None:
+            self._timer.cancel()
+            self._timer = self.clock.call_at(leap.ends_s[-1], self._leapt)
+
+    def _leapt(self) -> None:
+        leap = self._leap
+        if leap is not None:
+            self.catch_up()
+            self._leap, self._due_s = None, leap.ends_s[-1]
+            self._decoded(leap.took_us[-1])
 
     def _prefilled(self, took_us: float, chunks: Sequence[Chunk]) -> None:
         self._timer, self._turning = None, True
@@ -417,6 +468,8 @@ class Engine:
     def _switched(self, role: Role, done: Callable[[], object]) -> None:
         self._switch_timer = None
         self.switching = False
+        self.switches += 1
+        self.receiving.forget_peers()
         self.machine.take_role(role)
         done()
         if not self.paused:
@@ -427,7 +480,7 @@ class Engine:
         for timer in timers:
             if timer is not None:
                 timer.cancel()
-        self._timer = self._switch_timer = None
+        self._timer = self._switch_timer = self._leap = None
         self._ingests.clear()
         self._held.clear()
         self._aborts.clear()

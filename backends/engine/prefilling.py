@@ -76,9 +76,11 @@ class Prefilling:
         for chunk in chunks:
             resident = chunk.resident
             resident.prefilled += chunk.new_tokens
+            resident.computed_tokens += chunk.new_tokens
             self._machine.counters.prefill_uncached_tokens += chunk.new_tokens
             self._machine.share(resident)
             if resident.prefilled == resident.fill_tokens:
+                resident.computed_s = resident.computed_s or self._machine.clock.time()
                 complete.append(resident)
         return complete
 
@@ -152,6 +154,8 @@ class Prefilling:
             resident.cached_tokens = matched
             self._machine.counters.prefill_cached_tokens += matched
         resident.stage = Stage.PREFILL
+        if resident.began_s is None:
+            resident.began_s = self._machine.clock.time()
         del self.waiting[resident.serial]
         self.chunked = resident if new < rest else None
         return Chunk(resident, new, matched)

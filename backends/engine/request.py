@@ -134,6 +134,12 @@ class Resident:
     failure: str | None = None
     """Why the pair is known to have failed, before this side noticed."""
     peer: Peer | None = None
+    began_s: float | None = None
+    """When the first of its prompt was taken into a forward pass."""
+    computed_s: float | None = None
+    """When all of its prompt had been computed."""
+    computed_tokens: int = 0
+    """Prompt tokens computed for it, those computed again after a retraction included."""
     first_token_s: float | None = None
     settled: bool = False
     natural_end: dict[str, Any] = field(default_factory=dict)

@@ -60,12 +60,14 @@ async def standing(*specs: ServerSpec) -> AsyncIterator[tuple[EmulatedFleet, Tar
                 peer.upstream.close()
 
 
-async def measured(target: Target, *, budget_s: float = 1000.0, rounds: int = 1) -> Findings:
+async def measured(
+    target: Target, *, budget_s: float = 1000.0, rounds: int = 1, vocabulary: int = 32_000
+) -> Findings:
     facts = (await facts_of(target.prefill), await facts_of(target.decode))
     measuring = Measuring(
         target,
         facts,
-        32_000,
+        vocabulary,
         asyncio.get_running_loop(),
         random.Random(3),
         plan=planned(*facts),
@@ -110,6 +112,15 @@ async def test_prompts_behind_a_cached_prefix_are_kept_apart() -> None:
         (256, 1024), (512, 4096), (2048, 8192),
     ]  # fmt: skip
     assert behind[1].seconds == pytest.approx(TRUE.prefill_s([(512, 4096)]), rel=1e-3)
+
+
+async def test_prompts_that_begin_alike_by_chance_are_cold_all_the_same() -> None:
+    async with standing(spec(Role.UNIFIED)) as (_, target):
+        found = await measured(target, rounds=2, vocabulary=24)
+    assert {key for key in found.prefills if not key[1]} == {
+        (n, 0) for n in (32, 64, 128, 256, 512, 1024, 2048, 4096)
+    }
+    assert all(len(seconds) == 2 for seconds in found.prefills.values())
 
 
 async def test_noise_of_single_steps_averages_out() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 
 from backends.calibration_run import Facts, Findings, Step
-from benchmarks.calibration import LOADS, Outcome, Subject, fresh_plan, note, subjects
+from benchmarks.calibration import LOADS, Outcome, Subject, changes, fresh_plan, note, subjects
 from benchmarks.report import Report
 from policies.roofline import Phase
 from policies.types import Role
@@ -37,8 +37,12 @@ def test_a_pair_and_a_unified_server_are_measured() -> None:
     assert [each.urls for each in found] == [("p", "d"), ("u", "u")]
 
 
-def test_rounds_are_merged_by_their_median() -> None:
+def test_rounds_are_merged_by_what_was_disturbed_least() -> None:
     findings = Findings()
     findings.decodes[4, 100] += [Step(480, 0.01), Step(520, 0.02), Step(500, 0.5)]
     sample = findings.samples()[0]
-    assert (sample.seconds, sample.batch.context_tokens) == (0.02, 500)
+    assert (sample.seconds, sample.batch.context_tokens) == (0.01, 500)
+
+
+def test_what_the_same_load_differs_by_is_told() -> None:
+    assert changes([[1.0, 1.5, 1.5], [2.0]]) == [0.5, 0.0]

@@ -21,9 +21,12 @@ from gateway import check, serve
 from gateway.__main__ import main
 from gateway.check import Report, inspect
 from gateway.config import Config, WorkerEntry
+from gateway.facts import Facts
+from gateway.probe import learnt
 from gateway.settings import ConfigError
-from gateway.suitability import Level
-from policies.types import Pool, Role
+from gateway.suitability import Level, of_pair
+from gateway.trial import Trial
+from policies.types import Pool, Role, Worker
 from tests.gateway.gateway_under_test import PAIR, TWO_PAIRS, UNIFIED, entry_of, fault, spec
 
 TIMEOUT_S = 5.0
@@ -45,6 +48,11 @@ async def checked(config: Config) -> Report:
 
 def told(report: Report, level: Level) -> list[str]:
     return [f"{one.subject}: {one.text}" for one in report.findings if one.level is level]
+
+
+def facts_of(name: str, info: dict[str, Any]) -> Facts:
+    worker = Worker(name=name, url=f"http://{name}:1", role=Role.DECODE)
+    return Facts(configured=worker, worker=learnt(worker, info, ""), info=info)
 
 
 def reconfigured(config: Config, name: str, **changes: Any) -> Config:
@@ -116,6 +124,23 @@ async def test_page_sizes_that_differ_make_a_pair_bad() -> None:
         report = await checked(config)
     expected = "p1 -> d1: page sizes differ: 16 and 64; SGLang refuses such a pair"
     assert told(report, Level.BAD) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "levels"),
+    [
+        ({"kv_cache_dtype": "fp8_e4m3"}, {"kv_cache_dtype": "bfloat16"}, [Level.BAD]),
+        ({"kv_cache_dtype": "fp8_e4m3"}, {"kv_cache_dtype": "auto"}, []),
+        ({"kv_cache_dtype": "auto"}, {}, []),
+        ({"dp_size": 1}, {"dp_size": 4}, [Level.WARNING]),
+    ],
+)
+def test_cache_types_that_differ_are_bad_and_data_parallel_sizes_a_warning(
+    prefill: dict[str, Any], decode: dict[str, Any], levels: list[Level]
+) -> None:
+    trial = Trial(prefill="p", decode="d", error="", took_ms=1.0)
+    servers = {"p": facts_of("p", prefill), "d": facts_of("d", decode)}
+    assert [finding.level for finding in of_pair(trial, servers)] == levels
 
 
 async def test_a_wrong_role_is_a_warning_that_names_both() -> None:

@@ -122,7 +122,7 @@ def is_whole(told: Told) -> bool:
     if b"text/event-stream" not in told.headers["content-type"].encode():
         return told.status != 200 or isinstance(told.body, dict | list)
     ended = told.raw.endswith((b"data: [DONE]\n\n", b'"type":"message_stop"}\n\n'))
-    ended = ended or b"response.completed" in told.raw or b"event: error" in told.raw
+    ended = ended or b"response.incomplete" in told.raw or b"event: error" in told.raw
     return ended and b"\xff" not in told.raw
 
 

@@ -83,6 +83,19 @@ def test_flags_go_before_the_file(tmp_path: Path) -> None:
     assert [worker.url for worker in config.worker] == ["http://flag:1"]
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--port", "99999", "server.port must be at most 65535"),
+        ("--port", "-1", "server.port must be at least 0"),
+        ("--request-timeout-secs", "0", "timeouts.total_s must be at least 0.01"),
+    ],
+)
+def test_a_flag_has_the_limits_of_its_key(flag: str, value: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        configured(flag, value)
+
+
 def test_two_flags_that_name_one_server_are_refused() -> None:
     with pytest.raises(ConfigError, match="two workers are called d:1"):
         configured("--decode", "http://d:1", "--decode", "http://d:1")

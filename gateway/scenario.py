@@ -1,0 +1,385 @@
+"""What a simulation is told: fleet, workload, targets, policies to compare, seeds and a sweep."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from backends.workload import (
+    Arrivals,
+    Bursts,
+    Diurnal,
+    Empirical,
+    Gamma,
+    Lengths,
+    LogNormal,
+    Poisson,
+    Trace,
+    WorkloadError,
+    read_lengths,
+    read_trace,
+)
+from gateway.config import Admission, BreakerSettings, Config, Limits, Policies, Retry
+from gateway.settings import ConfigError, bounded, decode, one_of
+from policies.types import Kind, Pool, Role
+
+MODES = {"stock": "what SGLang 0.5.23 can be made to do from outside"}
+"""How far the engine goes along: each mode is a kind of engine that gateway.simulation builds."""
+
+
+class BadRows(StrEnum):
+    """What happens to a row that cannot be served as it stands."""
+
+    REFUSE = "refuse"
+    """The scenario does not run, and the message names the line."""
+    SKIP = "skip"
+    """It is left out, and counted in the report."""
+
+
+class Swept(StrEnum):
+    """Whose arrivals a sweep multiplies."""
+
+    RATE = "rate"
+    """Those of online workloads."""
+    OFFLINE = "offline"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerEntry:
+    """Equal servers; what is 0 or empty here is as the fleet has it, or as the model's card has."""
+
+    name: str = ""
+    """A number is added; the role's name when empty."""
+    count: int = bounded(1, low=1, high=4096)
+    role: Role = Role.UNIFIED
+    pool: Pool = Pool.STRICT
+    device: str = ""
+    model: str = ""
+    tp: int = bounded(0, low=0, high=64)
+    kv_tokens: int = bounded(0, low=0)
+    """KV capacity; 0: what the weights leave on the device."""
+    max_running: int = bounded(256, low=1)
+    chunk_tokens: int = bounded(8192, low=1)
+    page_tokens: int = bounded(1, low=1)
+    context_tokens: int = bounded(131_072, low=16)
+    link_gb_s: float = bounded(25.0, low=0.001)
+    """How fast a prompt's KV goes from this prefill server to a decode server."""
+    link_latency_ms: float = bounded(2.0, low=0)
+    ingest_ms: float = bounded(5.0, low=0)
+    """Tokenizing and the way to the scheduler, before any step."""
+    speed: float = bounded(1.0, low=0.01)
+    """Of its steps, beside the table or the cost model."""
+    joins_s: float = bounded(0.0, low=0)
+    """When it is started; 0: it serves from the beginning."""
+    start_up_s: float = bounded(60.0, low=0)
+    """From its start until it serves, where it joins later; it is paid for meanwhile."""
+    role_switch_s: float = bounded(0.4, low=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetEntry:
+    name: str = "fleet"
+    mode: str = one_of("stock", MODES)
+    model: str = "Llama-3.1-8B"
+    device: str = "h100"
+    tp: int = bounded(1, low=1, high=64)
+    table: str = ""
+    """Measured steps (CSV), used where the file is there; without it, the cost model's constants,
+    moved away from those that predictions use."""
+    table_system: str = "h100_sxm"
+    table_model: str = "meta-llama/Meta-Llama-3.1-8B"
+    noise: float = bounded(0.05, low=0, high=1)
+    """Sigma of the log-normal noise on each step."""
+    server: tuple[ServerEntry, ...] = ()
+
+
+def _poisson(entry: WorkloadEntry, rate: float) -> Arrivals:
+    return Poisson(rate=rate)
+
+
+def _gamma(entry: WorkloadEntry, rate: float) -> Arrivals:
+    return Gamma(rate=rate, cv=entry.cv)
+
+
+def _bursts(entry: WorkloadEntry, rate: float) -> Arrivals:
+    factor, burst_s, calm_s = entry.burst_factor, entry.burst_s, entry.calm_s
+    return Bursts(rate=rate, factor=factor, burst_s=burst_s, calm_s=calm_s)
+
+
+def _diurnal(entry: WorkloadEntry, rate: float) -> Arrivals:
+    return Diurnal(rate=rate, peak_to_trough=entry.peak_to_trough, day_s=entry.day_s)
+
+
+OPEN: dict[str, Callable[[WorkloadEntry, float], Arrivals]] = {
+    "poisson": _poisson,
+    "gamma": _gamma,
+    "bursts": _bursts,
+    "diurnal": _diurnal,
+}
+TRACE, CLOSED, BACKLOG = "trace", "closed", "backlog"
+ARRIVALS = {**dict.fromkeys(OPEN), TRACE: None, CLOSED: None, BACKLOG: None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadEntry:
+    """One class of requests: who asks, when, how much, and what they expect."""
+
+    name: str
+    kind: Kind = Kind.ONLINE
+    arrivals: str = one_of("poisson", ARRIVALS)
+    """trace: as recorded. closed: so many clients, each with one request at a time. backlog: all
+    at the beginning."""
+    rate: float = bounded(1.0, low=1e-6)
+    """Requests per second, the mean."""
+    cv: float = bounded(2.0, low=0.01)
+    burst_factor: float = bounded(8.0, low=1)
+    burst_s: float = bounded(10.0, low=0.001)
+    calm_s: float = bounded(50.0, low=0.001)
+    peak_to_trough: float = bounded(4.0, low=1)
+    day_s: float = bounded(86_400.0, low=1)
+    clients: int = bounded(16, low=1)
+    think_s: float = bounded(0.0, low=0)
+    """closed: the mean pause of a client between an answer and its next request."""
+    count: int = bounded(1000, low=1)
+    """backlog: how many there are."""
+    trace: str = ""
+    """CSV with timestamp, input_tokens, output_tokens and perhaps cached_prefix_tokens."""
+    lengths: str = ""
+    """CSV whose rows give the lengths of synthetic requests; log-normal ones when empty."""
+    from_s: float = bounded(0.0, low=0)
+    """Where in the trace to begin."""
+    tick_s: float = bounded(0.0, low=0)
+    """Times of the trace are told in such ticks: each request is moved within its own."""
+    rate_scale: float = bounded(1.0, low=1e-6)
+    bad_rows: BadRows = BadRows.REFUSE
+    too_large: BadRows = BadRows.REFUSE
+    """The same for requests larger than any server."""
+    input_median: float = bounded(1024.0, low=1)
+    input_sigma: float = bounded(0.8, low=0)
+    input_max: int = bounded(32_768, low=1)
+    output_median: float = bounded(128.0, low=1)
+    output_sigma: float = bounded(0.8, low=0)
+    output_max: int = bounded(4096, low=1)
+    max_tokens: int = bounded(4096, low=1)
+    """What each request names as its limit: all that policies and servers know of its answer."""
+    names_length: bool = False
+    """Requests name the true length of their answer instead, as benchmarks with ignore_eos do."""
+    prefix_groups: int = bounded(8, low=1)
+    """Cached prefixes belong to so many families of prompts."""
+    ttft_ms: float = bounded(2000.0, low=1)
+    tpot_ms: float = bounded(100.0, low=1)
+    patience: float = bounded(5.0, low=1)
+    """A prompt that waits for this many TTFT targets is answered 503."""
+    window_s: float = bounded(86_400.0, low=1)
+    """Offline: how long a request may wait, and take, in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyEntry:
+    """One column of the comparison: the tables of config.toml that decide."""
+
+    name: str
+    fleet: str = ""
+    """Which fleet it runs on; empty: the first."""
+    policies: Policies = field(default_factory=Policies)
+    admission: Admission = field(default_factory=Admission)
+    limits: Limits = field(default_factory=Limits)
+    retry: Retry = field(default_factory=Retry)
+    breaker: BreakerSettings = field(default_factory=BreakerSettings)
+
+    def config(self) -> Config:
+        return Config(
+            policies=self.policies,
+            admission=self.admission,
+            limits=self.limits,
+            retry=self.retry,
+            breaker=self.breaker,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    of: Swept = Swept.RATE
+    values: tuple[float, ...] = (1.0,)
+    """Multiples of what the workloads say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayEntry:
+    """What the gateway and the way to the servers take."""
+
+    request_ms: float = bounded(0.5, low=0)
+    """From a decision until the server has the request."""
+    answer_ms: float = bounded(0.5, low=0)
+    """From a token at the server until the gateway has it."""
+    tick_ms: float = bounded(100.0, low=1)
+    """How often progress is told."""
+    poll_ms: float = bounded(500.0, low=10)
+    """How often each server is asked for its load."""
+    report_age_ms: float = bounded(5.0, low=0)
+    """How old the load is when it is told."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    name: str = "scenario"
+    about: str = ""
+    data: str = ""
+    """Where traces and tables lie, as seen from this file; --data goes before it."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    warm_up_s: float = bounded(0.0, low=0)
+    """Online requests that come earlier are served and not counted."""
+    duration_s: float = bounded(0.0, low=0)
+    """Arrivals end here; 0: with the last trace."""
+    drain_s: float = bounded(600.0, low=0)
+    """After the last arrival, what runs may end for this long; what is left counts as missed."""
+    gateway: GatewayEntry = field(default_factory=GatewayEntry)
+    fleet: tuple[FleetEntry, ...] = ()
+    workload: tuple[WorkloadEntry, ...] = ()
+    policy: tuple[PolicyEntry, ...] = (PolicyEntry(name="default"),)
+    sweep: Sweep = field(default_factory=Sweep)
+
+    def fleet_of(self, policy: PolicyEntry) -> FleetEntry:
+        return next(it for it in self.fleet if policy.fleet in ("", it.name))
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A class of requests with what its files hold."""
+
+    entry: WorkloadEntry
+    trace: Trace | None = None
+    """Of arrivals and lengths, or of lengths alone."""
+
+    @property
+    def is_replayed(self) -> bool:
+        return self.entry.arrivals == TRACE
+
+    def end_s(self, scale: float) -> float:
+        """When the last row of the trace comes, a moment later."""
+        rows = self.trace.rows if self.trace is not None else ()
+        last_s = rows[-1].arrival_s if rows else 0.0
+        entry = self.entry
+        return (last_s - entry.from_s + entry.tick_s) / (entry.rate_scale * scale) + 1e-6
+
+    def law_of_lengths(self) -> Lengths:
+        if self.trace is not None:
+            return Empirical(self.trace.rows)
+        entry = self.entry
+        return LogNormal(
+            input_median=entry.input_median,
+            input_sigma=entry.input_sigma,
+            input_max=entry.input_max,
+            output_median=entry.output_median,
+            output_sigma=entry.output_sigma,
+            output_max=entry.output_max,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A scenario whose files are found and read."""
+
+    scenario: Scenario
+    sources: tuple[Source, ...]
+    data: Path
+
+    def until_s(self, load: float) -> float:
+        """When arrivals end: as the scenario says, or with the longest trace."""
+        if self.scenario.duration_s:
+            return self.scenario.duration_s
+        ends = [it.end_s(self.scale(it.entry, load)) for it in self.sources if it.is_replayed]
+        if not ends:
+            raise ConfigError("duration_s is needed where no workload is a trace")
+        return max(ends)
+
+    def scale(self, entry: WorkloadEntry, load: float) -> float:
+        """What a sweep's value multiplies this workload with."""
+        swept = Kind.ONLINE if self.scenario.sweep.of is Swept.RATE else Kind.OFFLINE
+        return load if entry.kind is swept else 1.0
+
+
+def load(path: Path, data: Path | None = None) -> Plan:
+    """Reads the scenario, and with it every trace that it names."""
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    scenario = decode(Scenario, table)
+    return planned(scenario, data or path.parent / scenario.data)
+
+
+def planned(scenario: Scenario, data: Path) -> Plan:
+    """Traces and tables are looked for in `data`."""
+    check(scenario)
+    data = data.resolve()
+    entries = enumerate(scenario.workload)
+    sources = tuple(_source(entry, f"workload[{i}]", data) for i, entry in entries)
+    plan = Plan(scenario=scenario, sources=sources, data=data)
+    for load in scenario.sweep.values:
+        if not plan.until_s(load) > scenario.warm_up_s:
+            raise ConfigError(
+                f"warm_up_s {scenario.warm_up_s:g} leaves nothing to count: arrivals end after "
+                f"{plan.until_s(load):g} s"
+            )
+    return plan
+
+
+def check(scenario: Scenario) -> None:
+    """What no single key can know."""
+    if not scenario.workload:
+        raise ConfigError("a scenario needs at least one [[workload]]")
+    if not any(fleet.server for fleet in scenario.fleet):
+        raise ConfigError("a scenario needs a [[fleet]] with at least one [[fleet.server]]")
+    if not scenario.policy or not scenario.seeds or not scenario.sweep.values:
+        raise ConfigError("a scenario needs at least one policy, one seed and one sweep value")
+    if min(scenario.sweep.values) <= 0:
+        raise ConfigError(f"sweep.values must be positive, got {list(scenario.sweep.values)}")
+    for what in ("fleet", "workload", "policy"):
+        _distinct([entry.name for entry in getattr(scenario, what)], what)
+    fleets = [fleet.name for fleet in scenario.fleet]
+    for i, policy in enumerate(scenario.policy):
+        if policy.fleet and policy.fleet not in fleets:
+            raise ConfigError(f"policy[{i}].fleet must be one of {fleets}, got {policy.fleet!r}")
+    for i, fleet in enumerate(scenario.fleet):
+        _check_roles(fleet, f"fleet[{i}]")
+
+
+def _distinct(names: Sequence[str], what: str) -> None:
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"two [[{what}]] are called {doubled[0]!r}")
+
+
+def _check_roles(fleet: FleetEntry, where: str) -> None:
+    roles = {server.role for server in fleet.server if not server.joins_s}
+    if Role.UNIFIED not in roles and not {Role.PREFILL, Role.DECODE} <= roles:
+        raise ConfigError(
+            f"{where} can serve nothing at the beginning: it needs a unified server, or a prefill "
+            "and a decode server, that does not join later"
+        )
+
+
+def _source(entry: WorkloadEntry, where: str, data: Path) -> Source:
+    if (entry.arrivals == TRACE) != bool(entry.trace):
+        raise ConfigError(f'{where}: arrivals = "trace" and a path in trace belong together')
+    if not (entry.trace or entry.lengths):
+        return Source(entry)
+    key, name = ("trace", entry.trace) if entry.trace else ("lengths", entry.lengths)
+    path = data / name
+    if not path.is_file():
+        raise ConfigError(
+            f"{where}.{key}: {path} is not there. Say with --data in which folder {name} lies, or "
+            "name another CSV with the columns "
+            + ("timestamp, input_tokens, output_tokens" if entry.trace else "input_tokens, "
+               "output_tokens")
+        )  # fmt: skip
+    read = read_trace if entry.trace else read_lengths
+    try:
+        return Source(entry, read(path, skip_bad=entry.bad_rows is BadRows.SKIP))
+    except WorkloadError as error:
+        raise ConfigError(f"{where}.{key}: {error}") from error

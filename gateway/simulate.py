@@ -1,0 +1,105 @@
+"""`slackwater simulate`: what a fleet would do with a workload, before anybody buys it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import orjson
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gateway.scenario import Plan, load
+from gateway.settings import ConfigError
+from gateway.simulation.asks import prepared
+from gateway.simulation.page import page
+from gateway.simulation.records import LogWriter
+from gateway.simulation.runs import Outcome, cases_of, run_all
+from gateway.simulation.show import show_outcome
+from gateway.simulation.summary import Row, left_out, notes_of, rows_of
+
+PIPE_COLUMNS = 220
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("scenario", type=Path, metavar="SCENARIO.toml")
+    parser.add_argument("--data", type=Path, help="where traces and tables lie (default: as the "
+                        "scenario says, beside it)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--log", type=Path, metavar="FOLDER", help="write every request: "
+                        "requests.csv, runs.csv")  # fmt: skip
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report with plots")
+    parser.add_argument("--processes", type=int, default=0, help="runs at the same time "
+                        "(default: one for each core)")  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run_simulate(given: argparse.Namespace, console: Console | None = None) -> int:
+    out = console or _console()
+    try:
+        plan = load(given.scenario, given.data)
+        outcomes = _run(given, plan)
+    except ConfigError as error:
+        Console(stderr=True, soft_wrap=True).print(
+            f"slackwater simulate: {error}", style="red", markup=False, highlight=False
+        )
+        return 2
+    rows, notes = rows_of(outcomes), notes_of(outcomes)
+    if given.html is not None:
+        given.html.write_text(page(plan, rows, outcomes, notes), encoding="utf-8")
+    if given.json:
+        out.file.write(orjson.dumps(answer(plan, rows, outcomes, notes)).decode() + "\n")
+    else:
+        show_outcome(out, rows, notes)
+    return 0
+
+
+def answer(
+    plan: Plan, rows: list[Row], outcomes: list[Outcome], notes: list[str]
+) -> dict[str, Any]:
+    """The same names as in the tables of the documentation."""
+    scenario = plan.scenario
+    return {
+        "scenario": scenario.name,
+        "seeds": scenario.seeds,
+        "warm_up_s": scenario.warm_up_s,
+        "swept": scenario.sweep.of,
+        "summary": [asdict(row) for row in rows],
+        "runs": [
+            asdict(it.facts) | {"workloads": [asdict(figures) for figures in it.figures]}
+            for it in outcomes
+        ],
+        "left_out": left_out(outcomes),
+        "notes": notes,
+    }
+
+
+def _run(given: argparse.Namespace, plan: Plan) -> list[Outcome]:
+    first = cases_of(plan)[0]
+    prepared(plan, first.load, first.seed)  # what is wrong with the workload is said at once
+    log = LogWriter(given.log) if given.log is not None else None
+    processes = given.processes or os.cpu_count() or 1
+    columns = (TextColumn("simulating"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    quiet = given.quiet or given.json
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True, disable=quiet
+    ) as progress:
+        task = progress.add_task("", total=1.0)
+        try:
+            return run_all(
+                plan,
+                processes=processes,
+                keep=None if log is None else log.write,
+                tick=lambda share: progress.update(task, completed=share),
+            )
+        finally:
+            if log is not None:
+                log.close()
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_COLUMNS)

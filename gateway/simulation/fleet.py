@@ -1,0 +1,158 @@
+"""The servers of a scenario as engines: how large each is, and how long its steps take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+
+from backends.engine import Engine, EngineConfig, Fabric
+from backends.simulated import worker_of
+from backends.steptimes import Noisy, StepTimes, read_table
+from gateway.scenario import FleetEntry, ServerEntry
+from gateway.settings import ConfigError
+from policies.clock import Clock
+from policies.constants import Constants, ConstantsError, lookup
+from policies.devices import UnknownDevice, device_named
+from policies.models import ModelError, model_named
+from policies.roofline import CostModel, DoesNotFit, Parallel, build, prefill_batch
+from policies.shipped import SHIPPED
+from policies.sizing import capacity_tokens
+from policies.types import Role, Worker
+
+FIRST_BOOTSTRAP_PORT = 9000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerPlan:
+    """One server before there is an engine."""
+
+    entry: ServerEntry
+    config: EngineConfig
+    times: StepTimes
+    times_source: str
+    gpus: int
+
+    @property
+    def serves_from_s(self) -> float:
+        return self.entry.joins_s + self.entry.start_up_s if self.entry.joins_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Modelled:
+    """Step times by the cost model, for machines that nobody has measured here."""
+
+    cost: CostModel
+
+    def prefill_s(self, chunks: Sequence[tuple[int, int]]) -> float:
+        return self.cost.cost(prefill_batch(chunks)).seconds
+
+    def decode_s(self, batch: int, context_tokens: int) -> float:
+        return self.cost.decode(batch, context_tokens).seconds
+
+
+def moved(constants: Constants) -> Constants:
+    """A machine some percent worse than predictions take it to be, and not evenly so."""
+    return replace(
+        constants,
+        gemm_efficiency=constants.gemm_efficiency * 0.93,
+        attention_efficiency=constants.attention_efficiency * 0.88,
+        weight_efficiency=constants.weight_efficiency * 0.95,
+        kv_efficiency=constants.kv_efficiency * 0.92,
+        prefill_layer_us=constants.prefill_layer_us * 1.2,
+        decode_layer_us=constants.decode_layer_us * 1.1,
+        source=f"{constants.source}; moved away from by 5 to 20 %",
+    )
+
+
+def servers_of(fleet: FleetEntry, data: Path) -> list[ServerPlan]:
+    plans: list[ServerPlan] = []
+    for entry in fleet.server:
+        try:
+            like = _plan(fleet, entry, data)
+        except (ConstantsError, DoesNotFit, ModelError, UnknownDevice, ValueError) as error:
+            raise ConfigError(f"fleet {fleet.name!r}: {error}") from error
+        for number in range(1, entry.count + 1):
+            name = f"{entry.name or entry.role}-{number}"
+            port = FIRST_BOOTSTRAP_PORT + len(plans)
+            config = replace(like.config, name=name, bootstrap_port=port)
+            plans.append(replace(like, config=config))
+    names = [plan.config.name for plan in plans]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"fleet {fleet.name!r}: two servers are called {doubled[0]!r}")
+    return plans
+
+
+def _plan(fleet: FleetEntry, entry: ServerEntry, data: Path) -> ServerPlan:
+    tp = entry.tp or fleet.tp
+    device = device_named(entry.device or fleet.device)
+    model = model_named(entry.model or fleet.model)
+    constants = moved(lookup(SHIPPED, device.name, model.family, tp))
+    cost = build(model, device, constants, Parallel(tp=tp))
+    times, source = _times(fleet, entry, data, cost, tp)
+    config = EngineConfig(
+        role=entry.role,
+        model="",
+        kv_tokens=entry.kv_tokens or capacity_tokens(cost),
+        max_running=entry.max_running,
+        chunk_tokens=entry.chunk_tokens,
+        page_tokens=entry.page_tokens,
+        context_tokens=entry.context_tokens,
+        kv_bytes_per_token=round(cost.kv_bytes_per_token),
+        link_bytes_per_s=entry.link_gb_s * 1e9,
+        link_latency_s=entry.link_latency_ms / 1e3,
+        ingest_s=entry.ingest_ms / 1e3,
+        role_switch_s=entry.role_switch_s,
+    )
+    return ServerPlan(entry=entry, config=config, times=times, times_source=source, gpus=tp)
+
+
+def _times(
+    fleet: FleetEntry, entry: ServerEntry, data: Path, cost: CostModel, tp: int
+) -> tuple[StepTimes, str]:
+    """Measured steps belong to the fleet's own machine; a server that differs is modelled."""
+    path = data / fleet.table
+    is_the_fleets = not (entry.device or entry.model) and tp == fleet.tp
+    if fleet.table and is_the_fleets and path.is_file():
+        system, model = fleet.table_system, fleet.table_model
+        table = read_table(path, system=system, model=model, tp=tp)
+        return table, f"measured: {model} tp{tp} on {system}, {path.name}"
+    absent = f"{path} is not there; " if fleet.table and is_the_fleets else ""
+    return Modelled(cost), f"{absent}cost model: {cost.source}"
+
+
+def capacities(plans: Sequence[ServerPlan]) -> dict[Role, int]:
+    """The largest request that some server of each role can hold, prompt and answer together."""
+    largest: dict[Role, int] = {}
+    for plan in plans:
+        role = plan.config.role
+        largest[role] = max(largest.get(role, 0), plan.config.max_request_tokens)
+    return largest
+
+
+def fits(prompt_tokens: int, output_tokens: int, largest: dict[Role, int]) -> bool:
+    both = prompt_tokens + output_tokens
+    if both <= largest.get(Role.UNIFIED, 0):
+        return True
+    return prompt_tokens < largest.get(Role.PREFILL, 0) and both <= largest.get(Role.DECODE, 0)
+
+
+def engines_of(
+    plans: Sequence[ServerPlan], noise: float, clock: Clock, random: Random
+) -> list[Engine]:
+    """Each with noise of its own, so that one more step on one moves no other."""
+    fabric = Fabric(clock)
+    engines = []
+    for plan in plans:
+        own = Random(random.getrandbits(64))
+        times = Noisy(plan.times, own, noise) if noise else plan.times
+        engine = Engine(plan.config, clock, times, fabric)
+        engine.leaps = True
+        engine.slow_factor = 1 / plan.entry.speed
+        engines.append(engine)
+    return engines
+
+
+def worker_for(engine: Engine, plan: ServerPlan) -> Worker:
+    return replace(worker_of(engine), pool=plan.entry.pool)

@@ -1,0 +1,316 @@
+"""One run: the core and the driver that serve live traffic, on a virtual clock, before engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+from backends.engine import Engine, Resident
+from backends.simulated import Delays, Grid, SimulatedBackend, load_of
+from backends.workload import Ask
+from gateway.config import rules_of
+from gateway.core import Core
+from gateway.driver import Driver
+from gateway.scenario import CLOSED, FleetEntry, Plan, PolicyEntry
+from gateway.simulation.asks import Stream, opened, prepared
+from gateway.simulation.fleet import ServerPlan, engines_of, servers_of, worker_for
+from gateway.simulation.records import Ended, Record, RunFacts
+from policies.clock import VirtualClock
+from policies.events import (
+    Arrived,
+    Decision,
+    Dispatch,
+    Event,
+    Fail,
+    Failed,
+    Finished,
+    FirstToken,
+    LoadReport,
+    Reject,
+    WorkerUp,
+)
+from policies.types import Kind, Worker
+
+SAMPLES = 240
+"""Points of a timeline while requests arrive."""
+GATEWAY_ONLINE, GATEWAY_OFFLINE = "online, in the gateway", "offline, in the gateway"
+
+Tick = Callable[[float], object]
+"""Told how much of the run is done, from 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One cell of the comparison."""
+
+    policy: PolicyEntry
+    load: float
+    seed: int
+
+
+@dataclass(slots=True)
+class Timeline:
+    """How many requests were where; each series has a value for each time."""
+
+    times_s: list[float] = field(default_factory=list)
+    waiting: dict[str, list[int]] = field(default_factory=dict)
+    running: dict[str, list[int]] = field(default_factory=dict)
+
+    def add(self, now_s: float, waiting: dict[str, int], running: dict[str, int]) -> None:
+        self.times_s.append(now_s)
+        for series, values in ((self.waiting, waiting), (self.running, running)):
+            for name, value in values.items():
+                series.setdefault(name, []).append(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """What one run leaves."""
+
+    facts: RunFacts
+    records: list[Record]
+    timeline: Timeline
+    sources: tuple[str, ...]
+    """Where the step times of its servers come from."""
+
+
+class Recorder:
+    """Hears what the core hears, sees what it decides, and asks servers what a leg took."""
+
+    def __init__(self, ended: Callable[[Record], None]) -> None:
+        self.records: dict[str, Record] = {}
+        self._ended = ended
+
+    def decided(self, now_us: int, decision: Decision) -> None:
+        match decision:
+            case Dispatch(job=job):
+                self._dispatched(self.records[job.id], decision, now_us)
+            case Reject(job, reason):
+                self._over(self.records[job.id], Ended.REJECTED, reason, now_us)
+            case Fail(job, reason):
+                self._over(self.records[job.id], Ended.FAILED, reason, now_us)
+            case _:
+                pass
+
+    @staticmethod
+    def _dispatched(record: Record, dispatch: Dispatch, now_us: int) -> None:
+        if record.dispatched_us is None:
+            record.dispatched_us = now_us
+        record.sent_us = now_us
+        record.attempts = dispatch.attempt
+        record.prefill, record.decode = dispatch.prefill or "", dispatch.decode
+
+    def _over(self, record: Record, ended: Ended, reason: str, now_us: int) -> None:
+        record.ended, record.reason, record.last_us = ended, str(reason), now_us
+        self._ended(record)
+
+    def heard(self, event: Event, now_us: int) -> None:
+        match event:
+            case FirstToken(job_id):
+                record = self.records[job_id]
+                record.first_us = now_us if record.first_us is None else record.first_us
+            case Finished(job_id, generated):
+                record = self.records[job_id]
+                record.generated += generated
+                self._over(record, Ended.FINISHED, "", now_us)
+            case Failed(job_id):
+                self.records[job_id].generated += event.generated
+            case _:
+                pass
+
+    def leg_ended(self, job_id: str, resident: Resident) -> None:
+        record = self.records[job_id]
+        if resident.began_s is None:
+            return
+        began_us = round(resident.began_s * 1e6)
+        if record.computed_tokens == 0 and record.began_us is None:
+            record.cached_tokens = resident.cached_tokens
+        record.computed_tokens += resident.computed_tokens
+        if record.sent_us is not None and began_us >= record.sent_us:
+            record.began_us = began_us
+            computed_s = resident.computed_s
+            record.computed_us = None if computed_s is None else round(computed_s * 1e6)
+
+
+class World:
+    """Everything of one run, on one clock."""
+
+    def __init__(self, plan: Plan, case: Case, tick: Tick | None = None) -> None:
+        scenario, delays = plan.scenario, plan.scenario.gateway
+        self._plan, self._case, self._tick = plan, case, tick
+        self._until_s = plan.until_s(case.load)
+        self._virtual = VirtualClock()
+        self._clock = Grid(self._virtual)
+        self._fleet: FleetEntry = scenario.fleet_of(case.policy)
+        self._servers: list[ServerPlan] = servers_of(self._fleet, plan.data)
+        noise = Random(f"{case.seed}/steps")
+        self._engines: list[Engine] = engines_of(
+            self._servers, self._fleet.noise, self._clock, noise
+        )
+        self._backend = SimulatedBackend(
+            self._engines,
+            self._clock,
+            Delays(
+                request_s=delays.request_ms / 1e3,
+                answer_s=delays.answer_ms / 1e3,
+                tick_s=delays.tick_ms / 1e3,
+            ),
+        )
+        self._recorder = Recorder(self._ended)
+        self._core = Core(rules_of(case.policy.config()), self._first_workers())
+        self._driver = Driver(self._core, self._clock, self._backend, self._recorder.decided)
+        self._backend.connect(self._heard)
+        self._backend.on_leg_end = self._recorder.leg_ended
+        self._asks = prepared(plan, case.load, case.seed)
+        self._streams = {it.entry.name: it for it in self._asks.streams}
+        self._open = 0
+        self._coming = 0
+        self._last_s = 0.0
+        self._timeline = Timeline()
+
+    def run(self) -> Ran:
+        """Ends when every request has, or `drain_s` after the last arrival."""
+        for stream in self._asks.streams:
+            if stream.entry.arrivals == CLOSED:
+                for _ in range(stream.clients):
+                    self._come(stream, self._pause_s(stream))
+            else:
+                self._await_next(stream)
+        self._join_later()
+        self._poll()
+        self._sample()
+        self._virtual.run(self._until_s + self._plan.scenario.drain_s)
+        self._close_books()
+        return Ran(
+            facts=self._facts(),
+            records=list(self._recorder.records.values()),
+            timeline=self._timeline,
+            sources=tuple(dict.fromkeys(it.times_source for it in self._servers)),
+        )
+
+    # Arrivals.
+
+    def _await_next(self, stream: Stream) -> None:
+        """Only the next request of a stream is on the clock."""
+        ask = next(stream.asks, None)
+        if ask is not None:
+            self._coming += 1
+            self._clock.call_at(ask.arrival_s, self._next_arrives, stream, ask)
+
+    def _next_arrives(self, stream: Stream, ask: Ask) -> None:
+        self._coming -= 1
+        self._arrive(stream, ask)
+        self._await_next(stream)
+
+    def _come(self, stream: Stream, after_s: float) -> None:
+        """A client's next request, while requests come at all."""
+        when = self._clock.time() + after_s
+        if when < self._until_s and (ask := next(stream.asks, None)) is not None:
+            self._coming += 1
+            self._clock.call_at(when, self._client_asks, stream, ask)
+
+    def _client_asks(self, stream: Stream, ask: Ask) -> None:
+        self._coming -= 1
+        self._arrive(stream, ask)
+
+    @staticmethod
+    def _pause_s(stream: Stream) -> float:
+        mean_s = stream.entry.think_s
+        return stream.random.expovariate(1 / mean_s) if mean_s else 0.0
+
+    def _arrive(self, stream: Stream, ask: Ask) -> None:
+        job, work, record = opened(stream, ask, self._now_us(), self._asks.room)
+        self._recorder.records[job.id] = record
+        self._open += 1
+        self._backend.open(job.id, work)
+        self._driver.post(Arrived(job))
+
+    def _ended(self, record: Record) -> None:
+        self._open -= 1
+        self._last_s = self._clock.time()
+        stream = self._streams[record.workload]
+        if stream.entry.arrivals == CLOSED:
+            self._come(stream, self._pause_s(stream))
+
+    @property
+    def _is_over(self) -> bool:
+        return not self._open and not self._coming
+
+    # Between servers, core and records.
+
+    def _now_us(self) -> int:
+        return round(self._clock.time() * 1e6)
+
+    def _heard(self, event: Event) -> None:
+        self._recorder.heard(event, self._now_us())
+        self._driver.post(event)
+
+    def _first_workers(self) -> list[Worker]:
+        pairs = zip(self._engines, self._servers, strict=True)
+        return [worker_for(engine, plan) for engine, plan in pairs if not plan.serves_from_s]
+
+    def _join_later(self) -> None:
+        for engine, plan in zip(self._engines, self._servers, strict=True):
+            if plan.serves_from_s:
+                event = WorkerUp(worker_for(engine, plan))
+                self._clock.call_at(plan.serves_from_s, self._driver.post, event)
+
+    def _poll(self) -> None:
+        """Loads are told some time after they were true."""
+        gateway, now_us = self._plan.scenario.gateway, self._now_us()
+        told = [LoadReport(engine.name, load_of(engine, now_us)) for engine in self._engines]
+        now_s = self._clock.time()
+        self._clock.call_at(now_s + gateway.report_age_ms / 1e3, self._tell, told)
+        if not self._is_over:
+            self._clock.call_at(now_s + gateway.poll_ms / 1e3, self._poll)
+
+    def _tell(self, reports: list[LoadReport]) -> None:
+        for report in reports:
+            self._driver.post(report)
+
+    # Books.
+
+    def _sample(self) -> None:
+        waiting: dict[str, int] = {
+            GATEWAY_ONLINE: self._core.queued(Kind.ONLINE),
+            GATEWAY_OFFLINE: self._core.queued(Kind.OFFLINE),
+        }
+        running: dict[str, int] = {}
+        for engine, plan in zip(self._engines, self._servers, strict=True):
+            where = f"{engine.role} servers, {plan.entry.pool}"
+            inside, decoding = len(engine.machine.live), len(engine.machine.batch)
+            waiting[where] = waiting.get(where, 0) + inside - decoding
+            running[where] = running.get(where, 0) + decoding
+        now_s = self._clock.time()
+        self._timeline.add(now_s, waiting, running)
+        if self._tick is not None:
+            self._tick(min(1.0, now_s / self._until_s))
+        if not self._is_over:
+            self._clock.call_at(now_s + self._until_s / SAMPLES, self._sample)
+
+    def _close_books(self) -> None:
+        """What still runs has what it has got so far."""
+        now_us = self._now_us()
+        for record in self._recorder.records.values():
+            if record.ended is Ended.UNFINISHED:
+                self._last_s = now_us / 1e6
+                record.generated += self._backend.generated(record.id)
+                record.last_us = now_us if record.first_us is not None else None
+
+    def _facts(self) -> RunFacts:
+        ended_s = max(self._until_s, self._last_s)
+        counts = self._asks.counts
+        return RunFacts(
+            policy=self._case.policy.name,
+            load=self._case.load,
+            seed=self._case.seed,
+            from_us=round(self._plan.scenario.warm_up_s * 1e6),
+            until_us=round(self._until_s * 1e6),
+            ended_us=round(ended_s * 1e6),
+            gpu_s=sum(it.gpus * max(0.0, ended_s - it.entry.joins_s) for it in self._servers),
+            requests=len(self._recorder.records),
+            skipped_rows=counts.skipped_rows,
+            too_large=counts.too_large,
+            cut_answers=counts.cut_answers,
+        )
