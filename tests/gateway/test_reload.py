@@ -284,7 +284,8 @@ async def test_a_rid_names_one_request_at_a_time() -> None:
 async def test_a_server_that_is_taken_off_the_list_keeps_no_socket() -> None:
     async with standing(TWO_PAIRS) as site:
         await site.serves()
-        gone = site.gateway.backend.server("d2").upstream
+        servers = {server.name: server for server in site.gateway.backend.servers()}
+        gone = servers["d2"].upstream
         open_before = gone.open
         site.gateway.adopt(replace(site.config, worker=site.config.worker[:2]))
         await site.until("its sockets are closed", lambda: not gone.open)
