@@ -96,7 +96,7 @@ def measure(asked: argparse.Namespace) -> Report:
     growth = costs[LENGTHS[-1]] / costs[LENGTHS[0]]
     report.checks = [
         Check(name=f"wall time of {runs[0].requests} requests",
-              value=min(it.wall_s for it in runs), target=60.0, unit="s"),
+              value=max(it.wall_s for it in runs), target=60.0, unit="s"),
         Check(name="memory", value=max(it.rss_mib for it in runs), target=1024.0, unit="MiB"),
         Check(name="logs of one seed that differ", value=0 if same else 1, target=0, unit=""),
         Check(name=f"CPU/request over {LENGTHS[-1]} times as long", value=growth, target=GROWTH,

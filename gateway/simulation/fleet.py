@@ -22,6 +22,8 @@ from policies.sizing import capacity_tokens
 from policies.types import Role, Worker
 
 FIRST_BOOTSTRAP_PORT = 9000
+ENGINES: dict[str, type[Engine]] = {"stock": Engine}
+"""The engine of each mode that a scenario may name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,15 +141,16 @@ def fits(prompt_tokens: int, output_tokens: int, largest: dict[Role, int]) -> bo
 
 
 def engines_of(
-    plans: Sequence[ServerPlan], noise: float, clock: Clock, random: Random
+    plans: Sequence[ServerPlan], fleet: FleetEntry, clock: Clock, random: Random
 ) -> list[Engine]:
     """Each with noise of its own, so that one more step on one moves no other."""
+    noise, kind = fleet.noise, ENGINES[fleet.mode]
     fabric = Fabric(clock)
     engines = []
     for plan in plans:
         own = Random(random.getrandbits(64))
         times = Noisy(plan.times, own, noise) if noise else plan.times
-        engine = Engine(plan.config, clock, times, fabric)
+        engine = kind(plan.config, clock, times, fabric)
         engine.leaps = True
         engine.slow_factor = 1 / plan.entry.speed
         engines.append(engine)

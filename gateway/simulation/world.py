@@ -145,9 +145,7 @@ class World:
         self._fleet: FleetEntry = scenario.fleet_of(case.policy)
         self._servers: list[ServerPlan] = servers_of(self._fleet, plan.data)
         noise = Random(f"{case.seed}/steps")
-        self._engines: list[Engine] = engines_of(
-            self._servers, self._fleet.noise, self._clock, noise
-        )
+        self._engines: list[Engine] = engines_of(self._servers, self._fleet, self._clock, noise)
         self._backend = SimulatedBackend(
             self._engines,
             self._clock,

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gateway.scenario import BadRows, Scenario, load
+from gateway.scenario import (
+    MODES,
+    BadRows,
+    FleetEntry,
+    GatewayEntry,
+    PolicyEntry,
+    Scenario,
+    ServerEntry,
+    Sweep,
+    WorkloadEntry,
+    load,
+)
 from gateway.settings import ConfigError, decode
 from gateway.simulation.asks import prepared
-from gateway.simulation.fleet import servers_of
+from gateway.simulation.fleet import ENGINES, servers_of
 from policies.types import Role
 from tests.gateway.simulation.scenarios import CHAT, UNIFIED, fleet, plan
 
@@ -173,3 +185,16 @@ def test_a_shipped_scenario_says_something(path: Path) -> None:
         roles = {server.config.role for server in servers_of(entry, Path())}
         assert Role.UNIFIED in roles or {Role.PREFILL, Role.DECODE} <= roles
     assert not any(entry.trace.startswith("/") for entry in shipped.workload)
+
+
+def test_the_documentation_names_every_key() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "simulator.md").read_text()
+    named = set(re.findall(r"`([a-z_.]+)`", text)) | set(re.findall(r"^\[*([a-z_]+)", text, re.M))
+    named = {part for it in named for part in it.split(".")}
+    for cls in (Scenario, Sweep, GatewayEntry, FleetEntry, ServerEntry, WorkloadEntry, PolicyEntry):
+        missing = {field.name for field in fields(cls)} - named
+        assert missing <= {"server", "fleet", "workload", "policy", "gateway"}, cls
+
+
+def test_every_mode_has_its_engine() -> None:
+    assert ENGINES.keys() == MODES.keys()
