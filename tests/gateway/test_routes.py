@@ -292,7 +292,7 @@ async def test_the_official_client_chats_streams_and_completes() -> None:
 async def test_the_official_client_reads_the_responses_route() -> None:
     async with real_gateway() as (_, client):
         whole = await client.responses.create(model="emulated", input="Hi", max_output_tokens=6)
-        assert whole.status == "completed"
+        assert whole.status == "incomplete"  # its limit has cut it off
         assert whole.output_text
 
 
