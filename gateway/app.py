@@ -35,7 +35,7 @@ from gateway.pages import Pages
 from gateway.probe import Prober
 from gateway.router import Router
 from policies.clock import Clock
-from policies.events import Wakeup, WorkerDown, WorkerGone, WorkerUp
+from policies.events import Wakeup, WorkerGone
 from policies.types import Worker
 
 log = structlog.get_logger("slackwater")
@@ -131,9 +131,7 @@ class Gateway:
         self._entries[worker.name] = entry
         server = self.backend.add(worker, entry.api_key)
         if known is None or known.worker.url != worker.url:
-            # Known from the start, so that requests are told "unavailable" rather than "no server".
-            self.driver.post(WorkerUp(worker))
-            self.driver.post(WorkerDown(worker.name))
+            self.prober.expect(worker)
         return self.prober.watch(server, worker, self._tasks)
 
     def _remove(self, name: str) -> None:

@@ -230,6 +230,8 @@ class Pages:
             message = f"another worker is called {worker.name}: remove it first"
             raise ApiError(Code.INVALID_REQUEST, message, param="name")
         server = self._backend.add(worker, entry.api_key)
+        if known_worker is None:
+            self._prober.expect(worker)
         self._prober.watch(server, worker, self._tasks)
         return _json({"status": "accepted", "worker_id": worker.name, "url": worker.url}, 202)
 

@@ -43,6 +43,11 @@ class Prober:
         self._loops[server.name] = group.create_task(self._loop(server, configured, looked))
         return looked
 
+    def expect(self, worker: Worker) -> None:
+        """Known before it has answered: requests are told "unavailable" rather than "no server"."""
+        self._post(WorkerUp(worker))
+        self._post(WorkerDown(worker.name))
+
     def forget(self, name: str) -> None:
         if (task := self._loops.pop(name, None)) is not None:
             task.cancel()

@@ -162,6 +162,16 @@ async def test_servers_are_listed_added_drained_and_removed() -> None:
         assert await roles(site) == {"p1": "prefill", "d1": "decode"}
 
 
+async def test_a_server_that_never_answers_is_listed_and_can_be_removed() -> None:
+    async with standing(ALL, workers=["p1", "d1"]) as site:
+        added = await site.ask("/workers", {"url": "http://127.0.0.1:1", "name": "typo"})
+        assert added.status == 202
+        listed = (await site.get("/workers")).body["workers"]
+        assert [w["is_healthy"] for w in listed if w["id"] == "typo"] == [False]
+        assert (await site.ask("/workers/typo", b"", method="DELETE")).status == 202
+        assert "typo" not in await roles(site)
+
+
 async def roles(site: Site) -> dict[str, str]:
     await asyncio.sleep(0)
     listed = (await site.get("/workers")).body["workers"]
