@@ -89,6 +89,7 @@ class Attempt:
         "_sent_s",
         "_splicer",
         "_status",
+        "_tokenizer",
         "_torn",
         "_write",
         "decode",
@@ -117,6 +118,7 @@ class Attempt:
         self._mark = _MARKS.get(exchange.dialect, b"\n\n")
         self._ended = False
         self._relays = False
+        self._tokenizer: tuple[Server, Call] | None = None
         self._torn = b""
         self._write = exchange.client.write
         self._last = b""
@@ -134,9 +136,12 @@ class Attempt:
         self.over = False
         self.tokens = 0
 
+    def waits_for(self, tokenizer: Server, call: Call) -> None:
+        """Nothing is sent before the prompt's ids are known."""
+        self._tokenizer = tokenizer, call
+
     def send(self, body: bytes, splicer: Splicer | None) -> None:
-        if self.over:
-            return
+        self._tokenizer = None
         self._sent_s = self._quiet_since_s = self._backend.now_s()
         self._splicer = splicer
         if self.exchange.client_rid:
@@ -197,7 +202,7 @@ class Attempt:
             exchange.transcript.feed(piece)
         if self._rename is not None:
             piece = piece.replace(*self._rename)
-        if not exchange.assembles and self._write(piece):
+        if piece and not exchange.assembles and self._write(piece):  # an empty chunk ends a stream
             self._pause()
 
     def _cut_short(self) -> None:
@@ -249,23 +254,29 @@ class Attempt:
         self._backend.first_token(exchange.job_id)
 
     def on_end(self) -> None:
-        self._decode_ended = True
+        self._decode_ended, self._decode_call = True, None  # it holds this attempt
         if self.over:
             return
         if not self.exchange.stream or self._status != 200:
             self._whole_answer()
-        elif self.flowing and (self._ended or ends_stream(self._last)):
-            self._finish()
-        elif self.flowing and _FINISHED.search(self._last):
-            # The last token has come; what is lost is the line that says so.
-            self._relay_end()
-            self._finish()
         else:
-            self.fail(Fault.DIED, (self.decode.name,), judge(502, "the stream was cut off"))
+            self._stream_closed(Fault.DIED, "the stream was cut off")
 
-    def _relay_end(self) -> None:
-        if not self.exchange.assembles:
+    def _stream_closed(self, fault: Fault, detail: str) -> None:
+        """However a connection ends, what was complete before stays so."""
+        if self.over:
+            return
+        if not self.flowing or not (self._is_ended or _FINISHED.search(self._last)):
+            self.fail(fault, (self.decode.name,), judge(502, detail))
+            return
+        if not self._is_ended and not self.exchange.assembles:
+            # The last token has come; what is lost is the line that says so.
             self.exchange.client.write(DONE)
+        self._finish()
+
+    @property
+    def _is_ended(self) -> bool:
+        return self._ended or ends_stream(self._last)
 
     def _whole_answer(self) -> None:
         body = b"".join(self._answer)
@@ -289,9 +300,8 @@ class Attempt:
         return False
 
     def on_error(self, error: HttpError) -> None:
-        self._decode_ended = True
-        fault = _FAULT.get(error.reason, Fault.ENGINE)
-        self.fail(fault, (self.decode.name,), judge(502, str(error)))
+        self._decode_ended, self._decode_call = True, None
+        self._stream_closed(_FAULT.get(error.reason, Fault.ENGINE), str(error))
 
     # The prefill leg.
 
@@ -359,6 +369,8 @@ class Attempt:
             call.cancel()
             self._backend.abort_later(server, self)
         self._decode_call = self._prefill_call = None
+        if self._tokenizer is not None:
+            self._tokenizer[1].cancel()
 
     def open_legs(self) -> list[tuple[Server, Call]]:
         legs: list[tuple[Server, Call]] = []
@@ -393,6 +405,8 @@ class Attempt:
             self._check_client(now_s)
         elif now_s - self._sent_s > patience.total_s:
             self._time_out(f"no end after {patience.total_s:g} s")
+        elif not self.exchange.stream and now_s - self._sent_s > self.exchange.whole_timeout_s:
+            self._time_out(f"no answer after {self.exchange.whole_timeout_s:g} s")
         elif self.flowing and now_s - self._quiet_since_s > patience.between_tokens_s:
             self._time_out(f"no token for {patience.between_tokens_s:g} s")
         elif (
@@ -414,7 +428,9 @@ class Attempt:
     def _time_out(self, what: str) -> None:
         """Before the KV has arrived nobody can tell which side hangs, so both are to blame."""
         blamed: tuple[str, ...] = (self.decode.name,)
-        if self._prefill_call is not None and self.prefill is not None and not self.flowing:
+        if self._tokenizer is not None:
+            blamed = (self._tokenizer[0].name,)
+        elif self._prefill_call is not None and self.prefill is not None and not self.flowing:
             blamed = (self.prefill.name, self.decode.name)
         self.fail(Fault.TIMEOUT, blamed, judge(504, what))
 

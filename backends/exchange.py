@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -65,6 +66,8 @@ class Exchange:
     assembles: bool = False
     """The client wants one answer, the servers are asked for a stream: it can be resumed."""
     first_token_timeout_s: float = 0.0
+    whole_timeout_s: float = math.inf
+    """For an answer that is not streamed: it shows nothing until its end."""
     aborted: bool = False
     """The client asked for the end; what servers say of it is the answer."""
 

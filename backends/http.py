@@ -399,6 +399,12 @@ class Upstream:
         self._connect(call, request)
         return call
 
+    def retire(self) -> None:
+        """From now on no socket outlives its call; those under way end as they would have."""
+        self._max_idle = 0
+        while self._idle:
+            self._idle.popitem()[0].drop()
+
     def close(self) -> None:
         """Closes all sockets; calls under way fail as if the server had closed them."""
         self._closed = True

@@ -34,7 +34,8 @@ def resume(attempt: Attempt, exchange: Exchange, tokenizer: Server, send: Send) 
 
     asked = orjson.dumps({"model": exchange.body.get("model") or "", "prompt": _text_in(exchange)})
     listener = _Tokenized(attempt, tokenizer.name, go_on_with)
-    tokenizer.upstream.send(b"POST", b"/v1/tokenize", asked, listener)
+    call = tokenizer.upstream.send(b"POST", b"/v1/tokenize", asked, listener)
+    attempt.waits_for(tokenizer, call)
 
 
 def _go_on(attempt: Attempt, exchange: Exchange, ids: list[int], send: Send) -> None:
@@ -71,15 +72,15 @@ class _Tokenized:
         self._pieces.append(piece)
 
     def on_end(self) -> None:
-        body = b"".join(self._pieces)
         try:
-            tokens = orjson.loads(body)["tokens"]
+            tokens = orjson.loads(b"".join(self._pieces))["tokens"]
         except (orjson.JSONDecodeError, KeyError, TypeError):
-            message = f"/v1/tokenize answered {self._status}"
-            self._attempt.fail(Fault.ENGINE, (self._server,), judge(502, message))
-            return
-        if not self._attempt.over:
+            tokens = None
+        if isinstance(tokens, list):
             self._found(tokens)
+        else:
+            message = f"/v1/tokenize answered {self._status} and no ids"
+            self._attempt.fail(Fault.ENGINE, (self._server,), judge(502, message))
 
     def on_error(self, error: HttpError) -> None:
         self._attempt.fail(Fault.UNREACHABLE, (self._server,), judge(502, str(error)))

@@ -37,6 +37,7 @@ _RID_PREFIX = {"chat": "chatcmpl-", "completions": "cmpl-"}
 """What clients of the OpenAI routes expect their ids to begin with."""
 
 _ROOM_BITS = 62
+_NATIVE_KIND = {True: Kind.INCREMENTAL, False: Kind.CUMULATIVE, None: None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +114,10 @@ class Sglang:
     def add(self, worker: Worker, api_key: str = "") -> Server:
         """Attempts at an earlier server of this name keep their own reference and sockets."""
         known = self._servers.get(worker.name)
-        if known is not None and known.worker.url == worker.url:
-            worker = known.worker  # until it has been asked again
+        if known is not None:
+            known.upstream.retire()
+            if known.worker.url == worker.url:
+                worker = known.worker  # until it has been asked again
         self._servers[worker.name] = server = Server(worker, self._connect(worker, api_key))
         self._note_models()
         return server
@@ -126,14 +129,12 @@ class Sglang:
 
     def remove(self, name: str) -> None:
         """Attempts under way keep their own reference and their own sockets."""
-        self._servers.pop(name, None)
+        if (server := self._servers.pop(name, None)) is not None:
+            server.upstream.retire()
         self._note_models()
 
     def _note_models(self) -> None:
         self.models = frozenset(server.worker.model for server in self._servers.values())
-
-    def server(self, name: str) -> Server:
-        return self._servers[name]
 
     def servers(self) -> Iterable[Server]:
         return self._servers.values()
@@ -166,8 +167,8 @@ class Sglang:
         exchange.attempts = dispatch.attempt
         rid = f"{_RID_PREFIX.get(exchange.dialect, '')}{self._rng.getrandbits(128):032x}"
         attempt = Attempt(self, exchange, prefill, decode, rid)
-        if exchange.transcript is not None and decode.worker.streams_increments is not None:
-            exchange.transcript.kind = exchange.transcript.kind or _kind(exchange, decode.worker)
+        if exchange.transcript is not None and exchange.transcript.kind is None:
+            exchange.transcript.kind = _NATIVE_KIND[decode.worker.streams_increments]
         self._live[exchange.job_id] = attempt
         if exchange.timeline.first_token_us:
             resume(attempt, exchange, prefill or decode, self._send)
@@ -303,12 +304,6 @@ class Sglang:
             attempt.close()
         for server in self._servers.values():
             server.upstream.close()
-
-
-def _kind(exchange: Exchange, worker: Worker) -> Kind:
-    if exchange.dialect != "generate":
-        return Kind.COMPLETIONS
-    return Kind.INCREMENTAL if worker.streams_increments else Kind.CUMULATIVE
 
 
 def _nobody(event: Event) -> None:

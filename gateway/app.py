@@ -35,7 +35,7 @@ from gateway.pages import Pages
 from gateway.probe import Prober
 from gateway.router import Router
 from policies.clock import Clock
-from policies.events import WorkerDown, WorkerGone, WorkerUp
+from policies.events import Wakeup, WorkerGone
 from policies.types import Worker
 
 log = structlog.get_logger("slackwater")
@@ -68,6 +68,8 @@ class Gateway:
         self.prober = Prober(self.backend, self.driver.post, clock, config.telemetry)
         self._entries: dict[str, WorkerEntry] = {}
         self._runner: web.ServerRunner | None = None
+        self.hurry = False
+        """A drain waits for nobody any more."""
         self.port = 0
 
     async def start(self) -> None:
@@ -92,11 +94,22 @@ class Gateway:
             logger=_wire_log(),
             keepalive_timeout=server.header_timeout_s,
         )
+        self._say_what_predicts()
         self._runner = web.ServerRunner(listener, shutdown_timeout=1.0)
         await self._runner.setup()
         await web.TCPSite(self._runner, server.host, server.port, backlog=4096).start()
         self.port = self._runner.addresses[0][1]
         log.info("listening", host=server.host, port=self.port, workers=len(self._entries))
+
+    def _say_what_predicts(self) -> None:
+        ledgers = self.core.ledgers
+        unknown = sorted(name for name, ledger in ledgers.items() if ledger.steps is None)
+        if unknown:
+            log.info(
+                "no model and device under [cost] for some servers: their step times are ranked "
+                "in the proportions of an 8B model on an H100, prefill times by what is seen",
+                workers=unknown,
+            )
 
     async def _wait_for_first_looks(self, looks: list[asyncio.Event]) -> None:
         try:
@@ -118,9 +131,7 @@ class Gateway:
         self._entries[worker.name] = entry
         server = self.backend.add(worker, entry.api_key)
         if known is None or known.worker.url != worker.url:
-            # Known from the start, so that requests are told "unavailable" rather than "no server".
-            self.driver.post(WorkerUp(worker))
-            self.driver.post(WorkerDown(worker.name))
+            self.prober.expect(worker)
         return self.prober.watch(server, worker, self._tasks)
 
     def _remove(self, name: str) -> None:
@@ -135,6 +146,7 @@ class Gateway:
             log.warning("[server] has changed: that needs a restart")
         self._config = config
         self.core.adopt(rules_of(config))
+        self.driver.post(Wakeup())
         self.front.adopt(config)
         self.backend.patience = patience_of(config.timeouts)
         self.prober.settings = config.telemetry
@@ -152,7 +164,7 @@ class Gateway:
         self.front.draining = True
         until_s = self._clock.time() + self._config.server.drain_s
         log.info("draining", requests=len(self.front), for_s=self._config.server.drain_s)
-        while len(self.front) and self._clock.time() < until_s:
+        while len(self.front) and self._clock.time() < until_s and not self.hurry:
             await pause(self._clock, _DRAIN_POLL_S)
         if len(self.front):
             log.warning("cutting off what still runs", requests=len(self.front))
@@ -175,14 +187,14 @@ async def run(
     """
     loop = asyncio.get_running_loop()
     stop, reload = asyncio.Event(), asyncio.Event()
-    for sign in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(sign, _stop, stop, loop)
-    loop.add_signal_handler(signal.SIGHUP, reload.set)
     config = read()
     write_line = configure(config.log)
     async with asyncio.TaskGroup() as tasks:
         gateway = Gateway(config, clock, rng, tasks, write_line)
         await gateway.start()
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(sign, _stop, stop, gateway)
+        loop.add_signal_handler(signal.SIGHUP, reload.set)
         watcher = None
         if path is not None:
             watcher = tasks.create_task(_watch(path, reload, clock, lambda: gateway.adopt(read())))
@@ -193,9 +205,8 @@ async def run(
         await gateway.close()
 
 
-def _stop(stop: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
-    if stop.is_set():
-        loop.stop()
+def _stop(stop: asyncio.Event, gateway: Gateway) -> None:
+    gateway.hurry = stop.is_set()
     stop.set()
 
 

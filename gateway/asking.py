@@ -34,6 +34,13 @@ class Caller:
 ANYONE = Caller("", None)
 
 
+def secret_of(headers: Mapping[str, str]) -> bytes:
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        given = headers.get("x-api-key", "")
+    return given.strip().encode(errors="surrogateescape")
+
+
 class Keyring:
     """Which key belongs to whom. No keys at all: everybody may call."""
 
@@ -43,10 +50,7 @@ class Keyring:
     def caller(self, headers: Mapping[str, str]) -> Caller:
         if not self._callers:
             return ANYONE
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            given = headers.get("x-api-key", "")
-        secret = given.strip().encode(errors="surrogateescape")
+        secret = secret_of(headers)
         for key, caller in self._callers.items():
             if hmac.compare_digest(key, secret):
                 return caller

@@ -1,17 +1,14 @@
-"""The core's records: one ticket a job, one lane a model, and the fleet they are booked on."""
+"""The core's records: one ticket a job and one lane a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from gateway.lifecycle import State, Step, advance
-from policies.breaker import Breaker, BreakerRule
+from gateway.servers import Candidates
+from policies.breaker import Breaker
 from policies.ledger import Ledger
 from policies.order import Key
-from policies.pools import Pools
 from policies.queue import KeyedHeap
-from policies.types import Job, Kind, Role, Worker
+from policies.types import Job, Kind
 
 
 class Ticket:
@@ -28,6 +25,7 @@ class Ticket:
         "job",
         "prefill",
         "resumes",
+        "sent_us",
         "state",
         "trials",
     )
@@ -40,6 +38,7 @@ class Ticket:
         self.decode: Ledger | None = None
         self.avoid: tuple[str, ...] = ()
         self.resumes = False
+        self.sent_us = 0
         self.trials: tuple[Breaker, ...] = ()
         self.generated = 0
         self.booked_prefill = 0
@@ -61,10 +60,13 @@ class Ticket:
         self.generated = 0
         prefill.add_prefill(self.booked_prefill, now_us)
         decode.add_decode(self.booked_context, reserved)
+        self.sent_us = now_us
+        self.trials = ()
         ledgers = (prefill,) if prefill is decode else (prefill, decode)
         for ledger in ledgers:
             ledger.dispatched += 1
-        self.trials = tuple(e.breaker for e in ledgers if e.breaker.try_out())
+            if not ledger.breaker.is_closed and ledger.breaker.try_out():
+                self.trials += (ledger.breaker,)
 
     def end_trials(self) -> None:
         """The attempt is over for a reason that says nothing about the servers on trial."""
@@ -73,10 +75,8 @@ class Ticket:
         self.trials = ()
 
     def prefilled(self, now_us: int) -> None:
-        """The prompt is computed: what that took tells how fast the server is."""
         if self.prefill is not None:
-            self.prefill.end_prefill(self.booked_prefill)
-            self.prefill.prefill_rate.done(self.booked_prefill, now_us)
+            self.prefill.prefilled(self.booked_prefill, now_us)
             self.prefill = None
 
     def grow(self, generated: int) -> None:
@@ -89,43 +89,16 @@ class Ticket:
         self.decode.reserved_tokens += reserved - self.booked_reserved
         self.booked_context, self.booked_reserved, self.generated = context, reserved, generated
 
-    def release(self) -> None:
+    def free_prefill(self) -> None:
         if self.prefill is not None:
             self.prefill.end_prefill(self.booked_prefill)
             self.prefill = None
+
+    def release(self) -> None:
+        self.free_prefill()
         if self.decode is not None:
             self.decode.end_decode(self.booked_context, self.booked_reserved)
             self.decode = None
-
-
-@dataclass(slots=True)
-class Candidates:
-    """The servers that one kind of job may use, in the order of their names."""
-
-    prefills: list[Ledger]
-    decodes: list[Ledger]
-    unified: list[Ledger]
-
-    @property
-    def can_serve(self) -> bool:
-        return bool(self.unified or (self.prefills and self.decodes))
-
-    def in_rotation(self, now_us: int) -> Candidates:
-        return self._only(lambda ledger: ledger.usable(now_us))
-
-    def without(self, names: tuple[str, ...]) -> Candidates:
-        """A leg that nobody else can take stays with those that can."""
-        others = self._only(lambda ledger: ledger.worker.name not in names)
-        others.prefills = others.prefills or self.prefills
-        others.decodes = others.decodes or self.decodes
-        return others
-
-    def _only(self, wanted: Callable[[Ledger], bool]) -> Candidates:
-        return Candidates(
-            prefills=[e for e in self.prefills if wanted(e)],
-            decodes=[e for e in self.decodes if wanted(e)],
-            unified=[e for e in self.unified if wanted(e)],
-        )
 
 
 class Lane:
@@ -153,6 +126,11 @@ class Lane:
     def queued(self, kind: Kind) -> int:
         return len(self.waiting[kind]) + len(self.aside[kind])
 
+    def tokens_before(self, kind: Kind) -> int:
+        """Prompt tokens that wait before one more job of this kind, if it is the last."""
+        online = self.waiting_tokens[Kind.ONLINE]
+        return online if kind is Kind.ONLINE else online + self.waiting_tokens[Kind.OFFLINE]
+
     def put(self, job: Job, key: Key) -> None:
         heap = self.waiting[job.kind]
         self.last_key[job.kind] = max(key, self.last_key[job.kind]) if heap else key
@@ -171,71 +149,3 @@ class Lane:
 
     def jobs(self, kind: Kind) -> list[str]:
         return [*self.waiting[kind], *self.aside[kind]]
-
-
-class Fleet:
-    """Every server's ledger, and which of them serve a model and a kind."""
-
-    def __init__(self, breaker: BreakerRule, pools: Pools) -> None:
-        self._breaker = breaker
-        self._pools = pools
-        self._retired: dict[str, Ledger] = {}
-        self.ledgers: dict[str, Ledger] = {}
-
-    def adopt(self, breaker: BreakerRule, pools: Pools) -> None:
-        self._breaker, self._pools = breaker, pools
-        for ledger in self.ledgers.values():
-            ledger.breaker.rule = breaker
-
-    def add(self, worker: Worker) -> None:
-        """A server that comes back finds the work in its books that it still has."""
-        ledger = self.ledgers.get(worker.name)
-        if ledger is None:
-            self.ledgers[worker.name] = ledger = self._reopened(worker)
-        elif ledger.worker.url != worker.url:
-            ledger.breaker = Breaker(self._breaker)
-        if ledger.up:
-            # Announced while it was there already: whoever drained it wants it back.
-            ledger.draining = False
-        ledger.adopt(worker)
-        ledger.up = True
-
-    def _reopened(self, worker: Worker) -> Ledger:
-        ledger = self._retired.pop(worker.name, None)
-        if ledger is None or ledger.worker.url != worker.url:
-            return Ledger(worker, Breaker(self._breaker))
-        ledger.breaker.rule = self._breaker
-        ledger.draining = False
-        return ledger
-
-    def remove(self, name: str) -> bool:
-        if (ledger := self.ledgers.pop(name, None)) is None:
-            return False
-        ledger.forget_report()
-        self._retired = {n: e for n, e in self._retired.items() if not e.is_empty}
-        self._retired[name] = ledger
-        return True
-
-    @property
-    def takes_any_model(self) -> bool:
-        return any(not ledger.worker.model for ledger in self.ledgers.values())
-
-    def candidates(self, model: str, kind: Kind) -> Candidates:
-        """The order of names makes every tie the same everywhere."""
-        workers = [
-            self.ledgers[name].worker
-            for name in sorted(self.ledgers)
-            if self._serves(self.ledgers[name].worker, model)
-        ]
-        prefills = [self.ledgers[w.name] for w in self._pools.prefills(kind, workers)]
-        decodes = [self.ledgers[w.name] for w in self._pools.decodes(kind, workers)]
-        return Candidates(
-            prefills=[e for e in prefills if e.worker.role is Role.PREFILL],
-            decodes=decodes,
-            unified=[e for e in prefills if e.worker.role is Role.UNIFIED],
-        )
-
-    @staticmethod
-    def _serves(worker: Worker, model: str) -> bool:
-        """A server that did not name its model takes any, and so does a job."""
-        return not model or not worker.model or worker.model == model

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
+import uvloop
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table as Grid
 
+from backends.calibration_run import CannotMeasure
 from backends.ceilings import Ceilings, CeilingsError, constants_from, measure
 from backends.constants_file import dump_constants, load_constants
 from backends.step_tables import Origin, TableError, read_table
+from gateway.calibrate_live import Asked, Measured, measure_servers
 from gateway.clock import LiveClock
 from gateway.predict import read_model
 from policies.calibration import (
@@ -24,6 +30,7 @@ from policies.calibration import (
     Setup,
     fit,
     held_out,
+    relative_errors,
 )
 from policies.constants import Constants, ConstantsError, Key, lookup
 from policies.devices import Device, UnknownDevice, device_named
@@ -36,37 +43,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--table", type=Path, help="CSV of measured step times")
     source.add_argument("--torch", action="store_true", help="measure this machine's own ceilings")
-    parser.add_argument("--model", required=True, help="a known name, a config.json or its folder")
-    parser.add_argument("--gpu", required=True, help="device, such as h100")
-    parser.add_argument("--tp", type=int, default=1)
+    source.add_argument(
+        "--worker", action="append", default=[], metavar="URL", help="an idle unified server"
+    )
+    source.add_argument(
+        "--prefill", metavar="URL", help="an idle prefill server, together with --decode"
+    )
+    parser.add_argument("--decode", metavar="URL", help="an idle decode server")
+    parser.add_argument("--api-key", default="", help="sent to the servers")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=90.0,
+        help="the longest that servers are measured, all together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--model", help="a known name, a config.json or its folder; default: the server's own"
+    )
+    parser.add_argument("--gpu", help="device, such as h100; default: what the server says")
+    parser.add_argument("--tp", type=int, help="default: what the server says, or 1")
     parser.add_argument("--out", type=Path, help="TOML file to write, or to add to")
 
 
 def run_calibrate(arguments: argparse.Namespace, console: Console | None = None) -> int:
-    """0 when constants were found, 2 with the reason when not."""
+    """0 with constants; 1 when the measurements make none, 2 when what was asked makes no sense."""
     out = console or Console()
     try:
-        setup = Setup(
-            model=read_model(arguments.model),
-            device=device_named(arguments.gpu),
-            parallel=Parallel(tp=arguments.tp),
-        )
-        constants = (
-            _from_torch(setup, out) if arguments.torch else _from_table(arguments.table, setup, out)
-        )
+        setup, constants = _calibrated(arguments, out)
         text = _merged(arguments.out, setup, constants)
-    except (
-        CalibrationError, CeilingsError, ConstantsError, ModelError, OSError, TableError,
-        UnknownDevice,
-    ) as error:  # fmt: skip
-        out.print(f"calibrate: {error}", style="red", markup=False, highlight=False)
-        return 2
+        if arguments.out:
+            arguments.out.write_text(text)
+    except (CalibrationError, CannotMeasure, CeilingsError) as error:
+        return _refused(out, error, 1)
+    except (ConstantsError, ModelError, OSError, TableError, UnknownDevice, ValueError) as error:
+        return _refused(out, error, 2)
     if arguments.out:
-        arguments.out.write_text(text)
         out.print(f"wrote {arguments.out}", markup=False, highlight=False)
     else:
         out.print(text, markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _refused(out: Console, error: Exception, status: int) -> int:
+    out.print(f"calibrate: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return status
+
+
+def _calibrated(arguments: argparse.Namespace, out: Console) -> tuple[Setup, Constants]:
+    if arguments.decode and not arguments.prefill:
+        raise ValueError("--decode goes with --prefill: a decode server gets no work alone")
+    if arguments.prefill and not arguments.decode:
+        raise ValueError("--prefill goes with --decode: a prefill server hands its work on")
+    if arguments.worker or arguments.prefill:
+        return _from_servers(arguments, out)
+    if not arguments.model or not arguments.gpu:
+        raise ValueError("--model and --gpu are needed where no server can be asked")
+    setup = _setup(arguments.model, arguments.gpu, arguments.tp or 1)
+    if arguments.torch:
+        return setup, _from_torch(setup, out)
+    return setup, _from_table(arguments.table, setup, out)
+
+
+def _setup(model: str, device: str, tp: int) -> Setup:
+    return Setup(model=read_model(model), device=device_named(device), parallel=Parallel(tp=tp))
 
 
 def fit_table(path: Path, setup: Setup, prior: Constants) -> tuple[Fit, dict[Phase, Errors]]:
@@ -114,6 +153,11 @@ def _prior(setup: Setup) -> Constants:
 
 def _from_table(path: Path, setup: Setup, out: Console) -> Constants:
     found, halves = fit_table(path, setup, _prior(setup))
+    _show_fit(out, found, halves)
+    return found.constants
+
+
+def _show_fit(out: Console, found: Fit, halves: Mapping[Phase, Errors]) -> None:
     grid = Grid("phase", "steps", "mean error", "p95", "mean error on the other half", "p95")
     for phase, errors in ((Phase.PREFILL, found.prefill), (Phase.DECODE, found.decode)):
         if errors:
@@ -123,7 +167,59 @@ def _from_table(path: Path, setup: Setup, out: Console) -> Constants:
         else:
             grid.add_row(phase.value, "0", "as shipped", "", "", "")
     out.print(grid)
-    return found.constants
+
+
+def _from_servers(arguments: argparse.Namespace, out: Console) -> tuple[Setup, Constants]:
+    targets = tuple((url, url) for url in arguments.worker)
+    asked = Asked(
+        targets=targets or ((arguments.prefill, arguments.decode),),
+        model=arguments.model or "",
+        device=arguments.gpu or "",
+        tp=arguments.tp or 0,
+        api_key=arguments.api_key,
+        seconds=arguments.seconds,
+    )
+    measured = _measured(asked, out)
+    setup, found, halves = fit_servers(measured)
+    _show_fit(out, found, halves)
+    behind = relative_errors(setup.cost(found.constants), measured.behind_prefixes, Phase.PREFILL)
+    if behind:
+        out.print(
+            f"prompts behind a cached prefix, which are not fitted: {median(behind):.0%} off, "
+            f"{max(behind):.0%} at most"
+        )
+    if measured.overheads_s:
+        overhead_ms = median(measured.overheads_s) * 1e3
+        out.print(f"a first token takes {overhead_ms:.1f} ms besides its prefill")
+    if measured.disturbed:
+        out.print(
+            f"{measured.disturbed} measurements left out: somebody else's work fell into them"
+        )
+    return setup, found.constants
+
+
+def _measured(asked: Asked, out: Console) -> Measured:
+    with (
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        Progress(console=out, transient=True) as progress,
+    ):
+        bar = progress.add_task("asking the servers", total=1.0)
+        rng = random.Random(random.SystemRandom().getrandbits(64))
+        return runner.run(
+            measure_servers(
+                asked,
+                LiveClock(runner.get_loop()),
+                rng,
+                lambda share, what: progress.update(bar, completed=share, description=what),
+            )
+        )
+
+
+def fit_servers(measured: Measured) -> tuple[Setup, Fit, dict[Phase, Errors]]:
+    setup, samples = measured.setup, measured.samples
+    prior = _prior(setup)
+    source = f"calibrated from {len(samples)} loads of {', '.join(measured.urls)}"
+    return setup, fit([(setup, samples)], prior, source=source), _halves(setup, samples, prior)
 
 
 def _shown(errors: Errors | None) -> tuple[str, str]:

@@ -64,6 +64,8 @@ def run_check(given: argparse.Namespace) -> int:
             "no server to check: give --prefill, --decode or --worker-urls, "
             "or a --config FILE with [[worker]] tables"
         )
+    if given.fleet is not None:
+        raise ConfigError("--fleet starts servers: check looks at those that run already")
     if given.timeout_s <= 0:
         raise ConfigError("--timeout-s must be positive")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -149,16 +151,25 @@ def show(report: Report, console: Console) -> None:
     console.print(_server_table(report))
     if report.trials:
         console.print(_trial_table(report))
-    for finding in report.findings:
-        style = _STYLES[finding.level]
-        words = escape(f"{finding.subject}: {finding.text}")
-        console.print(f"[{style}]{finding.level}[/] {words}", highlight=False)
+    for (level, text), subjects in _together(report.findings).items():
+        words = escape(f"{', '.join(subjects)}: {text}")
+        console.print(f"[{_STYLES[level]}]{level}[/] {words}", highlight=False)
     verdict = "all of them can serve" if report.ok else "some requests would fail"
     console.print(f"{len(report.servers)} servers, {len(report.trials)} routes: {verdict}")
 
 
+def _together(found: Sequence[Finding]) -> dict[tuple[Level, str], list[str]]:
+    """What is said of many servers is shown once."""
+    subjects: dict[tuple[Level, str], list[str]] = {}
+    for finding in found:
+        subjects.setdefault((finding.level, finding.text), []).append(finding.subject)
+    return subjects
+
+
 def _server_table(report: Report) -> Table:
-    table = Table("server", "role", "pool", "model", "page", "dp", "KV tokens", "version", "state")
+    table = Table()
+    for title in ("server", "role", "pool", "model", "page", "dp", "KV", "version", "state"):
+        table.add_column(title, no_wrap=title in ("server", "role", "state"))
     for facts in report.servers:
         worker, told = facts.worker, facts.info
         table.add_row(

@@ -1,10 +1,11 @@
-"""Which servers a job goes to now, and whether there is any point in waiting for them."""
+"""Which servers a job goes to now, whether there is any point in waiting for them, and how long."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from operator import itemgetter
 
-from gateway.books import Candidates
+from gateway.servers import Candidates
 from policies.admit import Admit
 from policies.ledger import Ledger
 from policies.place import Place
@@ -17,10 +18,18 @@ Pair = tuple[Ledger, Ledger]
 def choose(
     job: Job, candidates: Candidates, admit: Admit, place: Place, now_us: int
 ) -> Pair | None:
-    prefill = _best(job, candidates.prefills, place.prefill, admit.prefill, now_us)
+    prefill = _best(
+        candidates.prefills,
+        place.prefill(job, candidates.prefills),
+        lambda ledger: ledger.usable(now_us) and admit.prefill(job, ledger),
+    )
     decode = None
     if prefill is not None:
-        decode = _best(job, candidates.decodes, place.decode, admit.decode, now_us)
+        decode = _best(
+            candidates.decodes,
+            place.decode(job, candidates.decodes),
+            lambda ledger: ledger.usable(now_us) and admit.decode(job, ledger),
+        )
     options: list[Pair] = [
         (ledger, ledger)
         for ledger in candidates.unified
@@ -30,31 +39,28 @@ def choose(
         options.append((prefill, decode))
     if len(options) < 2:
         return options[0] if options else None
-    return min(
-        options,
-        key=lambda pair: (
-            place.prefill(job, pair[0]),
-            place.decode(job, pair[1]),
-            pair[0].worker.name,
-        ),
-    )
+    return _shortest(job, options, place)
+
+
+def _shortest(job: Job, options: list[Pair], place: Place) -> Pair:
+    """By the wait for the first token, then for the others, then by name."""
+    firsts = place.prefill(job, [prefill for prefill, _ in options])
+    others = place.decode(job, [decode for _, decode in options])
+    names = [prefill.worker.name for prefill, _ in options]
+    return min(zip(firsts, others, names, options, strict=True), key=itemgetter(0, 1, 2))[3]
 
 
 def _best(
-    job: Job,
-    ledgers: Iterable[Ledger],
-    rank: Callable[[Job, Ledger], tuple[float, ...]],
-    admits: Callable[[Job, Ledger], bool],
-    now_us: int,
+    ledgers: list[Ledger], ranks: list[float], may: Callable[[Ledger], bool]
 ) -> Ledger | None:
     """The first by rank, then by name, that may take the job; the list is in order of names."""
-    best: Ledger | None = None
-    least: tuple[float, ...] = ()
-    for ledger in ledgers:
-        its = rank(job, ledger)  # the cheapest question first
-        if (best is None or its < least) and ledger.usable(now_us) and admits(job, ledger):
-            best, least = ledger, its
-    return best
+    if not ranks:
+        return None
+    first = ledgers[ranks.index(min(ranks))]
+    if may(first):
+        return first
+    order = sorted(range(len(ledgers)), key=ranks.__getitem__)
+    return next((ledgers[index] for index in order[1:] if may(ledgers[index])), None)
 
 
 def fits_ever(job: Job, candidates: Candidates, admit: Admit) -> bool:
@@ -79,3 +85,24 @@ def without_failed(
     """Those that have just failed this job are out, unless nothing else could ever take it."""
     others = candidates.without(avoid)
     return others if is_worth_a_wait(job, others, admit, now_us) else candidates
+
+
+def predicted_wait_us(candidates: Candidates, waiting_tokens: int, now_us: int) -> int:
+    """How long the prompts that wait keep the servers busy, at the rate seen or predicted; else 0.
+
+    Servers that have not shown their rate are taken to be as fast as the others.
+    """
+    usable = candidates.in_rotation(now_us)
+    ledgers = usable.prefills + usable.unified
+    rates = [rate for e in ledgers if (rate := e.prefill_tokens_per_us) is not None]
+    if not rates:
+        return 0
+    tokens = waiting_tokens + sum(e.prefill_tokens for e in ledgers)
+    return round(tokens * len(rates) / (sum(rates) * len(ledgers)))
+
+
+def reopens_in_us(candidates: Candidates, now_us: int) -> int:
+    """Until the first of the open breakers may be tried."""
+    ledgers = candidates.prefills + candidates.decodes + candidates.unified
+    due = [e.breaker.open_until_us - now_us for e in ledgers if not e.breaker.is_closed]
+    return max(0, min(due, default=0))

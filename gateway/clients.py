@@ -126,10 +126,11 @@ class StreamClient:
         if not self.begun:
             self.begun = True
             self._head = self._make_head()
+            self._make_head = bytes  # it holds the visit, which holds this
 
     def write(self, piece: bytes) -> bool:
         transport = self._transport
-        if transport.is_closing():
+        if transport.is_closing() or self.over.done():  # a server's last bytes may come after it
             return False
         if self._chunked:
             piece = b"%x\r\n%b\r\n" % (len(piece), piece)
@@ -145,6 +146,8 @@ class StreamClient:
         self._transport.abort()
 
     def end(self) -> None:
+        if self.over.done():
+            return
         self._write_last(b"")
         _resolve(self.over)
 
@@ -163,8 +166,9 @@ class StreamClient:
     def _write_last(self, event: bytes) -> None:
         if event:
             self.write(event)
-        if self._chunked and not self._transport.is_closing():
-            self._transport.write(LAST_CHUNK)
+        last = self._head + (LAST_CHUNK if self._chunked else b"")
+        if last and not self._transport.is_closing():
+            self._transport.write(last)
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -9,11 +9,13 @@ from urllib.parse import urlsplit
 
 from backends.sglang import Patience
 from gateway.core import Rules
+from gateway.costs import Hardware, beside, costs_of
 from gateway.settings import ConfigError, bounded, decode, one_of
 from policies.admit import Headroom
 from policies.breaker import BreakerRule
 from policies.registry import ORDER, PLACE, POOLS
 from policies.retry import RetryRule
+from policies.steps import Costs
 from policies.types import Kind, Pool, Role, Worker
 
 __all__ = ["Config", "ConfigError", "load", "rules_of", "workers_of"]
@@ -57,6 +59,12 @@ class WorkerEntry:
     """Jobs that may decode at once; 0: what the server says."""
     chunk_tokens: int = bounded(0, low=0)
     """Prompt tokens in one prefill step; 0: what the server says."""
+    cost_model: str = ""
+    """The model's shape, where it is not that of `cost.model`."""
+    device: str = ""
+    """Its device, where it is not `cost.device`."""
+    tp: int = bounded(0, low=0)
+    """Its tensor parallelism; 0: `cost.tp`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +132,8 @@ class Timeouts:
     """From dispatch to the first byte of a stream."""
     first_token_offline_s: float = bounded(600.0, low=0.01)
     between_tokens_s: float = bounded(60.0, low=0.01)
+    per_token_s: float = bounded(0.5, low=0.001)
+    """An answer that is not streamed may take this for each token it may have, after the first."""
     total_s: float = bounded(3600.0, low=0.01)
     """One attempt, streamed or not."""
     client_stall_s: float = bounded(60.0, low=0.01)
@@ -172,6 +182,18 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    constants: str = ""
+    """What `slackwater calibrate` wrote; empty: the shipped constants of the device."""
+    model: str = ""
+    """A known name, a config.json or its folder; empty: step times are not predicted."""
+    device: str = ""
+    """What all servers run on, such as h100."""
+    tp: int = bounded(1, low=1)
+    """Devices that one model is spread over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
     level: str = one_of("info", dict.fromkeys(("debug", "info", "warning", "error")))
     format: str = one_of("auto", dict.fromkeys(("auto", "json", "console")))
@@ -191,6 +213,7 @@ class Config:
     retry: Retry = field(default_factory=Retry)
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
     telemetry: Telemetry = field(default_factory=Telemetry)
+    cost: Cost = field(default_factory=Cost)
     log: Log = field(default_factory=Log)
     worker: tuple[WorkerEntry, ...] = ()
     key: tuple[Key, ...] = ()
@@ -203,7 +226,20 @@ def load(path: Path) -> Config:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    return check(decode(Config, table))
+    return check(_with_paths(decode(Config, table), path.parent))
+
+
+def _with_paths(config: Config, folder: Path) -> Config:
+    """Files that the configuration names lie beside it."""
+    entries = tuple(
+        replace(entry, cost_model=beside(folder, entry.cost_model)) for entry in config.worker
+    )
+    cost = replace(
+        config.cost,
+        constants=str(folder / config.cost.constants) if config.cost.constants else "",
+        model=beside(folder, config.cost.model),
+    )
+    return replace(config, worker=entries, cost=cost)
 
 
 def check(config: Config) -> Config:
@@ -214,7 +250,22 @@ def check(config: Config) -> Config:
     secrets = [key.key for key in config.key]
     if "" in secrets or len(set(secrets)) < len(secrets):
         raise ConfigError("each [[key]] needs a key of its own")
+    _costs(config)
     return config
+
+
+def _costs(config: Config) -> Costs:
+    own = zip(workers_of(config), config.worker, strict=True)
+    cost = config.cost
+    return costs_of(
+        cost.constants,
+        Hardware(model=cost.model, device=cost.device, tp=cost.tp),
+        {worker.name: hardware_of(entry) for worker, entry in own},
+    )
+
+
+def hardware_of(entry: WorkerEntry) -> Hardware:
+    return Hardware(model=entry.cost_model, device=entry.device, tp=entry.tp)
 
 
 def workers_of(config: Config) -> list[Worker]:
@@ -274,6 +325,7 @@ def rules_of(config: Config) -> Rules:
             burst_tokens=retry.burst_tokens,
             share=retry.share,
         ),
+        costs=_costs(config),
         max_queued=config.limits.max_queued,
         load_stale_us=_us(config.telemetry.stale_ms),
     )

@@ -6,9 +6,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.books import Candidates, Fleet, Lane, Ticket
-from gateway.choice import choose, fits_ever, is_worth_a_wait, without_failed
+from gateway.agenda import Agenda, passed
+from gateway.books import Lane, Ticket
+from gateway.choice import (
+    choose,
+    fits_ever,
+    is_worth_a_wait,
+    predicted_wait_us,
+    reopens_in_us,
+    without_failed,
+)
 from gateway.lifecycle import State, Step
+from gateway.servers import Candidates, Fleet
 from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
 from policies.events import (
@@ -23,6 +32,7 @@ from policies.events import (
     FirstToken,
     Freed,
     Left,
+    Load,
     LoadReport,
     PrefillDone,
     Progress,
@@ -39,9 +49,9 @@ from policies.ledger import Ledger
 from policies.order import Edf, Order
 from policies.place import LeastWork, Place
 from policies.pools import Pools, Shared
-from policies.queue import KeyedHeap
 from policies.retry import RetryBudget, RetryRule, continued
-from policies.types import Job, Kind, Worker
+from policies.steps import Costs
+from policies.types import Job, Kind, Role, Worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +62,7 @@ class Rules:
     place: Place = field(default_factory=LeastWork)
     admit: Admit = field(default_factory=Headroom)
     pools: Pools = field(default_factory=Shared)
+    costs: Costs = field(default_factory=Costs)
     breaker: BreakerRule = field(default_factory=BreakerRule)
     retry: RetryRule = field(default_factory=RetryRule)
     max_queued: int = 10_000
@@ -59,7 +70,8 @@ class Rules:
     load_stale_us: int = 5_000_000
 
 
-_NEVER_US = 2**63
+_REPORT_LAG_US = 500_000
+"""What was sent this long before a report must be in it."""
 _MAX_LANES = 64
 """Beyond this, lanes without jobs are dropped: clients may make model names up."""
 
@@ -69,18 +81,12 @@ class Core:
 
     def __init__(self, rules: Rules, workers: Iterable[Worker] = ()) -> None:
         self._rules = rules
-        self._fleet = Fleet(rules.breaker, rules.pools)
+        self._fleet = Fleet(rules.breaker, rules.pools, rules.costs)
         self._budget = RetryBudget(rules.retry)
         self._tickets: dict[str, Ticket] = {}
         self._lanes: dict[str, Lane] = {}
-        self._give_up: KeyedHeap[tuple[int, ...]] = KeyedHeap()
-        self._later: KeyedHeap[tuple[int, ...]] = KeyedHeap()
-        self._stale: KeyedHeap[tuple[int, ...]] = KeyedHeap()
-        self._alarm_us = 0
-        self._stale_us = _NEVER_US
+        self._agenda = Agenda()
         self._fresh: list[Ticket] = []
-        self._tripped: list[Ledger] = []
-        """Servers whose breaker is open, or was when it was last looked at."""
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
@@ -103,16 +109,19 @@ class Core:
             self._fleet.add(worker)
 
     def handle(self, events: Sequence[Event], now_us: int) -> list[Decision]:
-        if now_us >= self._stale_us:
-            self._forget_stale(now_us)
+        if now_us >= self._fleet.stale_us and self._fleet.forget_stale(now_us):
+            self._touch_all()
         for event in events:
             self._on[type(event)](event, now_us)
         if self._fresh:
             self._take_in(now_us)
-        if self._give_up:  # all that wait, for a server or for their next attempt
-            self._pass_time(now_us)
+        agenda = self._agenda
+        if agenda.give_up:  # all that wait, for a server or for their next attempt
+            if now_us >= agenda.alarm_us:
+                self._pass_time(now_us)
             self._dispatch(now_us)
-            self._set_alarm(now_us)
+            if now_us >= agenda.alarm_us and agenda.give_up:
+                self._set_alarm(now_us)
         decisions, self._out = self._out, []
         return decisions
 
@@ -139,7 +148,7 @@ class Core:
     def adopt(self, rules: Rules) -> None:
         """Other policies from here on: what waits is keyed anew, what runs is left alone."""
         self._rules = rules
-        self._fleet.adopt(rules.breaker, rules.pools)
+        self._fleet.adopt(rules.breaker, rules.pools, rules.costs)
         self._budget.adopt(rules.retry)
         for lane in self._lanes.values():
             for kind in Kind:
@@ -191,7 +200,7 @@ class Core:
             return Reject(job, Reason.TOO_LARGE)
         is_online, queued = job.kind is Kind.ONLINE, lane.queued(job.kind)
         if is_online and not is_worth_a_wait(job, candidates, admit, now_us):
-            return Reject(job, Reason.UNAVAILABLE, self._reopens_in_us(candidates, now_us))
+            return Reject(job, Reason.UNAVAILABLE, reopens_in_us(candidates, now_us))
         if not queued:
             return None
         wait_us = self._predicted_wait_us(lane, job.kind, now_us)
@@ -257,7 +266,8 @@ class Core:
         for name in event.blamed:
             if (blamed := self._fleet.ledgers.get(name)) is not None:
                 blamed.breaker.failed(now_us)
-                self._watch_breaker(blamed)
+                if not blamed.breaker.is_closed:
+                    self._agenda.alarm_us = 0
         if ticket.state is State.CANCELLED:
             self._end(ticket)
             return
@@ -271,11 +281,6 @@ class Core:
         else:
             self._retry(ticket, event, now_us)
 
-    def _watch_breaker(self, ledger: Ledger) -> None:
-        self._tripped = [e for e in self._tripped if e is not ledger and not e.breaker.is_closed]
-        if not ledger.breaker.is_closed:
-            self._tripped.append(ledger)
-
     def _no_retry(self, ticket: Ticket, event: Failed, now_us: int) -> Reason | None:
         if not event.restartable:
             return Reason.NOT_RESUMABLE
@@ -288,8 +293,8 @@ class Core:
         ticket.avoid += event.blamed
         ticket.resumes = event.generated > 0
         if delay_us := self._rules.retry.delay_us(job.kind, ticket.attempt):
-            self._later.put(job.id, (now_us + delay_us,))
-            self._give_up.put(job.id, (job.give_up_us,))
+            self._agenda.put(self._agenda.later, job.id, now_us + delay_us)
+            self._agenda.put(self._agenda.give_up, job.id, job.give_up_us)
         else:
             self._enqueue(ticket, self._lane(job.model))
 
@@ -304,10 +309,9 @@ class Core:
             self._reconsider()
 
     def _succeeded(self, ledger: Ledger) -> None:
-        if ledger.breaker.is_closed:
-            ledger.breaker.succeeded()
-        else:
-            ledger.breaker.succeeded()
+        was_closed = ledger.breaker.is_closed
+        ledger.breaker.succeeded()
+        if not was_closed:
             self._reconsider()
 
     # Servers.
@@ -316,24 +320,30 @@ class Core:
         if (ledger := self._fleet.ledgers.get(event.worker)) is None:
             return
         capacity_tokens = ledger.kv_tokens
-        ledger.correct(event.load)
         stale_us = event.load.seen_us + self._rules.load_stale_us
-        self._stale.put(event.worker, (stale_us,))
-        self._stale_us = min(self._stale_us, stale_us)
+        self._fleet.correct(ledger, event.load, stale_us)
+        self._agenda.mind(stale_us)
+        if ledger.worker.role is Role.UNIFIED and ledger.prefills:
+            self._free_computed(ledger, event.load)
         if ledger.kv_tokens == capacity_tokens:
             self._touch_all()
         else:
             self._reconsider()
+
+    def _free_computed(self, ledger: Ledger, load: Load) -> None:
+        """A whole answer of a unified server shows no first token; that nothing waits shows it."""
+        if load.waiting or load.waiting_uncached_tokens:
+            return
+        for ticket in self._tickets.values():
+            if ticket.prefill is ledger and ticket.sent_us < load.seen_us - _REPORT_LAG_US:
+                ticket.free_prefill()
 
     def _worker_up(self, event: WorkerUp, now_us: int) -> None:
         self._fleet.add(event.worker)
         self._fleet_changed()
 
     def _worker_down(self, event: WorkerDown, now_us: int) -> None:
-        if (ledger := self._fleet.ledgers.get(event.name)) is not None:
-            ledger.up = False
-            ledger.forget_report()
-            self._stale.discard(event.name)
+        if self._fleet.silence(event.name):
             self._touch_all()
 
     def _worker_draining(self, event: WorkerDraining, now_us: int) -> None:
@@ -344,7 +354,6 @@ class Core:
     def _worker_gone(self, event: WorkerGone, now_us: int) -> None:
         """What runs there keeps its own reference to the ledger and ends as it would have."""
         if self._fleet.remove(event.name):
-            self._stale.discard(event.name)
             self._fleet_changed()
 
     def _fleet_changed(self) -> None:
@@ -372,43 +381,26 @@ class Core:
         self._look_again()
 
     def _look_again(self) -> None:
-        self._alarm_us = 0
-        if all(ledger.breaker.is_closed for ledger in self._tripped):
-            self._touch_all()
-        else:
+        self._agenda.alarm_us = 0
+        if self._fleet.has_tripped:
             self._reconsider()
+        else:
+            self._touch_all()
 
     def _pass_time(self, now_us: int) -> None:
-        if 0 < self._alarm_us <= now_us:
+        if self._agenda.alarm_us:
             # Another event may come first at the time of the alarm, and move the alarm on.
             self._look_again()
-        while (first := self._later.first_key()) is not None and first[0] <= now_us:
-            ticket = self._tickets[self._later.pop()]
+        for job_id in passed(self._agenda.later, now_us):
+            ticket = self._tickets[job_id]
             self._enqueue(ticket, self._lane(ticket.job.model))
-        while (first := self._give_up.first_key()) is not None and first[0] <= now_us:
-            self._reject(self._tickets[self._give_up.pop()], Reason.EXPIRED, now_us)
-            self._touch_all()
-
-    def _forget_stale(self, now_us: int) -> None:
-        """Servers fell silent: the books alone go on."""
-        self._stale_us = _NEVER_US
-        while (first := self._stale.first_key()) is not None:
-            if first[0] > now_us:
-                self._stale_us = first[0]
-                return
-            self._fleet.ledgers[self._stale.pop()].forget_report()
+        for job_id in passed(self._agenda.give_up, now_us):
+            self._reject(self._tickets[job_id], Reason.EXPIRED, now_us)
             self._touch_all()
 
     def _set_alarm(self, now_us: int) -> None:
         """Asks to be woken for the next moment at which a job that waits may go or must end."""
-        if not self._give_up:
-            return
-        heaps = (self._later, self._give_up, self._stale)
-        due = [first[0] for heap in heaps if (first := heap.first_key()) is not None]
-        due += [until_us for e in self._tripped if (until_us := e.breaker.open_until_us) > now_us]
-        if not now_us < self._alarm_us <= min(due):
-            self._alarm_us = min(due)
-            self._out.append(WakeAt(self._alarm_us))
+        self._out.append(WakeAt(self._agenda.next_alarm(self._fleet.changes_us(now_us))))
 
     # Dispatch.
 
@@ -440,7 +432,7 @@ class Core:
             pair = self._choose(ticket, candidates, now_us)
             if pair is not None:
                 lane.take(job)
-                self._give_up.discard(job_id)
+                self._agenda.give_up.discard(job_id)
                 self._place(ticket, *pair, now_us)
             elif is_worth_a_wait(job, candidates, admit, now_us):
                 return
@@ -481,8 +473,10 @@ class Core:
 
     def _enqueue(self, ticket: Ticket, lane: Lane) -> None:
         lane.put(ticket.job, self._rules.order.key(ticket.job))
-        self._give_up.put(ticket.job.id, (ticket.job.give_up_us,))
-        self._touched[lane.model] = lane
+        self._agenda.put(self._agenda.give_up, ticket.job.id, ticket.job.give_up_us)
+        if lane.waiting[ticket.job.kind].peek() == ticket.job.id:
+            # Behind another it changes nothing: whoever is first was looked at already.
+            self._touched[lane.model] = lane
 
     # Small questions.
 
@@ -500,26 +494,8 @@ class Core:
             candidates = lane.candidates[kind] = self._fleet.candidates(lane.model, kind)
         return candidates
 
-    @staticmethod
-    def _reopens_in_us(candidates: Candidates, now_us: int) -> int:
-        ledgers = candidates.prefills + candidates.decodes + candidates.unified
-        due = [e.breaker.open_until_us - now_us for e in ledgers if not e.breaker.is_closed]
-        return max(0, min(due, default=0))
-
     def _predicted_wait_us(self, lane: Lane, kind: Kind, now_us: int) -> int:
-        """How long the last prompt in the queue waits at the rate seen; 0 while none was seen.
-
-        Servers that have not shown their rate are taken to be as fast as the others.
-        """
-        candidates = self._candidates(lane, kind).in_rotation(now_us)
-        ledgers = candidates.prefills + candidates.unified
-        rates = [rate for e in ledgers if (rate := e.prefill_rate.tokens_per_us) is not None]
-        if not rates:
-            return 0
-        tokens = lane.waiting_tokens[Kind.ONLINE] + sum(e.prefill_tokens for e in ledgers)
-        if kind is Kind.OFFLINE:
-            tokens += lane.waiting_tokens[Kind.OFFLINE]
-        return round(tokens * len(rates) / (sum(rates) * len(ledgers)))
+        return predicted_wait_us(self._candidates(lane, kind), lane.tokens_before(kind), now_us)
 
     def _reject(self, ticket: Ticket, reason: Reason, now_us: int) -> None:
         lane = self._lane(ticket.job.model)
@@ -538,11 +514,10 @@ class Core:
         job = ticket.job
         self._tickets.pop(job.id, None)
         if ticket.state in (State.REJECTED, State.CANCELLED):
-            self._later.discard(job.id)
-            self._give_up.discard(job.id)
+            self._agenda.forget(job.id)
             self._lane(job.model).take(job)
 
     def _touch_all(self) -> None:
         """Something was freed: lanes share servers, so all that wait look again."""
-        if self._give_up:
+        if self._agenda.give_up:
             self._touched = {lane.model: lane for lane in self._lanes.values() if not lane.is_quiet}

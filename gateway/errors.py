@@ -32,16 +32,12 @@ class Code(StrEnum):
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     DUPLICATE_RID = "duplicate_rid"
     UNAUTHORIZED = "unauthorized"
-    FORBIDDEN = "forbidden"
     NOT_FOUND = "not_found"
     UNKNOWN_MODEL = "unknown_model"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     REQUEST_TIMEOUT = "request_timeout"
     BODY_TOO_LARGE = "body_too_large"
-    UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
-    RATE_LIMITED = "rate_limited"
     QUEUE_FULL = "queue_full"
-    HEADERS_TOO_LARGE = "headers_too_large"
     REQUEST_CANCELLED = "request_cancelled"
     INTERNAL = "internal_error"
     UPSTREAM_FAILED = "upstream_failed"
@@ -65,16 +61,12 @@ STATUS: Final[dict[Code, int]] = {
     Code.DUPLICATE_RID: 400,
     Code.UPSTREAM_REJECTED: 400,
     Code.UNAUTHORIZED: 401,
-    Code.FORBIDDEN: 403,
     Code.NOT_FOUND: 404,
     Code.UNKNOWN_MODEL: 404,
     Code.METHOD_NOT_ALLOWED: 405,
     Code.REQUEST_TIMEOUT: 408,
     Code.BODY_TOO_LARGE: 413,
-    Code.UNSUPPORTED_MEDIA_TYPE: 415,
-    Code.RATE_LIMITED: 429,
     Code.QUEUE_FULL: 429,
-    Code.HEADERS_TOO_LARGE: 431,
     Code.REQUEST_CANCELLED: 499,
     Code.INTERNAL: 500,
     Code.UPSTREAM_FAILED: 502,
@@ -94,7 +86,6 @@ _OPENAI_TYPES: Final = {
     503: "overloaded_error",
 }
 _ANTHROPIC_TYPES: Final = _OPENAI_TYPES | {
-    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     504: "timeout_error",

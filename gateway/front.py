@@ -150,6 +150,8 @@ class Front:
             now_us=self._backend.now_us(),
         )
         rid = ask.body.pop("rid", None) or ""
+        online = kind is Kind.ONLINE
+        first_s = timeouts.first_token_online_s if online else timeouts.first_token_offline_s
         # A whole answer of /generate is asked for as a stream where it may have to be resumed.
         assembles = (
             not ask.stream
@@ -167,10 +169,11 @@ class Front:
             client=client,
             client_rid=rid if isinstance(rid, str) else rid[0],
             priority=_PRIORITY[kind] if ask.priority is None else ask.priority,
-            transcript=Transcript() if ask.resumable and (ask.stream or assembles) else None,
-            first_token_timeout_s=timeouts.first_token_online_s
-            if kind is Kind.ONLINE
-            else timeouts.first_token_offline_s,
+            transcript=Transcript.of(ask.body)
+            if ask.resumable and (ask.stream or assembles)
+            else None,
+            first_token_timeout_s=first_s,
+            whole_timeout_s=first_s + job.max_tokens * timeouts.per_token_s,
         )
         return Part(job, exchange)
 

@@ -178,4 +178,24 @@ class _CoreGauges(Collector):
             if ledger.load is not None:
                 age_s = (now_us - ledger.load.seen_us) / 1e6
                 gauges["load_age_seconds"].add_metric([name], age_s)
-        return gauges.values()
+        yield from gauges.values()
+        yield from self._corrections(now_us)
+
+    def _corrections(self, now_us: int) -> Iterable[Metric]:
+        """How far the cost model's predictions of each server are corrected."""
+        labels = ["worker", "phase"]
+        size, error, age = (
+            GaugeMetricFamily(f"slackwater_worker_{name}", text, labels=labels)
+            for name, text in (
+                ("correction", "Measured over predicted step time, less 1"),
+                ("correction_error", "Median relative error that the correction leaves"),
+                ("correction_age_seconds", "Since the last step that counted"),
+            )
+        )
+        for name, ledger in self._core.ledgers.items():
+            for phase, it in ledger.steps.corrections.items() if ledger.steps else ():
+                size.add_metric([name, phase], it.size)
+                if it.steps:
+                    error.add_metric([name, phase], it.error)
+                    age.add_metric([name, phase], it.age_us(now_us) / 1e6)
+        return (size, error, age)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 from typing import Any
 from urllib.parse import unquote
 
@@ -11,8 +12,10 @@ from aiohttp import hdrs, web
 
 from backends.http import HttpError, fetch
 from backends.sglang import Server, Sglang
-from gateway.config import Config, WorkerEntry, worker_of
+from gateway.asking import secret_of
+from gateway.config import Config, WorkerEntry, hardware_of, worker_of
 from gateway.core import Core
+from gateway.costs import Hardware
 from gateway.driver import Driver
 from gateway.errors import ApiError, Code
 from gateway.front import Front
@@ -20,8 +23,10 @@ from gateway.metrics import Metrics
 from gateway.probe import Prober
 from gateway.router import Handler, Route
 from gateway.settings import ConfigError, decode
+from policies.correction import Correction
 from policies.events import WorkerDraining, WorkerGone
 from policies.ledger import Ledger
+from policies.steps import Steps
 from policies.types import Kind, Role
 
 _ANY_SERVER = (
@@ -175,10 +180,12 @@ class Pages:
 
     def _usable(self) -> list[Server]:
         """Least busy first."""
-        now_us = self._backend.now_us()
-        ledgers = [e for e in self._core.ledgers.values() if e.usable(now_us)]
-        ledgers.sort(key=lambda e: (e.decodes + e.prefills, e.worker.name))
-        return [self._backend.server(e.worker.name) for e in ledgers]
+        now_us, ledgers = self._backend.now_us(), self._core.ledgers
+        # The core hears a little later than the backend that a server has come or gone.
+        known = [(ledgers[s.name], s) for s in self._backend.servers() if s.name in ledgers]
+        usable = [(ledger, server) for ledger, server in known if ledger.usable(now_us)]
+        usable.sort(key=lambda pair: (pair[0].decodes + pair[0].prefills, pair[1].name))
+        return [server for _, server in usable]
 
     async def abort(self, request: web.BaseRequest) -> web.Response:
         """As SGLang answers: 200 whatever the rid. Only a caller's own requests are found."""
@@ -214,6 +221,8 @@ class Pages:
         try:
             entry = decode(WorkerEntry, table)
             worker = worker_of(entry, "worker")
+            if hardware_of(entry) != Hardware():
+                raise ConfigError("cost_model, device and tp are read from config.toml only")
         except ConfigError as error:
             raise ApiError(Code.INVALID_REQUEST, str(error)) from None
         known_worker = self._core.ledgers.get(worker.name)
@@ -221,6 +230,8 @@ class Pages:
             message = f"another worker is called {worker.name}: remove it first"
             raise ApiError(Code.INVALID_REQUEST, message, param="name")
         server = self._backend.add(worker, entry.api_key)
+        if known_worker is None:
+            self._prober.expect(worker)
         self._prober.watch(server, worker, self._tasks)
         return _json({"status": "accepted", "worker_id": worker.name, "url": worker.url}, 202)
 
@@ -251,7 +262,7 @@ class Pages:
 
 
 def _check_admin(request: web.BaseRequest, key: str) -> None:
-    if request.headers.get("authorization", "") != f"Bearer {key}":
+    if not hmac.compare_digest(key.encode(), secret_of(request.headers)):
         raise ApiError(Code.UNAUTHORIZED, "the admin key is needed: Authorization: Bearer KEY")
 
 
@@ -274,7 +285,25 @@ def _worker_page(ledger: Ledger, now_us: int) -> dict[str, Any]:
         "reserved_tokens": ledger.reserved_tokens,
         "foreign_tokens": ledger.foreign_tokens,
         "kv_tokens": ledger.kv_tokens,
+        "predicted": None if ledger.steps is None else _predicted(ledger.steps, now_us),
         "load_age_ms": None if load is None else (now_us - load.seen_us) // 1000,
+    }
+
+
+def _predicted(steps: Steps, now_us: int) -> dict[str, Any]:
+    """What predicts its steps, and how far that had to be corrected."""
+    return {
+        "constants": steps.cost.source,
+        **{phase: _correction(it, now_us) for phase, it in steps.corrections.items()},
+    }
+
+
+def _correction(correction: Correction, now_us: int) -> dict[str, Any]:
+    return {
+        "correction": round(correction.size, 4),
+        "error": round(correction.error, 4),
+        "steps": correction.steps,
+        "age_ms": correction.age_us(now_us) // 1000 if correction.steps else None,
     }
 
 

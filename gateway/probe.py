@@ -11,6 +11,7 @@ import orjson
 import structlog
 
 from backends.base import Post
+from backends.counters import counters_of
 from backends.http import HttpError, fetch
 from backends.sglang import Server, Sglang
 from gateway.clock import pause
@@ -42,6 +43,11 @@ class Prober:
         self._loops[server.name] = group.create_task(self._loop(server, configured, looked))
         return looked
 
+    def expect(self, worker: Worker) -> None:
+        """Known before it has answered: requests are told "unavailable" rather than "no server"."""
+        self._post(WorkerUp(worker))
+        self._post(WorkerDown(worker.name))
+
     def forget(self, name: str) -> None:
         if (task := self._loops.pop(name, None)) is not None:
             task.cancel()
@@ -51,10 +57,10 @@ class Prober:
             self.forget(name)
 
     async def _loop(self, server: Server, configured: Worker, looked: asyncio.Event) -> None:
-        failures, up = 0, False
+        failures, known, down = 0, False, False
         while True:
             try:
-                worker = None if up else await self._introduce(server, configured)
+                worker = None if known else await self._introduce(server, configured)
                 # Only whoever tells its load, or has no such page, is up.
                 ranks = await self._ranks(server)
                 load = load_of(ranks, round(self._clock.time() * 1e6)) if ranks else None
@@ -63,13 +69,14 @@ class Prober:
                     log.info("worker up", worker=worker.name, role=worker.role.value)
                 if load is not None:
                     self._post(LoadReport(server.name, load))
-                failures, up = 0, True
+                failures, known, down = 0, True, False
                 if ranks:
                     await self._follow_role(server, configured, ranks[0])
             except (HttpError, ValueError, KeyError, TypeError, AttributeError) as error:
                 failures += 1
-                if up and failures >= self.settings.failures:
-                    up = False
+                if not down and failures >= self.settings.failures:
+                    # Of a server watched anew the core may still think that it is up.
+                    known, down = False, True
                     self._post(WorkerDown(server.name))
                     log.warning("worker down", worker=server.name, error=str(error))
                 elif failures == 1:
@@ -148,7 +155,7 @@ def learnt(worker: Worker, info: Mapping[str, Any], model: str) -> Worker:
         max_running=worker.max_running or _whole(info, "max_running_requests"),
         chunk_tokens=worker.chunk_tokens or max(0, _whole(info, "chunked_prefill_size")),
         orders_by_priority=info.get("enable_priority_scheduling") is True,
-        streams_increments=info.get("incremental_streaming_output"),
+        streams_increments=_flag(info, "incremental_streaming_output"),
     )
 
 
@@ -163,11 +170,17 @@ def load_of(ranks: list[Mapping[str, Any]], now_us: int) -> Load:
         capacity_tokens=_sum(ranks, "max_total_num_tokens"),
         max_running=_sum(ranks, "max_running_requests"),
         waiting_uncached_tokens=_sum(ranks, "num_waiting_uncached_tokens"),
+        counters=counters_of(ranks),
     )
 
 
 def _sum(ranks: list[Mapping[str, Any]], key: str) -> int:
     return sum(_whole(rank, key) for rank in ranks)
+
+
+def _flag(table: Mapping[str, Any], key: str) -> bool | None:
+    value = table.get(key)
+    return value if isinstance(value, bool) else None
 
 
 def _whole(table: Mapping[str, Any], key: str) -> int:

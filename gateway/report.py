@@ -10,7 +10,7 @@ from gateway.visit import Visit
 
 
 def header_lines(visit: Visit) -> str:
-    exchange = visit.parts[0].exchange
+    exchange = _told_of(visit)
     pair = f"{exchange.prefill},{exchange.decode}" if exchange.prefill else exchange.decode
     return (
         f"{REQUEST_ID}: {visit.request_id}\r\n"
@@ -18,6 +18,13 @@ def header_lines(visit: Visit) -> str:
         f"x-slackwater-class: {visit.kind}\r\n"
         f"x-slackwater-worker: {pair}\r\n"
     )
+
+
+def _told_of(visit: Visit) -> Exchange:
+    """A stream's head goes out with the first token of any part: others may not be sent yet."""
+    exchanges = (part.exchange for part in visit.parts)
+    begun = (exchange for exchange in exchanges if exchange.timeline.first_token_us)
+    return next(begun, visit.parts[0].exchange)
 
 
 def _server_timing(exchange: Exchange) -> str:

@@ -20,9 +20,10 @@ from backends.fleet.fleet import Fleet
 from backends.fleet.spec import FleetSpec, read_spec
 from gateway.app import run
 from gateway.clock import LiveClock
-from gateway.config import Config, WorkerEntry, check, load, with_workers
-from gateway.settings import ConfigError
+from gateway.config import Config, Server, Timeouts, WorkerEntry, check, load, with_workers
+from gateway.settings import ConfigError, decode
 from policies.clock import Clock
+from policies.registry import PLACE
 from policies.types import Pool, Role
 
 _EMBEDDED = (
@@ -133,15 +134,16 @@ def configuration(given: argparse.Namespace) -> Config:
     if given.host is not None:
         server = replace(server, host=given.host)
     if given.port is not None:
-        server = replace(server, port=given.port)
+        server = replace(server, port=decode(Server, {"port": given.port}, "server.").port)
     config = replace(config, server=server)
     if given.request_timeout_secs is not None:
-        timeouts = replace(config.timeouts, total_s=given.request_timeout_secs)
+        asked = decode(Timeouts, {"total_s": given.request_timeout_secs}, "timeouts.")
+        timeouts = replace(config.timeouts, total_s=asked.total_s)
         config = replace(config, timeouts=timeouts)
     if given.log_level is not None:
         config = replace(config, log=replace(config.log, level=given.log_level))
     if given.policy is not None:
-        place = _POLICIES.get(given.policy, "least-work")
+        place = given.policy if given.policy in PLACE else _POLICIES.get(given.policy, "least-work")
         config = replace(config, policies=replace(config.policies, place=place))
     entries = _entries(given)
     return check(replace(config, worker=entries) if entries else config)

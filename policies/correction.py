@@ -9,6 +9,9 @@ from statistics import median
 WINDOW = 15
 """Up to seven strange steps change nothing, a change of speed is in force after eight."""
 
+MOST_AT_ONCE = 7
+"""A report that holds more steps counts no more: one strange report changes nothing."""
+
 FASTEST, SLOWEST = 1 / 16, 16.0
 """A worker outside of these is broken, not slow; its factor stops here."""
 
@@ -44,9 +47,12 @@ class Correction:
 
 
 def observe(
-    correction: Correction, *, predicted_s: float, measured_s: float, now_us: int
+    correction: Correction, *, predicted_s: float, measured_s: float, now_us: int, steps: int = 1
 ) -> Correction:
-    """The correction after one more step; `predicted_s` is the uncorrected prediction."""
+    """The correction after one more step, or after the mean of several.
+
+    `predicted_s` is the uncorrected prediction.
+    """
     if not _is_time(predicted_s) or not _is_time(measured_s):
         return Correction(
             factor=correction.factor,
@@ -55,11 +61,13 @@ def observe(
             refused=correction.refused + 1,
             updated_us=correction.updated_us,
         )
-    ratios = (*correction.ratios[-(WINDOW - 1) :], math.log(measured_s / predicted_s))
+    weight = min(max(1, steps), MOST_AT_ONCE)
+    news = (math.log(measured_s / predicted_s),) * weight
+    ratios = (*correction.ratios[-(WINDOW - weight) :], *news)
     return Correction(
         factor=min(SLOWEST, max(FASTEST, math.exp(_shrunk(ratios)))),
         ratios=ratios,
-        steps=correction.steps + 1,
+        steps=correction.steps + max(1, steps),
         refused=correction.refused,
         updated_us=now_us,
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
+from policies.steps import Counters
 from policies.types import Job, Worker
 
 
@@ -53,6 +55,7 @@ class Load:
     capacity_tokens: int = 0
     max_running: int = 0
     waiting_uncached_tokens: int = 0
+    counters: Counters | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +165,7 @@ Event = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch:
+class Dispatch(NamedTuple):
     """Send both legs now. A unified server takes the whole job as `decode`."""
 
     job: Job

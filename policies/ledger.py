@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from policies.breaker import Breaker
 from policies.events import Load
+from policies.roofline import CostModel
+from policies.steps import Steps
 from policies.types import Worker
 
 
@@ -61,6 +63,7 @@ class Ledger:
         "prefill_tokens",
         "prefills",
         "reserved_tokens",
+        "steps",
         "up",
         "worker",
     )
@@ -82,6 +85,8 @@ class Ledger:
         self.kv_tokens = worker.kv_tokens
         """The capacity, by the operator's word or the server's; 0 when nobody knows it."""
         self.max_running = worker.max_running
+        self.steps: Steps | None = None
+        """Predicted step times, where the hardware is known."""
         self._foreign_before = 0
 
     def __repr__(self) -> str:
@@ -111,6 +116,24 @@ class Ledger:
         foreign = max(0, load.total_tokens - self.context_tokens - self.prefill_tokens)
         self.foreign_tokens = min(foreign, self._foreign_before)
         self._foreign_before = foreign
+        if self.steps is not None and load.counters is not None:
+            self.steps.observe(load.counters, self.decodes, self.context_tokens, load.seen_us)
+
+    def predict_by(self, cost: CostModel | None) -> None:
+        """What was learnt stays for as long as the hardware does."""
+        chunk_tokens, replicas = self.worker.chunk_tokens, self.worker.dp_size
+        if cost is None:
+            self.steps = None
+        elif self.steps is None or not self.steps.fits(cost, chunk_tokens, replicas):
+            self.steps = Steps(cost, chunk_tokens=chunk_tokens, replicas=replicas)
+
+    @property
+    def prefill_tokens_per_us(self) -> float | None:
+        """As seen; before anything was seen, as predicted; None where neither is known."""
+        seen = self.prefill_rate.tokens_per_us
+        if seen is None and self.steps is not None:
+            return self.steps.prefill_tokens_per_us
+        return seen
 
     def forget_report(self) -> None:
         """The report is too old to be believed: the books alone go on."""
@@ -121,6 +144,13 @@ class Ledger:
             self.prefill_rate.begin(now_us)
         self.prefills += 1
         self.prefill_tokens += tokens
+
+    def prefilled(self, tokens: int, now_us: int) -> None:
+        """The prompt is computed: what that took tells how fast the server is."""
+        self.end_prefill(tokens)
+        self.prefill_rate.done(tokens, now_us)
+        if self.steps is not None:
+            self.steps.prefilled(tokens)
 
     def end_prefill(self, tokens: int) -> None:
         self.prefills -= 1
@@ -134,6 +164,8 @@ class Ledger:
     def end_decode(self, context: int, reserved: int) -> None:
         self.decodes -= 1
         self.context_tokens -= context
+        if self.steps is not None:
+            self.steps.left(context)
         self.reserved_tokens -= reserved
 
 

@@ -2,47 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from policies.ledger import Ledger
 from policies.types import Job
 
+Ledgers = Sequence[Ledger]
+
 
 class Place(Protocol):
-    """Smaller ranks win; the core breaks ties by the server's name."""
+    """A rank for each server; the lowest wins, and in a tie the first of the list.
 
-    def prefill(self, job: Job, ledger: Ledger) -> tuple[float, ...]: ...
+    All are ranked in one call: a call for each would cost more than what it computes.
+    """
 
-    def decode(self, job: Job, ledger: Ledger) -> tuple[float, ...]: ...
+    def prefill(self, job: Job, ledgers: Ledgers) -> list[float]: ...
+
+    def decode(self, job: Job, ledgers: Ledgers) -> list[float]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeastWork:
     """Fewest prompt tokens outstanding at prefill; the shortest predicted step at decode.
 
-    The default constants are those of an 8B model on an H100 (step tables of AIConfigurator
-    0.12): only their proportions matter here.
+    A server whose hardware is known is predicted by its cost model. For the others the constants
+    here are those of an 8B model on an H100 (step tables of AIConfigurator 0.12): between such
+    servers only their proportions matter.
     """
 
+    step_fixed_us: float = 6_600.0
     step_per_sequence_us: float = 25.0
     step_per_token_us: float = 0.036
 
-    def prefill(self, job: Job, ledger: Ledger) -> tuple[float, ...]:
-        return (ledger.prefill_tokens, ledger.prefills)
+    def prefill(self, job: Job, ledgers: Ledgers) -> list[float]:
+        return [ledger.prefill_tokens for ledger in ledgers]
 
-    def decode(self, job: Job, ledger: Ledger) -> tuple[float, ...]:
-        context = ledger.context_tokens + ledger.foreign_tokens + job.prompt_tokens
-        step_us = self.step_per_sequence_us * ledger.decodes + self.step_per_token_us * context
-        return (step_us, ledger.reserved_tokens)
+    def decode(self, job: Job, ledgers: Ledgers) -> list[float]:
+        token_us, sequence_us = self.step_per_token_us, self.step_per_sequence_us
+        alone_us = self.step_fixed_us + sequence_us + token_us * job.prompt_tokens
+        return [
+            alone_us
+            + sequence_us * ledger.decodes
+            + token_us * (ledger.context_tokens + ledger.foreign_tokens)
+            if ledger.steps is None
+            else ledger.steps.decode_us(
+                ledger.decodes + 1,
+                ledger.context_tokens + ledger.foreign_tokens + job.prompt_tokens,
+            )
+            for ledger in ledgers
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class RoundRobin:
     """Each server in turn, blind to load: a baseline."""
 
-    def prefill(self, job: Job, ledger: Ledger) -> tuple[float, ...]:
-        return (ledger.dispatched,)
+    def prefill(self, job: Job, ledgers: Ledgers) -> list[float]:
+        return [ledger.dispatched for ledger in ledgers]
 
-    def decode(self, job: Job, ledger: Ledger) -> tuple[float, ...]:
-        return (ledger.dispatched,)
+    def decode(self, job: Job, ledgers: Ledgers) -> list[float]:
+        return [ledger.dispatched for ledger in ledgers]

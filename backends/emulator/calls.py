@@ -70,6 +70,8 @@ def read_completion(body: Body, model: str, *, fresh_rid: Callable[[], str]) -> 
 def read_chat(body: Body, model: str, *, fresh_rid: Callable[[], str]) -> Call:
     """POST /v1/chat/completions, and what other chat dialects are turned into."""
     ids = body.get("input_ids")
+    if ids and not (isinstance(ids, list) and all(type(each) is int for each in ids)):
+        raise BadBody("input_ids: a list of integers is required")
     prompt = list(ids) if ids else encode(chat_text(body.get("messages"), body))
     return _openai_call(body, model, [prompt], many=False, default_max=None, fresh_rid=fresh_rid)
 

@@ -27,6 +27,10 @@ def as_chat(body: Body) -> dict[str, Any]:
     return {**body, **rid, "messages": messages, "max_completion_tokens": limit}
 
 
+STATUSES = {"length": "incomplete", "abort": "failed"}
+"""Of an answer by its finish reason; all others are complete."""
+
+
 class Responses(OpenAi):
     """/v1/responses: numbered events."""
 
@@ -42,7 +46,8 @@ class Responses(OpenAi):
             parts.append(named("response.output_text.delta", {**spot, "delta": piece.new_text}))
         if piece.reason is not None:
             parts.append(named("response.output_text.done", {**spot, "text": piece.text}))
-            parts.append(named("response.completed", {"response": self.whole(call, [piece])}))
+            whole = self.whole(call, [piece])
+            parts.append(named(f"response.{whole['status']}", {"response": whole}))
         return b"".join(parts)
 
     def closing(self, call: Call, residents: Sequence[Resident]) -> bytes:
@@ -51,6 +56,8 @@ class Responses(OpenAi):
     def whole(self, call: Call, pieces: Sequence[Piece]) -> dict[str, Any]:
         piece = pieces[0]
         resident = piece.resident
+        status = STATUSES.get((piece.reason or {}).get("type", ""), "completed")
+        cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
         item = {
             "id": f"msg_{resident.request.rid}",
             "type": "message",
@@ -60,7 +67,11 @@ class Responses(OpenAi):
         }
         prompt, generated = resident.request.prompt.tokens, resident.generated
         return self.envelope(call, resident) | {
-            "status": "completed",
+            "status": status,
+            "incomplete_details": cut,
+            "error": {"code": "server_error", "message": piece.reason.get("message")}
+            if status == "failed" and piece.reason
+            else None,
             "output": [item],
             "usage": {
                 "input_tokens": prompt,

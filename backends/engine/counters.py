@@ -38,7 +38,7 @@ class Counters:
     prefill_cached_tokens: int = 0
     prefill_busy_us: int = 0
     decode_moments: list[float] = field(default_factory=lambda: [0.0] * 6)
-    """n, sum b, sum t_us, sum b^2, sum b*t_us, tokens generated."""
+    """n, sum b, sum t_us, sum b^2, sum b*t_us, tokens generated; of steps that follow another."""
     retractions: int = 0
     requests: int = 0
     aborts: int = 0
@@ -53,14 +53,17 @@ class Counters:
     itl: Histogram = field(default_factory=lambda: Histogram(ITL_BOUNDS_S))
     e2e: Histogram = field(default_factory=lambda: Histogram(E2E_BOUNDS_S))
 
-    def decoded(self, batch: int, step_us: float) -> None:
-        moments = self.decode_moments
-        moments[0] += 1
-        moments[1] += batch
-        moments[2] += step_us
-        moments[3] += batch * batch
-        moments[4] += batch * step_us
-        moments[5] += batch
+    def decoded(self, batch: int, step_us: float, *, since_launch_us: float) -> None:
+        """SGLang measures from launch to launch: the first step of a run has no time of its own,
+        each later one that of the step before it."""
+        if since_launch_us > 0:
+            moments = self.decode_moments
+            moments[0] += 1
+            moments[1] += batch
+            moments[2] += since_launch_us
+            moments[3] += batch * batch
+            moments[4] += batch * since_launch_us
+            moments[5] += batch
         self.generated_tokens += batch
         self.tokens_per_s = batch / step_us * 1e6 if step_us else 0.0
         self.itl.observe(step_us / 1e6, batch)

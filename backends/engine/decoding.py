@@ -26,6 +26,11 @@ class Decoding:
         self._machine = machine
         self._prefilling = prefilling
         self._retracted = retracted
+        self._last_step_us = 0.0
+
+    def interrupt(self) -> None:
+        """Something else ran, or nothing: the next step follows none."""
+        self._last_step_us = 0.0
 
     def plan(self) -> int:
         """Make room for a step; answers how many requests take part."""
@@ -68,7 +73,8 @@ class Decoding:
     def settle(self, step_us: float) -> None:
         """Count a finished step, tell who listens, and end who is done."""
         machine = self._machine
-        machine.counters.decoded(len(machine.batch), step_us)
+        machine.counters.decoded(len(machine.batch), step_us, since_launch_us=self._last_step_us)
+        self._last_step_us = step_us
         over = machine.batch.step()
         for resident in list(machine.batch.streaming.values()):
             resident.listener.tokens(resident)

@@ -56,6 +56,7 @@ class Engine:
         self.config = config
         self.name = config.name
         self.life = 0
+        self.switches = 0
         self.alive = True
         self.paused: str | None = None
         self.switching = False
@@ -205,6 +206,8 @@ class Engine:
         address = f"{self.config.bootstrap_host}:{self.config.bootstrap_port}"
         self.fabric.died(self, address, self.config.heartbeat_s)
         self.life += 1
+        self.switches = 0
+        self.receiving.forget_peers()
         for resident in lost:
             resident.listener.lost(resident)
 
@@ -345,6 +348,7 @@ class Engine:
         else:
             chunks = self.prefilling.plan(len(self.sending.sending))
             if chunks:
+                self.decoding.interrupt()
                 self.sending.computing(chunks)
                 seconds = self.times.prefill_s([(it.new_tokens, it.cached_tokens) for it in chunks])
                 self._run(seconds, self._prefilled, chunks)
@@ -356,6 +360,7 @@ class Engine:
             seconds = self.times.decode_s(batch, self.machine.batch.context_tokens)
             self._run(seconds, self._decoded)
         else:
+            self.decoding.interrupt()
             self.prefilling.ratio = FIRST_RATIO
 
     def _run(self, seconds: float, done: Callable[..., object], *args: object) -> None:
@@ -463,6 +468,8 @@ class Engine:
     def _switched(self, role: Role, done: Callable[[], object]) -> None:
         self._switch_timer = None
         self.switching = False
+        self.switches += 1
+        self.receiving.forget_peers()
         self.machine.take_role(role)
         done()
         if not self.paused:

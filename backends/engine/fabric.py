@@ -13,6 +13,8 @@ class PrefillEnd(Protocol):
 
     name: str
     life: int
+    switches: int
+    """How often it has changed its role in this life."""
 
     def serves_rooms(self) -> bool: ...
 

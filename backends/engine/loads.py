@@ -46,7 +46,7 @@ def load_report(
         "utilization": 0.0,
         "total_prefill_uncached_tokens": counters.prefill_uncached_tokens,
         "total_prefill_busy_us": counters.prefill_busy_us,
-        "decode_moments": None if machine.role == Role.PREFILL else list(counters.decode_moments),
+        "decode_moments": list(counters.decode_moments) if counters.decode_moments[0] else None,
         "memory": {
             "weight_gb": 15.0,
             "kv_cache_gb": round(

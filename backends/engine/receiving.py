@@ -32,6 +32,8 @@ class Receiving:
         self._myself = myself
         self._wake = wake
         self._retry: Timer | None = None
+        self._connected: dict[str, tuple[int, int]] = {}
+        """The life and the switches of each prefill server when it was last met."""
         self.handshaking: dict[int, tuple[float, Resident]] = {}
         self.prealloc: dict[int, Resident] = {}
         self.receiving: dict[int, Resident] = {}
@@ -52,6 +54,9 @@ class Receiving:
         if self._retry is not None:
             self._retry.cancel()
         self._retry = None
+
+    def forget_peers(self) -> None:
+        self._connected.clear()
 
     def arrive(self, resident: Resident) -> None:
         if self._machine.is_fake(resident) or self._prefill(resident) is not None:
@@ -178,7 +183,16 @@ class Receiving:
         prefill = self._prefill(resident)
         if prefill is not None:
             resident.peer = Peer(prefill.name, prefill.life)
-            prefill.room_offered(resident.request.bootstrap_room or 0, self._myself(resident))
+            if not self._is_stale(prefill):
+                prefill.room_offered(resident.request.bootstrap_room or 0, self._myself(resident))
+
+    def _is_stale(self, prefill: Server) -> bool:
+        """A server that was switched and came back in one life is met once on a dead connection:
+        that offer is lost, the one after it is not."""
+        now = (prefill.life, prefill.switches)
+        before = self._connected.get(prefill.name, now)
+        self._connected[prefill.name] = now
+        return before[0] == now[0] and before != now
 
     def _make_ready(self, resident: Resident) -> None:
         resident.stage = Stage.READY

@@ -372,3 +372,16 @@ async def test_the_live_loop_asks_reuses_pauses_and_cancels() -> None:
             change()
         await until(lambda: upstream.open == 0)
         assert (second.events, server.connections) == (["head", "body"], 1)
+
+
+async def test_a_retired_pool_keeps_no_connection_beyond_its_call() -> None:
+    async with serving(saying(SHORT)) as server, pool(server) as upstream:
+        await ask(upstream)
+        idle_before = upstream.idle
+        running = Heard()
+        get(upstream, Heard())
+        get(upstream, running)
+        upstream.retire()
+        await running.over.wait()
+        await until(lambda: not upstream.open)
+        assert (idle_before, running.body) == (1, b"hello")

@@ -161,7 +161,7 @@ def test_a_worker_is_what_a_probe_would_find() -> None:
 
 def test_the_grid_keeps_the_order_in_which_things_were_asked_for() -> None:
     clock = VirtualClock()
-    grid, said = Grid(clock), []
+    grid, said = Grid(clock), list[str]()
     grid.call_at(0.3, said.append, "first")
     grid.call_at(0.1 + 0.2, said.append, "second")
     grid.call_at(0.3, said.append, "never").cancel()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import os
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
@@ -22,6 +24,18 @@ from tests.conformance.under_test import (
     UNIFIED_QUEUED,
     UNIFIED_RUNNING,
 )
+
+LEFT_OUT = (
+    "left out: conformance and end-to-end tests on real SGLang, which is not installed "
+    "(see docs/sglang.md)"
+)
+
+
+def is_included() -> bool:
+    """Whether there is an SGLang, or its absence is to be a failure."""
+    named = os.environ.get("SLACKWATER_SGLANG_PYTHON")
+    required = os.environ.get("SLACKWATER_REQUIRE_SGLANG") == "1"
+    return required or bool(named) or importlib.util.find_spec("sglang") is not None
 
 
 def spec(logs: Path) -> FleetSpec:

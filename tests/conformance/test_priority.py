@@ -1,4 +1,4 @@
-"""What `priority` does where it is enabled: it orders queues; a running decode stays."""
+"""What `priority` does where it is enabled: it orders queues, and on unified servers displaces."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def test_the_more_urgent_of_two_queued_requests_runs_first(
     assert {later.finish["type"], sooner.finish["type"]} == {"length"}
 
 
-async def test_an_urgent_request_costs_running_ones_no_token_on_a_unified_server(
+async def test_an_urgent_request_displaces_a_running_one_of_a_unified_server_at_no_token(
     client: Client, fleet: FleetUnderTest
 ) -> None:
     await client.slow(fleet.unified, SLOW_S)
@@ -44,6 +44,7 @@ async def test_an_urgent_request_costs_running_ones_no_token_on_a_unified_server
     await asyncio.gather(*(leg.task for leg in holders))
     assert urgent.finish == {"type": "length", "length": 5}
     assert [len(leg.ids) for leg in holders] == [100] * UNIFIED_RUNNING
+    assert sum(leg.meta["num_retractions"] for leg in holders) == 1
 
 
 async def test_a_much_more_urgent_request_waits_for_a_slot_on_a_decode_server(

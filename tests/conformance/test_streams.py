@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import pairwise
 
 from tests.conformance.under_test import Client, FleetUnderTest
@@ -94,3 +95,16 @@ async def test_a_completion_can_stream_its_token_ids(client: Client, fleet: Flee
     choices = [chunk["choices"][0] for chunk in leg.chunks if chunk["choices"]]
     assert [t for choice in choices for t in choice.get("token_ids") or []] == plain.ids
     assert leg.done
+
+
+async def test_a_response_that_its_limit_cuts_off_is_incomplete(
+    client: Client, fleet: FleetUnderTest
+) -> None:
+    body = {"model": "tiny", "input": "hello", "max_output_tokens": 5, "ignore_eos": True}
+    whole = client.send(fleet.unified + "/v1/responses", body)
+    streamed = client.send(fleet.unified + "/v1/responses", body | {"stream": True})
+    await asyncio.gather(whole.task, streamed.task)
+    cut = {"reason": "max_output_tokens"}
+    assert (whole.body["status"], whole.body["incomplete_details"]) == ("incomplete", cut)
+    assert streamed.chunks[0]["type"] == "response.created"
+    assert streamed.chunks[-1]["type"] == "response.incomplete"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -48,6 +49,7 @@ class Leg:
 
     task: asyncio.Task[None]
     status: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
     chunks: list[dict[str, Any]] = field(default_factory=list)
     done: bool = False
     """Whether the stream ended with [DONE]."""
@@ -78,6 +80,13 @@ class Leg:
     @property
     def finish(self) -> dict[str, Any]:
         """The finish reason, or for an error told in other words the same shape."""
+        if "error" in (self.chunks[-1] if self.chunks else {}):
+            error = self.chunks[-1]["error"]
+            return {
+                "type": "abort",
+                "message": error["message"],
+                "status_code": error.get("status"),
+            }
         if self.broken:
             return {"type": "broken", "message": self.broken, "status_code": None}
         if self.status != 200:
@@ -112,13 +121,29 @@ class Client:
         }
 
     def generate(
-        self, url: str, ids: list[int], tokens: int, *, stream: bool = True, **more: Any
+        self,
+        url: str,
+        ids: list[int],
+        tokens: int,
+        *,
+        stream: bool = True,
+        headers: Mapping[str, str] | None = None,
+        **more: Any,
     ) -> Leg:
         sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
         body = {"input_ids": ids, "sampling_params": sampling, "stream": stream, **more}
-        return self.send(url + "/generate", body)
+        return self.send(url + "/generate", body, headers)
 
-    def chat(self, url: str, content: str, tokens: int, *, stream: bool = True, **more: Any) -> Leg:
+    def chat(
+        self,
+        url: str,
+        content: str,
+        tokens: int,
+        *,
+        stream: bool = True,
+        headers: Mapping[str, str] | None = None,
+        **more: Any,
+    ) -> Leg:
         body = {
             "model": "tiny",
             "messages": [{"role": "user", "content": content}],
@@ -128,7 +153,7 @@ class Client:
             "stream": stream,
             **more,
         }
-        return self.send(url + "/v1/chat/completions", body)
+        return self.send(url + "/v1/chat/completions", body, headers)
 
     def pair(
         self,
@@ -156,16 +181,18 @@ class Client:
         await leg.task
         return leg
 
-    def send(self, url: str, body: dict[str, Any]) -> Leg:
+    def send(self, url: str, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> Leg:
         leg = Leg(task=asyncio.create_task(asyncio.sleep(0)))
-        leg.task = asyncio.create_task(self._run(leg, url, body))
+        leg.task = asyncio.create_task(self._run(leg, url, body, headers))
         self.legs.append(leg)
         return leg
 
-    async def _run(self, leg: Leg, url: str, body: dict[str, Any]) -> None:
+    async def _run(
+        self, leg: Leg, url: str, body: dict[str, Any], headers: Mapping[str, str] | None
+    ) -> None:
         try:
-            async with self.http.post(url, json=body) as answer:
-                leg.status = answer.status
+            async with self.http.post(url, json=body, headers=headers) as answer:
+                leg.status, leg.headers = answer.status, answer.headers
                 if "text/event-stream" not in answer.content_type:
                     leg.body = json.loads(await answer.read())
                     return
@@ -222,6 +249,21 @@ class Client:
         for leg in self.legs:
             leg.task.cancel()
         await asyncio.gather(*(leg.task for leg in self.legs), return_exceptions=True)
+
+
+@asynccontextmanager
+async def talking(fleet: FleetUnderTest, seed: int) -> AsyncIterator[Client]:
+    """Afterwards every server is idle again; the seed keeps prompts out of other tests' caches."""
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    timeout = aiohttp.ClientTimeout(total=60)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
+        client = Client(http, fleet, seed)
+        try:
+            yield client
+        finally:
+            await client.close()
+            for url in (fleet.prefill, fleet.decode, fleet.relaxed, fleet.unified):
+                await client.idle(url)
 
 
 def is_idle(load: dict[str, Any]) -> bool:

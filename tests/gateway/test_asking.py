@@ -142,5 +142,5 @@ def test_a_caller_may_only_tighten(wanted_ms: float) -> None:
 @pytest.mark.parametrize("name", ["x_slo_ttft_ms", "x_slo_tpot_ms"])
 def test_a_target_that_is_no_positive_number_is_refused(name: str, value: str) -> None:
     with pytest.raises(ApiError, match="must be a positive number") as refused:
-        job(**{name: value})
+        job(Kind.ONLINE, **{name: value})
     assert refused.value.code is Code.INVALID_REQUEST

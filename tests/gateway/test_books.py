@@ -3,10 +3,13 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.books import Fleet, Lane, Ticket
+from gateway.books import Lane, Ticket
+from gateway.servers import Fleet
 from policies.breaker import Breaker, BreakerRule
+from policies.events import Load
 from policies.ledger import Ledger
 from policies.pools import ByLatency, Shared
+from policies.steps import Costs
 from policies.types import Kind, Pool, Worker
 from tests.gateway.talk import decode, offline, online, prefill, unified
 
@@ -88,7 +91,7 @@ def test_who_is_set_aside_is_queued_but_does_not_wait_in_line() -> None:
 
 
 def fleet(*workers: Worker) -> Fleet:
-    new = Fleet(BreakerRule(), ByLatency())
+    new = Fleet(BreakerRule(), ByLatency(), Costs())
     for worker in workers:
         new.add(worker)
     return new
@@ -111,8 +114,19 @@ def test_a_server_serves_its_model_and_a_nameless_one_any() -> None:
 def test_a_reload_may_change_the_pools() -> None:
     new = fleet(unified("s"), unified("r", pool=Pool.RELAXED))
     assert len(new.candidates("", Kind.ONLINE).unified) == 1
-    new.adopt(BreakerRule(), Shared())
+    new.adopt(BreakerRule(), Shared(), Costs())
     assert len(new.candidates("", Kind.ONLINE).unified) == 2
+
+
+def test_a_server_that_is_gone_changes_nothing_any_more() -> None:
+    new = fleet(unified("u"))
+    ledger = new.ledgers["u"]
+    new.correct(ledger, Load(seen_us=0, running=0, waiting=0, used_tokens=0, total_tokens=0), 50)
+    for _ in range(BreakerRule().failures):
+        ledger.breaker.failed(0)
+    assert (new.has_tripped, new.changes_us(10)) == (True, [BreakerRule().cooldown_us, 50])
+    new.remove("u")
+    assert (new.has_tripped, new.changes_us(10), new.forget_stale(60)) == (False, [], False)
 
 
 def test_servers_that_are_gone_and_empty_are_forgotten() -> None:

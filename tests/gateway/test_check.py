@@ -21,9 +21,12 @@ from gateway import check, serve
 from gateway.__main__ import main
 from gateway.check import Report, inspect
 from gateway.config import Config, WorkerEntry
+from gateway.facts import Facts
+from gateway.probe import learnt
 from gateway.settings import ConfigError
-from gateway.suitability import Level
-from policies.types import Pool, Role
+from gateway.suitability import Level, of_pair
+from gateway.trial import Trial
+from policies.types import Pool, Role, Worker
 from tests.gateway.gateway_under_test import PAIR, TWO_PAIRS, UNIFIED, entry_of, fault, spec
 
 TIMEOUT_S = 5.0
@@ -45,6 +48,11 @@ async def checked(config: Config) -> Report:
 
 def told(report: Report, level: Level) -> list[str]:
     return [f"{one.subject}: {one.text}" for one in report.findings if one.level is level]
+
+
+def facts_of(name: str, info: dict[str, Any]) -> Facts:
+    worker = Worker(name=name, url=f"http://{name}:1", role=Role.DECODE)
+    return Facts(configured=worker, worker=learnt(worker, info, ""), info=info)
 
 
 def reconfigured(config: Config, name: str, **changes: Any) -> Config:
@@ -116,6 +124,23 @@ async def test_page_sizes_that_differ_make_a_pair_bad() -> None:
         report = await checked(config)
     expected = "p1 -> d1: page sizes differ: 16 and 64; SGLang refuses such a pair"
     assert told(report, Level.BAD) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "levels"),
+    [
+        ({"kv_cache_dtype": "fp8_e4m3"}, {"kv_cache_dtype": "bfloat16"}, [Level.BAD]),
+        ({"kv_cache_dtype": "fp8_e4m3"}, {"kv_cache_dtype": "auto"}, []),
+        ({"kv_cache_dtype": "auto"}, {}, []),
+        ({"dp_size": 1}, {"dp_size": 4}, [Level.WARNING]),
+    ],
+)
+def test_cache_types_that_differ_are_bad_and_data_parallel_sizes_a_warning(
+    prefill: dict[str, Any], decode: dict[str, Any], levels: list[Level]
+) -> None:
+    trial = Trial(prefill="p", decode="d", error="", took_ms=1.0)
+    servers = {"p": facts_of("p", prefill), "d": facts_of("d", decode)}
+    assert [finding.level for finding in of_pair(trial, servers)] == levels
 
 
 async def test_a_wrong_role_is_a_warning_that_names_both() -> None:
@@ -205,6 +230,14 @@ async def test_decode_servers_of_one_pool_only_are_noted_where_pools_are_kept() 
     assert not any("shares them" in note for note in told(shared, Level.NOTE))
 
 
+async def test_what_is_noted_of_many_servers_is_shown_once() -> None:
+    out = io.StringIO()
+    async with fleet_of(TWO_PAIRS) as (_, config):
+        check.show(await checked(config), Console(file=out, width=400))
+    assert out.getvalue().count("no incremental streaming") == 1
+    assert "note p1, d1, p2, d2: no incremental streaming" in out.getvalue()
+
+
 # The command.
 
 
@@ -217,6 +250,12 @@ def arguments(*words: str) -> argparse.Namespace:
 def test_a_configuration_without_servers_is_an_error_that_says_what_to_give() -> None:
     with pytest.raises(ConfigError, match="--config FILE with \\[\\[worker\\]\\] tables"):
         check.run_check(arguments())
+
+
+@pytest.mark.parametrize("more", [("--fleet", "fleet.toml"), ("--timeout-s", "0")])
+def test_flags_that_make_no_sense_for_a_check_are_refused(more: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match=more[0]):
+        check.run_check(arguments("--decode", "http://d:1", *more))
 
 
 @pytest.mark.parametrize("text", ["nonsense = 1", "[[worker]]\nurl = 'tcp://x'", "]["])

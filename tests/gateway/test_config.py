@@ -26,7 +26,7 @@ from policies.types import Pool, Role
 Key = tuple[str, ...]
 
 
-def keys(cls: type, path: Key = ()) -> Iterator[tuple[Key, Any, dataclasses.Field[Any]]]:
+def keys(cls: Any, path: Key = ()) -> Iterator[tuple[Key, Any, dataclasses.Field[Any]]]:
     """Every key of the configuration with its type; lists stand for one entry."""
     hints = get_type_hints(cls)
     for each in dataclasses.fields(cls):
@@ -48,7 +48,7 @@ def table_with(path: Key, value: object) -> dict[str, Any]:
     if len(path) == 1:
         return {path[0]: value}
     if path[1] == "[]":
-        return {path[0]: [NEEDED[path[0]] | {path[2]: value}]}
+        return {path[0]: [NEEDED[path[0]] | table_with(path[2:], value)]}
     return {path[0]: table_with(path[1:], value)}
 
 

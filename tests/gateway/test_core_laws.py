@@ -312,7 +312,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def who_waits_is_woken(self) -> None:
-        if self.core._give_up:
+        if self.core._agenda.give_up:
             assert self.alarm_us is not None
 
     def teardown(self) -> None:

@@ -203,8 +203,8 @@ def test_a_server_that_goes_down_takes_its_report_along() -> None:
 
 def test_messages_about_unknown_servers_change_nothing() -> None:
     talk = Talk(pair())
-    gone = [WorkerDown("x"), WorkerDraining("x"), WorkerGone("x"), LoadReport("x", load())]
-    assert talk.say(*gone) == []
+    assert talk.say(WorkerDown("x"), WorkerDraining("x"), WorkerGone("x")) == []
+    assert talk.say(LoadReport("x", load())) == []
     assert set(talk.core.ledgers) == {"p", "d"}
 
 
@@ -250,3 +250,11 @@ def test_an_alarm_that_nobody_needs_any_more_is_answered_with_nothing() -> None:
     talk.say(Finished("a", 1))
     talk.say(Finished("b", 1))
     assert (talk.say(Wakeup(), at_us=talk.alarms[-1]), len(talk.alarms)) == ([], 1)
+
+
+def test_a_whole_answer_of_a_unified_server_is_no_prompt_any_more_once_nothing_waits() -> None:
+    talk = Talk([unified(chunk_tokens=100)])
+    assert talk.arrive(online("a", 150), online("b", 150))[0] == ("go", "a", "u")
+    report = LoadReport("u", load(160, seen_us=SECOND))
+    assert talk.say(report, at_us=SECOND) == [("go", "b", "u")]
+    assert talk.core.ledgers["u"].prefill_tokens == 150

@@ -132,6 +132,15 @@ async def test_a_server_is_down_after_as_many_silent_probes_as_configured() -> N
         assert watch.of(WorkerDown) == [WorkerDown("w")]
 
 
+async def test_a_server_that_is_silent_from_the_first_probe_on_is_down_too() -> None:
+    async with watched(Pages(up=False)) as watch:
+        await asyncio.sleep(10)
+        assert watch.of(WorkerDown) == [WorkerDown("w")]
+        watch.pages.up = True
+        await asyncio.sleep(1.5)
+        assert len(watch.of(WorkerUp)) == 1
+
+
 async def test_a_server_that_is_down_is_told_of_once_and_asked_on() -> None:
     async with watched(Pages()) as watch:
         watch.pages.up = False

@@ -279,3 +279,14 @@ async def test_a_rid_names_one_request_at_a_time() -> None:
             assert (second.status, second.code) == (400, "duplicate_rid")
             assert (await answer).status == 200
         assert (await site.ask("/generate", generate(5, rid="mine"))).status == 200
+
+
+async def test_a_server_that_is_taken_off_the_list_keeps_no_socket() -> None:
+    async with standing(TWO_PAIRS) as site:
+        await site.serves()
+        servers = {server.name: server for server in site.gateway.backend.servers()}
+        gone = servers["d2"].upstream
+        open_before = gone.open
+        site.gateway.adopt(replace(site.config, worker=site.config.worker[:2]))
+        await site.until("its sockets are closed", lambda: not gone.open)
+        assert open_before > 0

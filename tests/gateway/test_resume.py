@@ -38,7 +38,7 @@ BREAKS: dict[str, FaultKind] = {
     "corrupts": FaultKind.CORRUPT,
 }
 TOKENS = 40
-AFTER = (1, 2, 7, 38)
+AFTER = (1, 7, 38)
 
 
 def native(told: Told, fleet: str) -> tuple[list[int], str, Any]:
@@ -183,3 +183,38 @@ async def test_a_tokenizer_that_hangs_is_given_up() -> None:
         told = await site.ask("/generate", body)
         assert native(told, "cumulative") == native(undisturbed, "cumulative")
         assert told.took_s < QUICK.timeouts.first_token_online_s + 1
+
+
+MIXED = {
+    "from-cumulative-to-incremental": (*TWO_PAIRS[:3], INCREMENTAL[3]),
+    "from-incremental-to-cumulative": (*INCREMENTAL[:3], TWO_PAIRS[3]),
+}
+
+
+@pytest.mark.parametrize("after", AFTER)
+@pytest.mark.parametrize("fleet", MIXED)
+async def test_a_server_that_streams_otherwise_goes_on_in_the_first_ones_way(
+    fleet: str, after: int
+) -> None:
+    way = fleet.split("-")[1]
+    async with standing(MIXED[fleet]) as site:
+        body = generate(TOKENS, stream=True)
+        undisturbed = await site.ask("/generate", body)
+        site.hurt("d1", FaultKind.DIE_AFTER, after_tokens=after)
+        told = await site.ask("/generate", body)
+        assert native(told, way) == native(undisturbed, way)
+
+
+@pytest.mark.parametrize("after", range(8, 14))
+@pytest.mark.parametrize("fleet", FLEETS)
+async def test_a_stop_string_across_the_seam_ends_the_stream(fleet: str, after: int) -> None:
+    async with standing(FLEETS[fleet]) as site:
+        free = generate(TOKENS, stream=True)
+        _, text, _ = native(await site.ask("/generate", free), fleet)
+        words = text.split()
+        free["sampling_params"]["stop"] = [f"{words[10][1:]} {words[11][:2]}"]
+        undisturbed = await site.ask("/generate", free)
+        site.hurt("d1", FaultKind.DIE_AFTER, after_tokens=after)
+        told = await site.ask("/generate", free)
+        assert native(told, fleet)[1:] == native(undisturbed, fleet)[1:]
+        assert await site.nothing_left(within_s=0.2) == []

@@ -21,7 +21,7 @@ def played(steps: list[str]) -> tuple[Breaker, int]:
                 breaker.try_out()
             case "shrug":
                 breaker.gave_no_verdict()
-            case "wait":
+            case _:
                 now_us += 70
     return breaker, now_us
 

@@ -47,22 +47,22 @@ def test_more_context_is_never_a_better_rank(context: int, more: int) -> None:
     less_busy.add_decode(context, context)
     busier.add_decode(context + more, context + more)
     job = online("a")
-    assert LeastWork().decode(job, less_busy) < LeastWork().decode(job, busier)
+    better, worse = LeastWork().decode(job, [less_busy, busier])
+    assert better < worse
 
 
 def test_the_work_of_others_counts_for_placement() -> None:
     crowded = ledger(decode())
     crowded.correct(load(5000))
     crowded.correct(load(5000))
-    assert LeastWork().decode(online("a"), ledger(decode())) < LeastWork().decode(
-        online("a"), crowded
-    )
+    empty_rank, crowded_rank = LeastWork().decode(online("a"), [ledger(decode()), crowded])
+    assert empty_rank < crowded_rank
 
 
 def test_round_robin_sees_only_turns() -> None:
     busy = ledger(unified())
     busy.add_prefill(9999, 0)
-    assert RoundRobin().prefill(online("a"), busy) == (0,)
+    assert RoundRobin().prefill(online("a"), [busy]) == [0]
 
 
 def test_orders_differ_where_the_later_job_is_more_urgent() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from policies.ledger import Ledger, PrefillRate
 from tests.gateway.talk import load, unified
 
 
-def ledger(**fields: int) -> Ledger:
+def ledger(**fields: Any) -> Ledger:
     return Ledger(unified(**fields), Breaker(BreakerRule()))
 
 

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from gateway import serve
+from gateway.__main__ import main
+from gateway.config import Config
+from gateway.settings import ConfigError
+from policies.types import Pool, Role
+
+
+def configured(*words: str) -> Config:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    return serve.configuration(parser.parse_args(words))
+
+
+def written(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_nothing_given_is_the_default_configuration() -> None:
+    assert configured() == Config()
+
+
+def test_the_words_of_sglangs_router_make_the_same_fleet_here() -> None:
+    config = configured(
+        *("--pd-disaggregation", "--host", "0.0.0.0", "--port", "8000", "--policy", "round_robin"),
+        *("--prefill", "http://p1:30000", "9001", "--prefill", "http://p2:30000", "none"),
+        *("--decode", "http://d1:30000", "--decode", "http://d2:30000"),
+    )
+    assert [(w.url, w.role, w.bootstrap_port) for w in config.worker] == [
+        ("http://p1:30000", Role.PREFILL, 9001),
+        ("http://p2:30000", Role.PREFILL, 0),
+        ("http://d1:30000", Role.DECODE, 0),
+        ("http://d2:30000", Role.DECODE, 0),
+    ]
+    assert (config.server.host, config.server.port) == ("0.0.0.0", 8000)
+    assert config.policies.place == "round-robin"
+
+
+def test_worker_urls_are_unified_servers_of_the_strict_pool() -> None:
+    workers = configured("--worker-urls", "http://a:1", "http://b:2").worker
+    assert [(w.role, w.pool) for w in workers] == [(Role.UNIFIED, Pool.STRICT)] * 2
+
+
+def test_a_key_goes_to_every_server_that_a_flag_names() -> None:
+    words = ("--prefill", "http://p:1", "--decode", "http://d:1", "--worker-urls", "http://u:1")
+    assert {w.api_key for w in configured(*words, "--api-key", "secret").worker} == {"secret"}
+
+
+@pytest.mark.parametrize("values", [("8998", "8999"), ("port",), ("-",)])
+def test_a_prefill_with_anything_but_one_port_is_refused(values: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="--prefill takes a URL and at most one port"):
+        configured("--prefill", "http://p:1", *values)
+
+
+def test_a_policy_that_balances_load_in_sglangs_router_is_least_work_here() -> None:
+    assert configured("--policy", "cache_aware").policies.place == "least-work"
+
+
+def test_a_policy_of_ours_goes_by_its_own_name() -> None:
+    assert configured("--policy", "round-robin").policies.place == "round-robin"
+
+
+def test_flags_go_before_the_file(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        '[server]\nhost = "::1"\nport = 1\n[log]\nlevel = "error"\n[timeouts]\ntotal_s = 5.0\n'
+        '[[worker]]\nurl = "http://file:1"\n',
+    )
+    config = configured(
+        *("--config", path, "--port", "2", "--log-level", "debug"),
+        *("--request-timeout-secs", "9", "--worker-urls", "http://flag:1"),
+    )
+    assert (config.server.host, config.server.port, config.log.level) == ("::1", 2, "debug")
+    assert config.timeouts.total_s == 9.0
+    assert [worker.url for worker in config.worker] == ["http://flag:1"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--port", "99999", "server.port must be at most 65535"),
+        ("--port", "-1", "server.port must be at least 0"),
+        ("--request-timeout-secs", "0", "timeouts.total_s must be at least 0.01"),
+    ],
+)
+def test_a_flag_has_the_limits_of_its_key(flag: str, value: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        configured(flag, value)
+
+
+def test_two_flags_that_name_one_server_are_refused() -> None:
+    with pytest.raises(ConfigError, match="two workers are called d:1"):
+        configured("--decode", "http://d:1", "--decode", "http://d:1")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[policies]\norder = 'best'", "policies.order must be one of ['edf', 'fcfs'], got 'best'"),
+        ("[server]\nprot = 1", "unknown key server.prot, expected one of ['admin_key',"),
+        ("[limits]\nmax_queued = 0", "limits.max_queued must be at least 1, got 0"),
+    ],
+)
+def test_a_mistake_in_the_file_ends_the_start_with_2_and_names_the_key(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--config", written(tmp_path, text)]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there_ends_the_start_with_2(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["serve", "--config", "/nowhere/config.toml"]) == 2
+    assert "cannot read /nowhere/config.toml: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "emulate", "fleet", "predict", "calibrate"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"usage: slackwater {command}" in capsys.readouterr().out
