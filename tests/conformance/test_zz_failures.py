@@ -78,7 +78,8 @@ async def test_a_decode_outlives_its_prefill_server(client: Client, fleet: Fleet
     await decode.begun.wait()
     async with killed(fleet, fleet.prefill):
         await decode.task
-    _, again = await client.paired(prompt, 5)
+    for _ in range(2):  # a pair may be lost to the connection that the dead server has left
+        _, again = await client.paired(prompt, 5)
     assert decode.finish == {"type": "length", "length": 800}
     assert again.ids == decode.ids[:5]
 
