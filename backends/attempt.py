@@ -27,6 +27,8 @@ _FAULT = {
 _COMPLETION_TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s*(\d+)')
 _FINISHED = re.compile(rb'"finish_reason":\s*["{]')
 _OVERLOADED = frozenset({429, 503})
+_OUR_KEY = frozenset({401, 403})
+"""What a server says of the gateway's key, which no client has chosen."""
 _WHOLE = (b"}\n\n", b"[DONE]\n\n")
 """How a piece ends that holds only whole events: nearly all do."""
 _ABORTED = Trouble(status=499, message="aborted", retryable=False, blames=Blame.ABORTED)
@@ -439,6 +441,8 @@ class Attempt:
     @staticmethod
     def _fault(trouble: Trouble) -> Fault:
         if trouble.blames is Blame.ABORTED:
+            return Fault.ENGINE
+        if trouble.status in _OUR_KEY:
             return Fault.ENGINE
         if not trouble.retryable:
             return Fault.REQUEST

@@ -148,7 +148,12 @@ class Sglang:
 
     def forget(self, job_id: str) -> None:
         """Nobody waits for this job any more; what runs for it is stopped by the driver."""
-        self._exchanges.pop(job_id, None)
+        exchange = self._exchanges.pop(job_id, None)
+        if exchange is not None:
+            exchange.timeline.ended_us = self.now_us()
+        if exchange is not None and (attempt := self._live.get(job_id)) is not None:
+            exchange.tokens += attempt.tokens
+            attempt.tokens = 0
 
     def start(self, dispatch: Dispatch) -> None:
         exchange = self._exchanges.get(dispatch.job.id)

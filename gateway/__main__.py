@@ -72,10 +72,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[given.command][2](given)
     except (ConfigError, FleetError) as error:
-        sys.stderr.write(f"slackwater: {error}\n")
-        return 2
+        return _explain(error)
+    except BaseExceptionGroup as group:  # what a task of the gateway has found
+        known = group.subgroup((ConfigError, FleetError))
+        if known is None:
+            raise
+        return _explain(_first(known))
+    except OSError as error:  # an address that is taken, a file that cannot be read
+        return _explain(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _explain(error: BaseException) -> int:
+    sys.stderr.write(f"slackwater: {error}\n")
+    return 2
+
+
+def _first(group: BaseException) -> BaseException:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group
 
 
 if __name__ == "__main__":

@@ -97,7 +97,11 @@ class Gateway:
         self._say_what_predicts()
         self._runner = web.ServerRunner(listener, shutdown_timeout=1.0)
         await self._runner.setup()
-        await web.TCPSite(self._runner, server.host, server.port, backlog=4096).start()
+        try:
+            await web.TCPSite(self._runner, server.host, server.port, backlog=4096).start()
+        except OSError as error:
+            problem = f"cannot listen on {server.host}:{server.port}: {error.strerror}"
+            raise ConfigError(problem) from None
         self.port = self._runner.addresses[0][1]
         log.info("listening", host=server.host, port=self.port, workers=len(self._entries))
 
@@ -226,6 +230,8 @@ async def _watch(
             adopt()
         except ConfigError as error:
             log.error("the new configuration is refused, the old one stays", error=str(error))
+        except Exception:  # the watch's edge: a bug in a reload must not end the gateway
+            log.exception("the new configuration could not be taken over")
         else:
             log.info("configuration reloaded", path=str(path))
 

@@ -47,6 +47,10 @@ class Keyring:
     def __init__(self, keys: tuple[Key, ...]) -> None:
         self._callers = {key.key.encode(): Caller(key.tenant, key.kind) for key in keys}
 
+    @property
+    def asks(self) -> bool:
+        return bool(self._callers)
+
     def caller(self, headers: Mapping[str, str]) -> Caller:
         if not self._callers:
             return ANYONE

@@ -74,7 +74,7 @@ def run_check(given: argparse.Namespace) -> int:
     if given.json:
         sys.stdout.write(orjson.dumps(_as_json(report), option=orjson.OPT_INDENT_2).decode() + "\n")
     else:
-        show(report, Console())
+        show(report, Console(emoji=False))
     return 0 if report.ok else 1
 
 

@@ -185,7 +185,7 @@ class Core:
         kind = ticket.job.kind
         if kind is Kind.OFFLINE and self._online_waits_beside(lane):
             return False
-        pair = self._choose(ticket, self._candidates(lane, kind), now_us)
+        pair = self._choose(ticket, self._candidates(lane, kind, now_us), now_us)
         if pair is None:
             return False
         self._place(ticket, *pair, now_us)
@@ -193,7 +193,7 @@ class Core:
 
     def _refusal(self, job: Job, lane: Lane, now_us: int) -> Reject | None:
         """What can be answered at once, before the job costs anything."""
-        candidates, admit = self._candidates(lane, job.kind), self._rules.admit
+        candidates, admit = self._candidates(lane, job.kind, now_us), self._rules.admit
         if not candidates.can_serve:
             return Reject(job, Reason.NO_WORKER)
         if not fits_ever(job, candidates, admit):
@@ -425,7 +425,7 @@ class Core:
     def _fill(self, lane: Lane, kind: Kind, now_us: int) -> None:
         """Until the first job has to wait for what runs; the order is kept."""
         waiting, admit = lane.waiting[kind], self._rules.admit
-        candidates = self._candidates(lane, kind)
+        candidates = self._candidates(lane, kind, now_us)
         while (job_id := waiting.peek()) is not None:
             ticket = self._tickets[job_id]
             job = ticket.job
@@ -488,14 +488,20 @@ class Core:
             lane = self._lanes[model] = Lane(model)
         return lane
 
-    def _candidates(self, lane: Lane, kind: Kind) -> Candidates:
-        candidates = lane.candidates.get(kind)
-        if candidates is None:
-            candidates = lane.candidates[kind] = self._fleet.candidates(lane.model, kind)
-        return candidates
+    def _candidates(self, lane: Lane, kind: Kind, now_us: int) -> Candidates:
+        """A pool of which nobody is in rotation is no reason to refuse what another could take."""
+        own = lane.candidates.get(kind)
+        if own is None:
+            own = lane.candidates[kind] = self._fleet.candidates(lane.model, kind)
+        if own.has_usable(now_us):
+            return own
+        shared = self._fleet.candidates(lane.model, kind, shared=True)
+        return shared if shared.has_usable(now_us) else own
 
     def _predicted_wait_us(self, lane: Lane, kind: Kind, now_us: int) -> int:
-        return predicted_wait_us(self._candidates(lane, kind), lane.tokens_before(kind), now_us)
+        return predicted_wait_us(
+            self._candidates(lane, kind, now_us), lane.tokens_before(kind), now_us
+        )
 
     def _reject(self, ticket: Ticket, reason: Reason, now_us: int) -> None:
         lane = self._lane(ticket.job.model)

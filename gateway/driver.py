@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import structlog
+
 from backends.base import Backend
 from gateway.core import Core
 from policies.clock import Clock, Timer
@@ -13,10 +15,15 @@ from policies.events import (
     Dispatch,
     Event,
     Fail,
+    Failed,
+    Fault,
+    Freed,
     Reject,
     WakeAt,
     Wakeup,
 )
+
+log = structlog.get_logger("slackwater.driver")
 
 Observer = Callable[[int, Decision], None]
 
@@ -46,7 +53,18 @@ class Driver:
         for decision in self.core.handle(events, now_us):
             if self._observe is not None:
                 self._observe(now_us, decision)
-            self._do(decision)
+            try:
+                self._do(decision)
+            except Exception:  # one decision's failure must not undo the others of its instant
+                log.exception("a decision failed", decision=type(decision).__name__)
+                self._contain(decision)
+
+    def _contain(self, decision: Decision) -> None:
+        """A bug, but no job may hang for it: what was not started has failed."""
+        if isinstance(decision, Dispatch):
+            self.post(Failed(decision.job.id, Fault.ENGINE))
+        elif isinstance(decision, Cancel):
+            self.post(Freed(decision.job.id))
 
     def _do(self, decision: Decision) -> None:
         match decision:

@@ -22,7 +22,7 @@ from gateway.errors import ApiError, Code
 from gateway.fanout import split
 from gateway.log import WriteRequest
 from gateway.metrics import Metrics
-from gateway.report import fields_of, header_lines
+from gateway.report import fields_of, fields_of_refusal, header_lines
 from gateway.router import REQUEST_ID, Route, refusal
 from gateway.visit import FanOut, Part, Visit
 from gateway.wire import Dates, Sent, head
@@ -85,6 +85,10 @@ class Front:
             if dialect is not Dialect.EMBEDDINGS
         ]
 
+    @property
+    def asks_for_keys(self) -> bool:
+        return self._keys.asks
+
     def caller(self, request: web.BaseRequest) -> Caller:
         return self._keys.caller(request.headers)
 
@@ -98,15 +102,15 @@ class Front:
         try:
             visit = await self._admit(request, dialect, request_id)
         except ApiError as error:
+            self._note_refusal(request, error, request_id)
             return refusal(dialect, error, request_id)
         self._begin(visit)
         try:
             if isinstance(visit.client, StreamClient):
                 return await self._stream(request, visit, visit.client)
             return await self._whole(request, visit, visit.client)
-        except (asyncio.CancelledError, ConnectionError):
+        finally:
             self._leave(visit)
-            raise
 
     def _new_id(self) -> str:
         return f"{self._rng.getrandbits(128):032x}"
@@ -267,6 +271,12 @@ class Front:
         closing = "" if request.keep_alive else "connection: close\r\n"
         return head(status, f"{header_lines(visit)}{lines}{self._dates.line()}{closing}")
 
+    def _note_refusal(self, request: web.BaseRequest, error: ApiError, request_id: str) -> None:
+        """A request that became no job is told of, too: wrong keys and bad bodies are news."""
+        self._metrics.refused(error.code)
+        if self._log.requests:
+            self._write_line(fields_of_refusal(request.path, error.code, request_id))
+
     def _refuse(self, visit: Visit, error: ApiError) -> web.Response:
         self._end(visit, error.code)
         return refusal(visit.ask.dialect, error, visit.request_id)
@@ -282,9 +292,10 @@ class Front:
             self._driver.post(Arrived(part.job))
 
     def _leave(self, visit: Visit) -> None:
-        """The client is gone: whatever still works for it stops."""
-        self._drop_jobs(visit)
-        self._end(visit, Code.REQUEST_CANCELLED)
+        """However it ended: what still works for a client that is gone stops."""
+        if visit.parts[0].job.id in self._visits:
+            self._drop_jobs(visit)
+            self._end(visit, Code.REQUEST_CANCELLED)
 
     def _drop_jobs(self, visit: Visit) -> None:
         for part in visit.parts:

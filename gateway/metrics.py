@@ -118,6 +118,10 @@ class Metrics:
         if times.first_token_us:
             self._record_stream(exchange, job)
 
+    def refused(self, outcome: str) -> None:
+        """It became no job, so it has no class."""
+        self._requests.add(1, "none", outcome)
+
     def _record_stream(self, exchange: Exchange, job: Job) -> None:
         times = exchange.timeline
         self._ttft[job.kind].observe((times.first_token_us - times.arrived_us) / 1e6)

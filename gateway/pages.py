@@ -101,7 +101,7 @@ class Pages:
 
     def _guarded(self, handler: Handler, *, admin: bool = False) -> Handler:
         async def call(request: web.BaseRequest) -> web.StreamResponse:
-            if admin and self._admin_key:
+            if admin and (self._admin_key or self._front.asks_for_keys):
                 _check_admin(request, self._admin_key)
             else:
                 self._front.caller(request)
@@ -262,6 +262,9 @@ class Pages:
 
 
 def _check_admin(request: web.BaseRequest, key: str) -> None:
+    if not key:
+        message = "closed: the gateway has keys for requests, but no server.admin_key"
+        raise ApiError(Code.UNAUTHORIZED, message)
     if not hmac.compare_digest(key.encode(), secret_of(request.headers)):
         raise ApiError(Code.UNAUTHORIZED, "the admin key is needed: Authorization: Bearer KEY")
 

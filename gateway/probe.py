@@ -12,7 +12,7 @@ import structlog
 
 from backends.base import Post
 from backends.counters import counters_of
-from backends.http import HttpError, fetch
+from backends.http import fetch
 from backends.sglang import Server, Sglang
 from gateway.clock import pause
 from gateway.config import Telemetry
@@ -72,7 +72,7 @@ class Prober:
                 failures, known, down = 0, True, False
                 if ranks:
                     await self._follow_role(server, configured, ranks[0])
-            except (HttpError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except Exception as error:  # noqa: BLE001  # whatever it says, it is asked again
                 failures += 1
                 if not down and failures >= self.settings.failures:
                     # Of a server watched anew the core may still think that it is up.

@@ -68,5 +68,16 @@ def fields_of(visit: Visit, outcome: str) -> dict[str, Any]:
     }
 
 
+def fields_of_refusal(path: str, outcome: str, request_id: str) -> dict[str, Any]:
+    """What the log says of a request that became no job."""
+    return {
+        "event": "request",
+        "level": "info",
+        "request_id": request_id,
+        "path": path,
+        "outcome": outcome,
+    }
+
+
 def _ms(start_us: int, end_us: int) -> float | None:
     return round((end_us - start_us) / 1000, 2) if start_us and end_us else None

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a prefill server and its bootstrap port; may be repeated",
     )
     add("--decode", action="append", default=[], metavar="URL", help="a decode server")
-    add("--worker-urls", nargs="*", default=[], metavar="URL", help="unified servers")
+    add("--worker-urls", nargs="+", default=[], metavar="URL", help="unified servers")
     add("--fleet", type=Path, metavar="FILE", help="start this fleet of real servers, too")
     add("--api-key", default="", help="sent to the servers that the flags name")
     add("--policy", metavar="NAME", help="placement: least-work, round_robin, ...")

@@ -9,7 +9,7 @@ from gateway.agenda import Due, passed
 from policies.breaker import Breaker, BreakerRule
 from policies.events import Load
 from policies.ledger import Ledger
-from policies.pools import Pools
+from policies.pools import Pools, Shared
 from policies.queue import KeyedHeap
 from policies.steps import Costs
 from policies.types import Kind, Role, Worker
@@ -28,6 +28,14 @@ class Candidates:
     @property
     def can_serve(self) -> bool:
         return bool(self.unified or (self.prefills and self.decodes))
+
+    def has_usable(self, now_us: int) -> bool:
+        """Whether a job could be sent now, if there were room."""
+        if any(ledger.usable(now_us) for ledger in self.unified):
+            return True
+        return any(ledger.usable(now_us) for ledger in self.prefills) and any(
+            ledger.usable(now_us) for ledger in self.decodes
+        )
 
     def in_rotation(self, now_us: int) -> Candidates:
         return self._only(lambda ledger: ledger.usable(now_us))
@@ -141,15 +149,16 @@ class Fleet:
     def takes_any_model(self) -> bool:
         return any(not ledger.worker.model for ledger in self.ledgers.values())
 
-    def candidates(self, model: str, kind: Kind) -> Candidates:
-        """The order of names makes every tie the same everywhere."""
+    def candidates(self, model: str, kind: Kind, *, shared: bool = False) -> Candidates:
+        """Those of its pools, or all. The order of names makes every tie the same everywhere."""
+        pools = Shared() if shared else self._pools
         workers = [
             self.ledgers[name].worker
             for name in sorted(self.ledgers)
             if self._serves(self.ledgers[name].worker, model)
         ]
-        prefills = [self.ledgers[w.name] for w in self._pools.prefills(kind, workers)]
-        decodes = [self.ledgers[w.name] for w in self._pools.decodes(kind, workers)]
+        prefills = [self.ledgers[w.name] for w in pools.prefills(kind, workers)]
+        decodes = [self.ledgers[w.name] for w in pools.decodes(kind, workers)]
         return Candidates(
             prefills=[e for e in prefills if e.worker.role is Role.PREFILL],
             decodes=decodes,

@@ -305,7 +305,7 @@ class CoreMachine(RuleBasedStateMachine):
             first = lane.waiting[kind].peek()
             if first is not None and not self.core._tickets[first].avoid:
                 job = self.core._tickets[first].job
-                free = self.core._candidates(lane, kind)._only(
+                free = self.core._candidates(lane, kind, self.now_us)._only(
                     lambda e: e.is_empty and e.usable(self.now_us)
                 )
                 assert not fits_ever(job, free, ADMIT), (job, free)

@@ -15,8 +15,9 @@ from policies.events import (
     WorkerGone,
     WorkerUp,
 )
-from policies.types import Kind
+from policies.types import Kind, Pool
 from tests.gateway.talk import (
+    LATENCY,
     SECOND,
     Talk,
     broke,
@@ -258,3 +259,13 @@ def test_a_whole_answer_of_a_unified_server_is_no_prompt_any_more_once_nothing_w
     report = LoadReport("u", load(160, seen_us=SECOND))
     assert talk.say(report, at_us=SECOND) == [("go", "b", "u")]
     assert talk.core.ledgers["u"].prefill_tokens == 150
+
+
+def test_a_pool_of_which_nobody_is_in_rotation_borrows_from_the_other() -> None:
+    strict, relaxed = decode("strict"), decode("relaxed", pool=Pool.RELAXED)
+    talk = Talk([prefill(), strict, relaxed], LATENCY)
+    assert talk.arrive(online("a")) == [("go", "a", "p", "strict")]
+    talk.say(WorkerDown("strict"))
+    assert talk.arrive(online("b")) == [("go", "b", "p", "relaxed")]
+    talk.say(WorkerUp(strict))
+    assert talk.arrive(online("c")) == [("go", "c", "p", "strict")]

@@ -20,7 +20,7 @@ from policies.events import (
     Reject,
 )
 from policies.types import Job
-from tests.gateway.talk import PATIENCE_US, RULES, broke, one_at_a_time, online
+from tests.gateway.talk import PATIENCE_US, RULES, broke, one_at_a_time, online, pair
 
 
 class Scripted:
@@ -118,3 +118,26 @@ def test_every_decision_is_seen_with_its_time(stage: Callable[..., Stage]) -> No
     clock.call_at(2.5, driver.post, Finished("a", 3))
     clock.run()
     assert [(us, type(it)) for us, it in seen] == [(1_500_000, Dispatch)]
+
+
+class Clumsy(Scripted):
+    """Cannot start one of the jobs."""
+
+    def start(self, dispatch: Dispatch) -> None:
+        super().start(dispatch)
+        if dispatch.job.id == "a":
+            raise ValueError("a bug")
+
+
+def test_a_decision_that_cannot_be_carried_out_leaves_no_job_behind() -> None:
+    clock, backend = VirtualClock(), Clumsy()
+    core = Core(RULES, pair())
+    driver = Driver(core, clock, backend)
+    driver.post(Arrived(online("a")))
+    driver.post(Arrived(online("b")))
+    clock.run()
+    assert backend.told.count(("start", "b")) == 1
+    assert ("refuse", "a") in backend.told
+    driver.post(Finished("b", 1))
+    clock.run()
+    assert len(core) == 0

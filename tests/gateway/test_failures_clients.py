@@ -82,6 +82,18 @@ async def test_a_client_that_leaves_takes_both_legs_with_it_while(when: str, wha
         await site.serves()
 
 
+async def test_what_a_client_was_given_before_it_left_is_counted() -> None:
+    async with standing() as site:
+        client = await RawClient.connect(site)
+        client.post("/generate", generate(500, stream=True))
+        await site.until("it runs", lambda: site.fleet.engines["d1"].residents)
+        await asyncio.sleep(0.5)
+        client.vanish()
+        await site.until("it is told of", lambda: site.lines)
+        assert site.lines[0]["outcome"] == "request_cancelled"
+        assert 10 < site.lines[0]["tokens"] < 500
+
+
 @WHAT
 async def test_a_client_that_leaves_while_it_is_queued_was_never_sent(what: str) -> None:
     async with standing(ONE_AT_A_TIME) as site:

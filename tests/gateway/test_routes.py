@@ -187,6 +187,14 @@ async def test_the_admin_key_guards_the_list_of_servers() -> None:
         assert (await site.get("/workers", {"x-api-key": "admin"})).status == 200
 
 
+async def test_without_an_admin_key_a_users_key_opens_no_list_of_servers() -> None:
+    async with standing(key=(Key(key="user", tenant="t"),)) as site:
+        told = await site.get("/workers", {"authorization": "Bearer user"})
+        assert (told.status, told.code) == (401, "unauthorized")
+    async with standing() as site:
+        assert (await site.get("/workers")).status == 200
+
+
 async def test_keys_name_a_tenant_and_bound_its_class() -> None:
     keys = (Key(key="on", tenant="a"), Key(key="off", tenant="b", kind=Kind.OFFLINE))
     async with standing(key=keys) as site:
@@ -199,7 +207,9 @@ async def test_keys_name_a_tenant_and_bound_its_class() -> None:
         assert (await ask("off")).headers["x-slackwater-class"] == "offline"
         clamped = await ask("off", **{"x-slackwater-class": "online"})
         assert clamped.headers["x-slackwater-class"] == "offline"
-        assert [line["tenant"] for line in site.lines] == ["a", "b", "b"]
+        refused, *served = site.lines
+        assert (refused["outcome"], refused["path"]) == ("unauthorized", "/generate")
+        assert [line["tenant"] for line in served] == ["a", "b", "b"]
 
 
 @pytest.mark.parametrize(
