@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,13 @@ def run_simulate(given: argparse.Namespace, console: Console | None = None) -> i
     out = console or _console()
     try:
         plan = load(given.scenario, given.data)
+        if given.html is not None and not given.html.parent.is_dir():
+            raise ConfigError(f"--html: there is no folder {given.html.parent}")
         outcomes = _run(given, plan)
-    except ConfigError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"slackwater simulate: {error}", style="red", markup=False, highlight=False
-        )
-        return 2
+    except (ConfigError, OSError) as error:
+        return _refuse(str(error), 2)
+    except BrokenProcessPool:
+        return _refuse("a process ended in the middle of its run; is there enough memory?", 1)
     rows, notes = rows_of(outcomes), notes_of(outcomes)
     if given.html is not None:
         given.html.write_text(page(plan, rows, outcomes, notes), encoding="utf-8")
@@ -98,6 +100,12 @@ def _run(given: argparse.Namespace, plan: Plan) -> list[Outcome]:
         finally:
             if log is not None:
                 log.close()
+
+
+def _refuse(why: str, status: int) -> int:
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(f"slackwater simulate: {why}", style="red", markup=False, highlight=False)
+    return status
 
 
 def _console() -> Console:

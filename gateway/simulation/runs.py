@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 
 from gateway.scenario import Plan
 from gateway.simulation.figures import (
@@ -51,11 +53,12 @@ def run_all(plan: Plan, *, processes: int, keep: Keep | None, tick: Tick) -> lis
     else:
         found = _one_by_one(plan, cases, tick, with_records=keep is not None)
     outcomes = []
-    for outcome, records in found:
-        if keep is not None:
-            keep(outcome.facts, records)
-        outcomes.append(outcome)
-        tick(len(outcomes) / len(cases))
+    with closing(found):
+        for outcome, records in found:
+            if keep is not None:
+                keep(outcome.facts, records)
+            outcomes.append(outcome)
+            tick(len(outcomes) / len(cases))
     return outcomes
 
 
@@ -75,7 +78,7 @@ def run_case(
 
 def _one_by_one(
     plan: Plan, cases: Sequence[Case], tick: Tick, *, with_records: bool
-) -> Iterator[tuple[Outcome, list[Record]]]:
+) -> Generator[tuple[Outcome, list[Record]], None, None]:
     for done, case in enumerate(cases):
 
         def within(share: float, done: int = done) -> None:
@@ -86,15 +89,27 @@ def _one_by_one(
 
 def _beside(
     plan: Plan, cases: Sequence[Case], processes: int, *, with_records: bool
-) -> Iterator[tuple[Outcome, list[Record]]]:
+) -> Generator[tuple[Outcome, list[Record]], None, None]:
     """No more runs are begun than are soon taken: their requests would fill the memory."""
-    waiting = iter(cases)
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    waiting, others = iter(cases), set(active_children())
+    context = get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_leave_interrupts) as pool:
 
         def begin(case: Case) -> Future[tuple[Outcome, list[Record]]]:
             return pool.submit(run_case, plan, case, with_records=with_records)
 
         running = [begin(case) for case in islice(waiting, processes + 1)]
-        while running:
-            yield running.pop(0).result()
-            running += [begin(case) for case in islice(waiting, 1)]
+        try:
+            while running:
+                yield running[0].result()
+                del running[0]
+                running += [begin(case) for case in islice(waiting, 1)]
+        finally:
+            if running:  # nobody wants the others any more
+                for child in set(active_children()) - others:
+                    child.terminate()
+
+
+def _leave_interrupts() -> None:
+    """The process in front of them ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

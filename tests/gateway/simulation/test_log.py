@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
 
 from gateway.config import Limits
 from gateway.scenario import PolicyEntry
+from gateway.settings import ConfigError
 from gateway.simulation.figures import Quantiles, distributions_of, figures_of, rank
 from gateway.simulation.records import (
     REQUESTS,
@@ -160,3 +162,20 @@ def test_quantiles_are_nearest_ranks() -> None:
     assert Quantiles.of(range(1, 101)) == Quantiles(p50=50, p90=90, p99=99)
     assert rank([], 0.5) is None
     assert rank([7.0], 0.0) == 7.0
+
+
+def test_whoever_stops_early_leaves_no_process_behind() -> None:
+    of = plan(replace(CHAT, rate=2.0), seeds=tuple(range(9)), duration_s=3.0)
+
+    def stop(facts: RunFacts, records: object) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        run_all(of, processes=2, keep=stop, tick=lambda share: None)
+    assert active_children() == []
+
+
+def test_a_request_that_fits_nowhere_is_told_from_a_process_too() -> None:
+    of = plan(replace(CHAT, input_median=60_000, input_max=90_000), seeds=(1, 2))
+    with pytest.raises(ConfigError, match="more than any server holds"):
+        run_all(of, processes=2, keep=None, tick=lambda share: None)

@@ -140,6 +140,17 @@ def test_a_wrong_scenario_ends_with_its_reason_and_status_2(
     assert "cannot read" in capsys.readouterr().err
 
 
+def test_a_report_that_could_not_be_written_is_refused_before_anything_runs(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "scenario.toml"
+    path.write_text(SCENARIO)
+    assert main(["simulate", str(path), "--html", str(tmp_path / "absent" / "r.html")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert main(["simulate", str(path), "--log", str(path)]) == 2
+    assert "File exists" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("points", [[], [(1.0, 0.5)], [(0.0, 0.0), (1.0, 1.0), (2.0, 0.2)]])
 def test_a_plot_is_well_formed_whatever_is_in_it(points: list[tuple[float, float]]) -> None:
     xs = [x for x, _ in points]
