@@ -228,6 +228,12 @@ def test_impossible_spreads_are_refused(tp: int, dp: int, merged: bool) -> None:
         Parallel(tp=tp, dp=dp, dp_attention=merged)
 
 
+def test_heads_that_a_spread_would_cut_are_refused() -> None:
+    constants = lookup(SHIPPED, "h100", ANY, 0)
+    with pytest.raises(ValueError, match="32 heads cannot be shared by tp 3"):
+        build(model_named("Llama-3.1-8B"), device_named("h100"), constants, Parallel(tp=3))
+
+
 def test_a_cache_in_fp8_is_half_as_large() -> None:
     model, device = model_named("Llama-3.1-8B"), device_named("h100")
     constants = lookup(SHIPPED, "h100", "llama", 1)
