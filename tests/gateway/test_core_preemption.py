@@ -8,6 +8,7 @@ import pytest
 
 from gateway.core import Rules
 from policies.events import (
+    Dispatch,
     Event,
     Fault,
     Finished,
@@ -47,7 +48,7 @@ def books(talk: Talk) -> list[tuple[int, ...]]:
 
 def dispatched(talk: Talk, *events: Event) -> Job:
     """The job that goes after these events."""
-    (go,) = (it for it in talk.core.handle(events, talk.now_us) if hasattr(it, "attempt"))
+    (go,) = (it for it in talk.core.handle(events, talk.now_us) if isinstance(it, Dispatch))
     return go.job
 
 
