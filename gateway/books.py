@@ -5,10 +5,12 @@ from __future__ import annotations
 from gateway.lifecycle import State, Step, advance
 from gateway.servers import Candidates
 from policies.breaker import Breaker
+from policies.events import Reason
 from policies.ledger import Ledger
 from policies.order import Key
 from policies.queue import KeyedHeap
-from policies.types import Job, Kind
+from policies.retry import continued
+from policies.types import Job, Kind, Resume
 
 
 class Ticket:
@@ -23,6 +25,7 @@ class Ticket:
         "decode",
         "generated",
         "job",
+        "preemptions",
         "prefill",
         "resumes",
         "sent_us",
@@ -38,6 +41,7 @@ class Ticket:
         self.decode: Ledger | None = None
         self.avoid: tuple[str, ...] = ()
         self.resumes = False
+        self.preemptions = 0
         self.sent_us = 0
         self.trials: tuple[Breaker, ...] = ()
         self.generated = 0
@@ -51,6 +55,29 @@ class Ticket:
     @property
     def is_placed(self) -> bool:
         return self.decode is not None
+
+    @property
+    def may_yield(self) -> bool:
+        """Whether its client would not notice."""
+        if self.state is State.PREFILL:
+            return True
+        return self.state is State.DECODE and self.job.resume is not Resume.UNTIL_SHOWN
+
+    @property
+    def why_again(self) -> Reason:
+        """Why it goes to servers once more."""
+        if self.resumes:
+            return Reason.RESUME
+        return Reason.RETRY if self.attempt > 1 else Reason.REQUEUED
+
+    def returned(self, generated: int, now_us: int) -> None:
+        """Preempted and back: that was no attempt that failed."""
+        self.step(Step.RETURNED)
+        self.release()
+        self.job = continued(self.job, generated, now_us)
+        self.resumes = self.resumes or generated > 0
+        self.preemptions += 1
+        self.attempt -= 1
 
     def book(self, prefill: Ledger, decode: Ledger, reserved: int, now_us: int) -> None:
         job = self.job

@@ -34,9 +34,7 @@ def choose(
     return _shortest(job, options, place)
 
 
-def _pair(
-    job: Job, candidates: Candidates, admit: Admit, place: Place, now_us: int
-) -> Pair | None:
+def _pair(job: Job, candidates: Candidates, admit: Admit, place: Place, now_us: int) -> Pair | None:
     """Prefill first: while none is free, which is most of the time, decode is not looked at."""
     if not (ledgers := candidates.prefills):
         return None

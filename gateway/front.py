@@ -28,7 +28,7 @@ from gateway.visit import FanOut, Part, Visit
 from gateway.wire import Dates, Sent, head
 from policies.clock import Clock
 from policies.events import Arrived, Left
-from policies.types import Kind
+from policies.types import Kind, Resume
 
 _EVENTS = "content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
 _CHUNKED_LINES = f"{_EVENTS}transfer-encoding: chunked\r\n"
@@ -163,6 +163,10 @@ class Front:
             and kind is Kind.OFFLINE
             and ask.dialect is Dialect.GENERATE
         )
+        transcript = None
+        if ask.resumable and (ask.stream or assembles):
+            transcript = Transcript.of(ask.body)
+            job = job._replace(resume=Resume.EXACT)
         exchange = Exchange(
             job_id=job.id,
             path=_PATHS[ask.dialect],
@@ -173,9 +177,7 @@ class Front:
             client=client,
             client_rid=rid if isinstance(rid, str) else rid[0],
             priority=_PRIORITY[kind] if ask.priority is None else ask.priority,
-            transcript=Transcript.of(ask.body)
-            if ask.resumable and (ask.stream or assembles)
-            else None,
+            transcript=transcript,
             first_token_timeout_s=first_s,
             whole_timeout_s=first_s + job.max_tokens * timeouts.per_token_s,
         )

@@ -59,6 +59,7 @@ def fields_of(visit: Visit, outcome: str) -> dict[str, Any]:
         "decode": first.decode,
         "parts": len(visit.parts),
         "attempts": first.attempts if alone else sum(p.exchange.attempts for p in visit.parts),
+        "preemptions": sum(p.exchange.preemptions for p in visit.parts),
         "prompt_tokens": visit.ask.prompt_tokens,
         "tokens": first.tokens if alone else sum(p.exchange.tokens for p in visit.parts),
         "queue_ms": _ms(times.arrived_us, times.dispatched_us),
