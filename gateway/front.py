@@ -130,7 +130,7 @@ class Front:
             raise ApiError(Code.DUPLICATE_RID, "a request with this rid is under way", param="rid")
         client = self._client(request, lambda: visit, ask)
         visit = Visit(request_id, caller.tenant, kind, ask, rid, client, [])
-        model = self._model(ask.model)
+        model = self.model_of(ask.model)
         if not ask.fans_out:
             visit.parts.append(self._part(request, visit, ask, client, model))
             return visit
@@ -181,7 +181,7 @@ class Front:
         )
         return Part(job, exchange)
 
-    def _model(self, named: str) -> str:
+    def model_of(self, named: str) -> str:
         """A model that no server has is refused, unless some server did not say what it has."""
         models = self._backend.models
         if not named or named in models or not models:

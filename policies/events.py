@@ -132,7 +132,11 @@ class WorkerDown:
 
 @dataclass(frozen=True, slots=True)
 class WorkerDraining:
+    """Nothing new goes there: what it has may end."""
+
     name: str
+    draining: bool = True
+    """False: it is wanted back."""
 
 
 @dataclass(frozen=True, slots=True)
