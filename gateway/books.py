@@ -39,7 +39,7 @@ class Ticket:
         self.avoid: tuple[str, ...] = ()
         self.resumes = False
         self.sent_us = 0
-        self.trials: tuple[Breaker, ...] = ()
+        self.trials: tuple[tuple[Breaker, int], ...] = ()
         self.generated = 0
         self.booked_prefill = 0
         self.booked_context = 0
@@ -65,13 +65,13 @@ class Ticket:
         ledgers = (prefill,) if prefill is decode else (prefill, decode)
         for ledger in ledgers:
             ledger.dispatched += 1
-            if not ledger.breaker.is_closed and ledger.breaker.try_out():
-                self.trials += (ledger.breaker,)
+            if not ledger.breaker.is_closed and (trial := ledger.breaker.try_out()):
+                self.trials += ((ledger.breaker, trial),)
 
     def end_trials(self) -> None:
         """The attempt is over for a reason that says nothing about the servers on trial."""
-        for breaker in self.trials:
-            breaker.gave_no_verdict()
+        for breaker, trial in self.trials:
+            breaker.gave_no_verdict(trial)
         self.trials = ()
 
     def prefilled(self, now_us: int) -> None:
