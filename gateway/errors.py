@@ -111,7 +111,8 @@ class ApiError(Exception):
         self.status = STATUS[code] if status is None else status
         self.message = sanitised(message)
         self.param = None if param is None else sanitised(param)
-        self.retry_after_s = retry_after_s
+        self.retry_after_s = retry_after_s if self.retryable else None
+        """When to come again; never said of what would be refused again."""
 
     @property
     def retryable(self) -> bool:

@@ -222,7 +222,7 @@ class Front:
         await client.over
         if client.error is not None:
             return self._refuse(visit, client.error)
-        self._end(visit, "ok")
+        self._end(visit, _outcome(visit))
         if (transport := request.transport) is None:
             raise ConnectionResetError("the client is gone")
         body = client.body
@@ -237,7 +237,7 @@ class Front:
         if client.error is not None and not client.begun:
             return self._refuse(visit, client.error)
         await self._flushed(request)
-        self._end(visit, "ok" if client.error is None else client.error.code)
+        self._end(visit, _outcome(visit) if client.error is None else client.error.code)
         return Sent(keep_alive=request.keep_alive and request.version >= _CHUNKED_SINCE)
 
     async def _flushed(self, request: web.BaseRequest) -> None:
@@ -334,6 +334,12 @@ class Front:
     def _cut(self, visit: Visit, error: ApiError) -> None:
         visit.client.ended(error)
         self._drop_jobs(visit)
+
+
+def _outcome(visit: Visit) -> str:
+    """Of an answer that came: its client may have asked for its end."""
+    aborted = any(part.exchange.aborted for part in visit.parts)
+    return Code.REQUEST_CANCELLED if aborted else "ok"
 
 
 def _request_id(request: web.BaseRequest) -> str:

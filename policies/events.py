@@ -36,7 +36,6 @@ class Reason(StrEnum):
     EXPIRED = "deadline_passed"
     TOO_LARGE = "request_too_large"
     CLIENT_LEFT = "client_left"
-    DRAINING = "gateway_draining"
     ATTEMPTS = "attempts_exhausted"
     RETRY_BUDGET = "retry_budget_spent"
     NOT_RESUMABLE = "not_resumable"
