@@ -43,7 +43,7 @@ class Ticket:
         self.resumes = False
         self.preemptions = 0
         self.sent_us = 0
-        self.trials: tuple[Breaker, ...] = ()
+        self.trials: tuple[tuple[Breaker, int], ...] = ()
         self.generated = 0
         self.booked_prefill = 0
         self.booked_context = 0
@@ -95,13 +95,13 @@ class Ticket:
 
     def _sent_to(self, ledger: Ledger) -> None:
         ledger.dispatched += 1
-        if ledger.breaker.open_until_us and ledger.breaker.try_out():
-            self.trials += (ledger.breaker,)
+        if ledger.breaker.open_until_us and (trial := ledger.breaker.try_out()):
+            self.trials += ((ledger.breaker, trial),)
 
     def end_trials(self) -> None:
         """The attempt is over for a reason that says nothing about the servers on trial."""
-        for breaker in self.trials:
-            breaker.gave_no_verdict()
+        for breaker, trial in self.trials:
+            breaker.gave_no_verdict(trial)
         self.trials = ()
 
     def prefilled(self, now_us: int) -> None:

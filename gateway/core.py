@@ -388,8 +388,8 @@ class Core:
 
     def _worker_draining(self, event: WorkerDraining, now_us: int) -> None:
         if (ledger := self._fleet.ledgers.get(event.name)) is not None:
-            ledger.draining = True
-            self._touch_all()
+            ledger.draining = event.draining
+            self._reconsider()
 
     def _worker_gone(self, event: WorkerGone, now_us: int) -> None:
         """What runs there keeps its own reference to the ledger and ends as it would have."""

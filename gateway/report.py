@@ -51,6 +51,7 @@ def fields_of(visit: Visit, outcome: str) -> dict[str, Any]:
         "event": "request",
         "level": "info",
         "request_id": visit.request_id,
+        "rid": visit.rid,
         "path": first.path.decode(),
         "class": visit.kind.value,
         "tenant": visit.tenant,

@@ -40,7 +40,6 @@ class Reason(StrEnum):
     EXPIRED = "deadline_passed"
     TOO_LARGE = "request_too_large"
     CLIENT_LEFT = "client_left"
-    DRAINING = "gateway_draining"
     ATTEMPTS = "attempts_exhausted"
     RETRY_BUDGET = "retry_budget_spent"
     NOT_RESUMABLE = "not_resumable"
@@ -155,7 +154,11 @@ class WorkerDown:
 
 @dataclass(frozen=True, slots=True)
 class WorkerDraining:
+    """Nothing new goes there: what it has may end."""
+
     name: str
+    draining: bool = True
+    """False: it is wanted back."""
 
 
 @dataclass(frozen=True, slots=True)
