@@ -75,7 +75,7 @@ class Rules:
 
 _REPORT_LAG_US = 500_000
 """What was sent this long before a report must be in it."""
-# An enum's member is looked up in Python each time (in CPython 3.11), which costs as much as a call.
+# CPython 3.11 looks an enum's member up in Python, which costs as much as a call.
 _ONLINE, _OFFLINE = Kind.ONLINE, Kind.OFFLINE
 _QUEUED, _PREFILL, _CANCELLED = State.QUEUED, State.PREFILL, State.CANCELLED
 _DISPATCHED, _FIRST_TOKEN, _LAST_TOKEN = Step.DISPATCHED, Step.FIRST_TOKEN, Step.LAST_TOKEN
