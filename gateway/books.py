@@ -6,7 +6,8 @@ from gateway.lifecycle import State, Step, advance
 from gateway.servers import Candidates
 from policies.breaker import Breaker
 from policies.ledger import Ledger
-from policies.order import Key
+from policies.moving import Moving
+from policies.order import Key, Order, Outlook
 from policies.queue import KeyedHeap
 from policies.types import Job, Kind
 
@@ -113,6 +114,7 @@ class Lane:
         """Jobs that no server in rotation could take: they must not block those that can go."""
         self.waiting_tokens = dict.fromkeys(Kind, 0)
         self.last_key: dict[Kind, Key] = {}
+        self._moving = {kind: Moving() for kind in Kind}
         self.candidates: dict[Kind, Candidates] = {}
 
     @property
@@ -131,15 +133,33 @@ class Lane:
         online = self.waiting_tokens[Kind.ONLINE]
         return online if kind is Kind.ONLINE else online + self.waiting_tokens[Kind.OFFLINE]
 
-    def put(self, job: Job, key: Key) -> None:
-        heap = self.waiting[job.kind]
+    def put(self, job: Job, order: Order, outlook: Outlook) -> None:
+        heap, moving = self.waiting[job.kind], self._moving[job.kind]
+        if order.moves:
+            moving.add(job)
+            key = moving.key(job, order, outlook)
+        else:
+            key = order.key(job)
         self.last_key[job.kind] = max(key, self.last_key[job.kind]) if heap else key
         heap.put(job.id, key)
         self.waiting_tokens[job.kind] += job.prompt_tokens
 
+    def is_last(self, job: Job, order: Order) -> bool:
+        """Whether it would go after all that wait; where keys move, that is not said."""
+        return not order.moves and order.key(job) >= self.last_key[job.kind]
+
+    def rekey(self, kind: Kind, order: Order, outlook: Outlook) -> None:
+        """Some of the keys that have moved, in turn."""
+        self._moving[kind].turn(self.waiting[kind], order, outlook)
+
+    def first(self, kind: Kind, order: Order, outlook: Outlook) -> str | None:
+        heap = self.waiting[kind]
+        return self._moving[kind].first(heap, order, outlook) if order.moves else heap.peek()
+
     def take(self, job: Job) -> bool:
         if not self.waiting[job.kind].discard(job.id):
             return self.aside[job.kind].pop(job.id, job) is None
+        self._moving[job.kind].discard(job)
         self.waiting_tokens[job.kind] -= job.prompt_tokens
         return True
 

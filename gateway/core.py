@@ -12,6 +12,7 @@ from gateway.choice import (
     choose,
     fits_ever,
     is_worth_a_wait,
+    outlook_of,
     predicted_wait_us,
     reopens_in_us,
     without_failed,
@@ -46,7 +47,7 @@ from policies.events import (
     WorkerUp,
 )
 from policies.ledger import Ledger
-from policies.order import Edf, Order
+from policies.order import NO_OUTLOOK, Edf, Order, Outlook
 from policies.place import LeastWork, Place
 from policies.pools import Pools, Shared
 from policies.retry import RetryBudget, RetryRule, continued
@@ -179,7 +180,7 @@ class Core:
                 del self._tickets[ticket.job.id]
             else:
                 self._budget.earn(ticket.job)
-                self._enqueue(ticket, lane)
+                self._enqueue(ticket, lane, now_us)
 
     def _goes_at_once(self, ticket: Ticket, lane: Lane, now_us: int) -> bool:
         kind = ticket.job.kind
@@ -206,8 +207,7 @@ class Core:
         wait_us = self._predicted_wait_us(lane, job.kind, now_us)
         if queued >= self._rules.max_queued:
             return Reject(job, Reason.QUEUE_FULL, wait_us)
-        is_last = self._rules.order.key(job) >= lane.last_key[job.kind]
-        if is_online and is_last and now_us + wait_us > job.give_up_us:
+        if is_online and now_us + wait_us > job.give_up_us and lane.is_last(job, self._rules.order):
             return Reject(job, Reason.HOPELESS, now_us + wait_us - job.give_up_us)
         return None
 
@@ -296,7 +296,7 @@ class Core:
             self._agenda.put(self._agenda.later, job.id, now_us + delay_us)
             self._agenda.put(self._agenda.give_up, job.id, job.give_up_us)
         else:
-            self._enqueue(ticket, self._lane(job.model))
+            self._enqueue(ticket, self._lane(job.model), now_us)
 
     def _freed(self, event: Freed, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is not None:
@@ -373,7 +373,7 @@ class Core:
         for job in jobs:
             lane.take(job)
         for job in jobs:
-            lane.put(job, self._rules.order.key(job))
+            lane.put(job, self._rules.order, NO_OUTLOOK)
 
     # Time.
 
@@ -393,7 +393,7 @@ class Core:
             self._look_again()
         for job_id in passed(self._agenda.later, now_us):
             ticket = self._tickets[job_id]
-            self._enqueue(ticket, self._lane(ticket.job.model))
+            self._enqueue(ticket, self._lane(ticket.job.model), now_us)
         for job_id in passed(self._agenda.give_up, now_us):
             self._reject(self._tickets[job_id], Reason.EXPIRED, now_us)
             self._touch_all()
@@ -424,9 +424,12 @@ class Core:
 
     def _fill(self, lane: Lane, kind: Kind, now_us: int) -> None:
         """Until the first job has to wait for what runs; the order is kept."""
-        waiting, admit = lane.waiting[kind], self._rules.admit
-        candidates = self._candidates(lane, kind, now_us)
-        while (job_id := waiting.peek()) is not None:
+        order, admit = self._rules.order, self._rules.admit
+        candidates, outlook = self._candidates(lane, kind, now_us), NO_OUTLOOK
+        if order.moves:
+            outlook = self._outlook(lane, kind, now_us)
+            lane.rekey(kind, order, outlook)
+        while (job_id := lane.first(kind, order, outlook)) is not None:
             ticket = self._tickets[job_id]
             job = ticket.job
             pair = self._choose(ticket, candidates, now_us)
@@ -471,8 +474,10 @@ class Core:
             )
         )
 
-    def _enqueue(self, ticket: Ticket, lane: Lane) -> None:
-        lane.put(ticket.job, self._rules.order.key(ticket.job))
+    def _enqueue(self, ticket: Ticket, lane: Lane, now_us: int) -> None:
+        order, kind = self._rules.order, ticket.job.kind
+        outlook = self._outlook(lane, kind, now_us) if order.moves else NO_OUTLOOK
+        lane.put(ticket.job, order, outlook)
         self._agenda.put(self._agenda.give_up, ticket.job.id, ticket.job.give_up_us)
         if lane.waiting[ticket.job.kind].peek() == ticket.job.id:
             # Behind another it changes nothing: whoever is first was looked at already.
@@ -497,6 +502,11 @@ class Core:
             return own
         shared = self._fleet.candidates(lane.model, kind, shared=True)
         return shared if shared.has_usable(now_us) else own
+
+    def _outlook(self, lane: Lane, kind: Kind, now_us: int) -> Outlook:
+        """What lies before the first of the queue; online work lies before all offline work."""
+        before = lane.waiting_tokens[Kind.ONLINE] if kind is Kind.OFFLINE else 0
+        return outlook_of(self._candidates(lane, kind, now_us), before, now_us)
 
     def _predicted_wait_us(self, lane: Lane, kind: Kind, now_us: int) -> int:
         return predicted_wait_us(

@@ -33,6 +33,8 @@ class KeyedHeap(Generic[K]):
 
     def put(self, entry: str, key: K) -> None:
         """Insert, or move to another key."""
+        if self._keys.get(entry) == key:
+            return
         self._keys[entry] = key
         heapq.heappush(self._heap, (key, entry))
         if len(self._heap) > 2 * len(self._keys) + 64:
