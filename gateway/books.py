@@ -63,11 +63,14 @@ class Ticket:
         decode.add_decode(self.booked_context, reserved)
         self.sent_us = now_us
         self.trials = ()
-        ledgers = (prefill,) if prefill is decode else (prefill, decode)
-        for ledger in ledgers:
-            ledger.dispatched += 1
-            if not ledger.breaker.is_closed and ledger.breaker.try_out():
-                self.trials += (ledger.breaker,)
+        self._sent_to(decode)
+        if prefill is not decode:
+            self._sent_to(prefill)
+
+    def _sent_to(self, ledger: Ledger) -> None:
+        ledger.dispatched += 1
+        if ledger.breaker.open_until_us and ledger.breaker.try_out():
+            self.trials += (ledger.breaker,)
 
     def end_trials(self) -> None:
         """The attempt is over for a reason that says nothing about the servers on trial."""
@@ -82,13 +85,15 @@ class Ticket:
 
     def grow(self, generated: int) -> None:
         """Tokens came: the context grows, and the reservation when the answer outgrows it."""
-        if self.decode is None or generated <= self.generated:
+        decode, fresh = self.decode, generated - self.generated
+        if decode is None or fresh <= 0:
             return
-        context = self.job.prompt_tokens + generated
-        reserved = max(self.booked_reserved, context)
-        self.decode.context_tokens += context - self.booked_context
-        self.decode.reserved_tokens += reserved - self.booked_reserved
-        self.booked_context, self.booked_reserved, self.generated = context, reserved, generated
+        self.generated = generated
+        decode.context_tokens += fresh
+        self.booked_context += fresh
+        if (outgrown := self.booked_context - self.booked_reserved) > 0:
+            decode.reserved_tokens += outgrown
+            self.booked_reserved += outgrown
 
     def free_prefill(self) -> None:
         if self.prefill is not None:
@@ -107,9 +112,9 @@ class Lane:
 
     def __init__(self, model: str) -> None:
         self.model = model
-        self._online: KeyedHeap[Key] = KeyedHeap()
-        self._offline: KeyedHeap[Key] = KeyedHeap()
-        self.waiting = {Kind.ONLINE: self._online, Kind.OFFLINE: self._offline}
+        self.online: KeyedHeap[Key] = KeyedHeap()
+        self.offline: KeyedHeap[Key] = KeyedHeap()
+        self.waiting = {Kind.ONLINE: self.online, Kind.OFFLINE: self.offline}
         self.aside: dict[Kind, dict[str, None]] = {kind: {} for kind in Kind}
         """Jobs that no server in rotation could take: they must not block those that can go."""
         self.waiting_tokens = dict.fromkeys(Kind, 0)
@@ -120,13 +125,13 @@ class Lane:
     @property
     def is_quiet(self) -> bool:
         """Nobody waits for a server."""
-        return not (self._online or self._offline)
+        return not (self.online.entries or self.offline.entries)
 
     def __len__(self) -> int:
         return sum(self.queued(kind) for kind in Kind)
 
     def queued(self, kind: Kind) -> int:
-        return len(self.waiting[kind]) + len(self.aside[kind])
+        return len(self.waiting[kind].entries) + len(self.aside[kind])
 
     def tokens_before(self, kind: Kind) -> int:
         """Prompt tokens that wait before one more job of this kind, if it is the last."""
@@ -134,15 +139,17 @@ class Lane:
         return online if kind is Kind.ONLINE else online + self.waiting_tokens[Kind.OFFLINE]
 
     def put(self, job: Job, order: Order, outlook: Outlook) -> None:
-        heap, moving = self.waiting[job.kind], self._moving[job.kind]
+        kind = job.kind
+        heap = self.waiting[kind]
         if order.moves:
-            moving.add(job)
-            key = moving.key(job, order, outlook)
+            self._moving[kind].add(job)
+            key = self._moving[kind].key(job, order, outlook)
         else:
             key = order.key(job)
-        self.last_key[job.kind] = max(key, self.last_key[job.kind]) if heap else key
+        if not heap.entries or key > self.last_key[kind]:
+            self.last_key[kind] = key
         heap.put(job.id, key)
-        self.waiting_tokens[job.kind] += job.prompt_tokens
+        self.waiting_tokens[kind] += job.prompt_tokens
 
     def is_last(self, job: Job, order: Order) -> bool:
         """Whether it would go after all that wait; where keys move, that is not said."""
@@ -157,10 +164,11 @@ class Lane:
         return self._moving[kind].first(heap, order, outlook) if order.moves else heap.peek()
 
     def take(self, job: Job) -> bool:
-        if not self.waiting[job.kind].discard(job.id):
-            return self.aside[job.kind].pop(job.id, job) is None
-        self._moving[job.kind].discard(job)
-        self.waiting_tokens[job.kind] -= job.prompt_tokens
+        kind = job.kind
+        if not self.waiting[kind].discard(job.id):
+            return self.aside[kind].pop(job.id, job) is None
+        self._moving[kind].discard(job)
+        self.waiting_tokens[kind] -= job.prompt_tokens
         return True
 
     def set_aside(self, job: Job) -> None:

@@ -73,6 +73,12 @@ class Rules:
 
 _REPORT_LAG_US = 500_000
 """What was sent this long before a report must be in it."""
+# An enum's member is looked up in Python each time (in CPython 3.11), which costs as much as a call.
+_ONLINE, _OFFLINE = Kind.ONLINE, Kind.OFFLINE
+_QUEUED, _PREFILL, _CANCELLED = State.QUEUED, State.PREFILL, State.CANCELLED
+_DISPATCHED, _FIRST_TOKEN, _LAST_TOKEN = Step.DISPATCHED, Step.FIRST_TOKEN, Step.LAST_TOKEN
+_LEAST_WORK = Reason.LEAST_WORK
+_ENDED_UNPLACED = (State.REJECTED, State.CANCELLED)
 _MAX_LANES = 64
 """Beyond this, lanes without jobs are dropped: clients may make model names up."""
 
@@ -90,6 +96,7 @@ class Core:
         self._fresh: list[Ticket] = []
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
+        self._all_look = False
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
             Arrived: self._arrived,
             Left: self._left,
@@ -117,11 +124,12 @@ class Core:
         if self._fresh:
             self._take_in(now_us)
         agenda = self._agenda
-        if agenda.give_up:  # all that wait, for a server or for their next attempt
+        if agenda.give_up.entries:  # all that wait, for a server or for their next attempt
             if now_us >= agenda.alarm_us:
                 self._pass_time(now_us)
-            self._dispatch(now_us)
-            if now_us >= agenda.alarm_us and agenda.give_up:
+            if self._all_look or self._touched:
+                self._dispatch(now_us)
+            if now_us >= agenda.alarm_us and agenda.give_up.entries:
                 self._set_alarm(now_us)
         decisions, self._out = self._out, []
         return decisions
@@ -167,9 +175,9 @@ class Core:
         fresh, self._fresh = self._fresh, []
         if len(fresh) > 1:
             key = self._rules.order.key
-            fresh.sort(key=lambda t: (t.job.kind is Kind.OFFLINE, key(t.job), t.job.id))
+            fresh.sort(key=lambda t: (t.job.kind is _OFFLINE, key(t.job), t.job.id))
         for ticket in fresh:
-            if ticket.state is not State.QUEUED:  # its client left in the same instant
+            if ticket.state is not _QUEUED:  # its client left in the same instant
                 continue
             lane = self._lane(ticket.job.model)
             if lane.is_quiet and self._goes_at_once(ticket, lane, now_us):
@@ -184,7 +192,7 @@ class Core:
 
     def _goes_at_once(self, ticket: Ticket, lane: Lane, now_us: int) -> bool:
         kind = ticket.job.kind
-        if kind is Kind.OFFLINE and self._online_waits_beside(lane):
+        if kind is _OFFLINE and self._online_waits_beside(lane):
             return False
         pair = self._choose(ticket, self._candidates(lane, kind, now_us), now_us)
         if pair is None:
@@ -194,22 +202,31 @@ class Core:
 
     def _refusal(self, job: Job, lane: Lane, now_us: int) -> Reject | None:
         """What can be answered at once, before the job costs anything."""
-        candidates, admit = self._candidates(lane, job.kind, now_us), self._rules.admit
+        kind, candidates = job.kind, self._candidates(lane, job.kind, now_us)
+        if not is_worth_a_wait(job, candidates, self._rules.admit, now_us):
+            refusal = self._unserved(job, candidates, now_us)
+            if refusal is not None:
+                return refusal
+        if not (queued := lane.queued(kind)):
+            return None
+        if queued >= self._rules.max_queued:
+            wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
+            return Reject(job, Reason.QUEUE_FULL, wait_us)
+        if kind is _OFFLINE or not lane.is_last(job, self._rules.order):
+            return None
+        wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
+        late_us = now_us + wait_us - job.give_up_us
+        return Reject(job, Reason.HOPELESS, late_us) if late_us > 0 else None
+
+    def _unserved(self, job: Job, candidates: Candidates, now_us: int) -> Reject | None:
+        """Nobody in rotation could ever take it: offline work waits for those that could."""
         if not candidates.can_serve:
             return Reject(job, Reason.NO_WORKER)
-        if not fits_ever(job, candidates, admit):
+        if not fits_ever(job, candidates, self._rules.admit):
             return Reject(job, Reason.TOO_LARGE)
-        is_online, queued = job.kind is Kind.ONLINE, lane.queued(job.kind)
-        if is_online and not is_worth_a_wait(job, candidates, admit, now_us):
-            return Reject(job, Reason.UNAVAILABLE, reopens_in_us(candidates, now_us))
-        if not queued:
+        if job.kind is _OFFLINE:
             return None
-        wait_us = self._predicted_wait_us(lane, job.kind, now_us)
-        if queued >= self._rules.max_queued:
-            return Reject(job, Reason.QUEUE_FULL, wait_us)
-        if is_online and now_us + wait_us > job.give_up_us and lane.is_last(job, self._rules.order):
-            return Reject(job, Reason.HOPELESS, now_us + wait_us - job.give_up_us)
-        return None
+        return Reject(job, Reason.UNAVAILABLE, reopens_in_us(candidates, now_us))
 
     def _left(self, event: Left, now_us: int) -> None:
         ticket = self._tickets.get(event.job_id)
@@ -232,9 +249,9 @@ class Core:
 
     def _first_token(self, event: FirstToken, now_us: int) -> None:
         ticket = self._tickets.get(event.job_id)
-        if ticket is None or ticket.state is not State.PREFILL:
+        if ticket is None or ticket.state is not _PREFILL:
             return
-        ticket.step(Step.FIRST_TOKEN)
+        ticket.step(_FIRST_TOKEN)
         if ticket.prefill is not None and ticket.prefill is not ticket.decode:
             self._succeeded(ticket.prefill)
         if ticket.decode is not None and not ticket.decode.breaker.is_closed:
@@ -252,11 +269,12 @@ class Core:
     def _finished(self, event: Finished, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is None:
             return
-        if ticket.state is not State.CANCELLED:
-            ticket.step(Step.LAST_TOKEN)
-        for ledger in (ticket.prefill, ticket.decode):
-            if ledger is not None:
-                self._succeeded(ledger)
+        if ticket.state is not _CANCELLED:
+            ticket.step(_LAST_TOKEN)
+        if ticket.prefill is not None:
+            self._succeeded(ticket.prefill)
+        if ticket.decode is not None:
+            self._succeeded(ticket.decode)
         self._end(ticket)
 
     def _failed(self, event: Failed, now_us: int) -> None:
@@ -309,9 +327,10 @@ class Core:
             self._reconsider()
 
     def _succeeded(self, ledger: Ledger) -> None:
-        was_closed = ledger.breaker.is_closed
-        ledger.breaker.succeeded()
-        if not was_closed:
+        breaker = ledger.breaker
+        was_open = breaker.open_until_us
+        breaker.succeeded()
+        if was_open:
             self._reconsider()
 
     # Servers.
@@ -406,18 +425,20 @@ class Core:
 
     def _dispatch(self, now_us: int) -> None:
         """Online first, over all models; offline work goes where no online job is left waiting."""
-        lanes, self._touched = list(self._touched.values()), {}
+        lanes = list((self._lanes if self._all_look else self._touched).values())
+        self._touched, self._all_look = {}, False
         for lane in lanes:
-            self._fill(lane, Kind.ONLINE, now_us)
+            if lane.online.entries:
+                self._fill(lane, _ONLINE, now_us)
         for lane in lanes:
-            if lane.waiting[Kind.OFFLINE] and not self._online_waits_beside(lane):
-                self._fill(lane, Kind.OFFLINE, now_us)
+            if lane.offline.entries and not self._online_waits_beside(lane):
+                self._fill(lane, _OFFLINE, now_us)
 
     def _online_waits_beside(self, lane: Lane) -> bool:
         """In this lane, or in one that uses the same servers."""
-        if lane.waiting[Kind.ONLINE]:
+        if lane.online.entries:
             return True
-        others = [other for other in self._lanes.values() if other.waiting[Kind.ONLINE]]
+        others = [other for other in self._lanes.values() if other.online.entries]
         if not others:
             return False
         return not lane.model or self._fleet.takes_any_model or any(not e.model for e in others)
@@ -458,10 +479,10 @@ class Core:
 
     def _place(self, ticket: Ticket, prefill: Ledger, decode: Ledger, now_us: int) -> None:
         """Booked in the step that decides, so that the next decision sees it."""
-        ticket.step(Step.DISPATCHED)
+        ticket.step(_DISPATCHED)
         ticket.book(prefill, decode, self._rules.admit.reserved(ticket.job), now_us)
         ticket.attempt += 1
-        reason = Reason.LEAST_WORK
+        reason = _LEAST_WORK
         if ticket.attempt > 1:
             reason = Reason.RESUME if ticket.resumes else Reason.RETRY
         self._out.append(
@@ -475,11 +496,11 @@ class Core:
         )
 
     def _enqueue(self, ticket: Ticket, lane: Lane, now_us: int) -> None:
-        order, kind = self._rules.order, ticket.job.kind
-        outlook = self._outlook(lane, kind, now_us) if order.moves else NO_OUTLOOK
-        lane.put(ticket.job, order, outlook)
-        self._agenda.put(self._agenda.give_up, ticket.job.id, ticket.job.give_up_us)
-        if lane.waiting[ticket.job.kind].peek() == ticket.job.id:
+        job, agenda, order = ticket.job, self._agenda, self._rules.order
+        outlook = self._outlook(lane, job.kind, now_us) if order.moves else NO_OUTLOOK
+        lane.put(job, order, outlook)
+        agenda.put(agenda.give_up, job.id, job.give_up_us)
+        if lane.waiting[job.kind].peek() == job.id:
             # Behind another it changes nothing: whoever is first was looked at already.
             self._touched[lane.model] = lane
 
@@ -529,11 +550,10 @@ class Core:
     def _forget(self, ticket: Ticket) -> None:
         job = ticket.job
         self._tickets.pop(job.id, None)
-        if ticket.state in (State.REJECTED, State.CANCELLED):
+        if ticket.state in _ENDED_UNPLACED:
             self._agenda.forget(job.id)
             self._lane(job.model).take(job)
 
     def _touch_all(self) -> None:
         """Something was freed: lanes share servers, so all that wait look again."""
-        if self._agenda.give_up:
-            self._touched = {lane.model: lane for lane in self._lanes.values() if not lane.is_quiet}
+        self._all_look = True

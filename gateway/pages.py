@@ -10,7 +10,8 @@ from urllib.parse import unquote
 import orjson
 from aiohttp import hdrs, web
 
-from backends.http import HttpError, fetch
+from backends.fetch import fetch
+from backends.http import HttpError
 from backends.sglang import Server, Sglang
 from gateway.asking import secret_of
 from gateway.config import Config, WorkerEntry, hardware_of, worker_of

@@ -117,7 +117,9 @@ class Moving:
         self._turn %= len(self._arrivals)
         for job_id, tokens in self._arrivals.block(self._turn):
             moment = outlook.behind(tokens)
-            heap.put(job_id, order.key(self._jobs[job_id], moment))
+            key = order.key(self._jobs[job_id], moment)
+            if key != heap.entries[job_id]:
+                heap.put(job_id, key)
         self._turn += 1
 
     def first(self, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> str | None:
@@ -126,7 +128,7 @@ class Moving:
             if (job_id := heap.peek()) is None:
                 return None
             key = self.key(self._jobs[job_id], order, outlook)
-            if key == heap.first_key():
+            if key == heap.entries[job_id]:
                 return job_id
             heap.put(job_id, key)
         return heap.peek()

@@ -36,8 +36,10 @@ NO_OUTLOOK: Final = Outlook()
 class Order(Protocol):
     """Smaller keys go first; the queue breaks ties by id."""
 
-    moves: ClassVar[bool]
-    """Whether keys change while jobs wait; otherwise each is computed once."""
+    @property
+    def moves(self) -> bool:
+        """Whether keys change while jobs wait; otherwise each is computed once."""
+        ...
 
     def key(self, job: Job, outlook: Outlook = NO_OUTLOOK) -> Key: ...
 

@@ -8,6 +8,7 @@ from gateway.servers import Fleet
 from policies.breaker import Breaker, BreakerRule
 from policies.events import Load
 from policies.ledger import Ledger
+from policies.order import NO_OUTLOOK, Fcfs
 from policies.pools import ByLatency, Shared
 from policies.steps import Costs
 from policies.types import Kind, Pool, Worker
