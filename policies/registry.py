@@ -5,7 +5,7 @@ from __future__ import annotations
 from policies.order import Edf, Fcfs, Order, Shortest
 from policies.place import LeastWork, Place, RoundRobin
 from policies.pools import ByLatency, Pools, Shared
-from policies.urgency import Hrrn, Kairos, Salvage
+from policies.slack import Hrrn, Kairos, Salvage
 
 ORDER: dict[str, type[Order]] = {
     "fcfs": Fcfs,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from policies.moving import BLOCK_JOBS, Arrivals, Moving
 from policies.order import NO_OUTLOOK, Key, Order, Outlook
 from policies.queue import KeyedHeap
+from policies.slack import Hrrn, Kairos, Salvage
 from policies.types import Job
-from policies.urgency import Hrrn, Kairos, Salvage
 from tests.gateway.talk import SECOND, online
 
 ARRIVALS = st.lists(

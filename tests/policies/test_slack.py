@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from policies.order import Outlook, Shortest
-from policies.urgency import Hrrn, Kairos, Salvage
+from policies.slack import Hrrn, Kairos, Salvage
 from tests.gateway.talk import SECOND, online
 
 EIGHT = {"deadline_us": 8 * SECOND}
