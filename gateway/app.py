@@ -34,6 +34,7 @@ from gateway.front import Front
 from gateway.log import WriteRequest, configure
 from gateway.metrics import Metrics
 from gateway.pages import Pages
+from gateway.passing import Passing
 from gateway.probe import Prober
 from gateway.router import Router
 from policies.clock import Clock
@@ -72,6 +73,7 @@ class Gateway:
     ) -> None:
         self._config = config
         self._clock = clock
+        self._rng = rng
         self._tasks = tasks
         self.backend = Sglang(clock, rng, patience_of(config.timeouts), self._connect)
         self.core = Core(rules_of(config))
@@ -89,15 +91,7 @@ class Gateway:
         """Listens once each server was asked for the first time; one that is down may come."""
         looks = [self._add(entry) for entry in self._config.worker]
         await self._wait_for_first_looks(looks)
-        pages = Pages(
-            self._config,
-            self.front,
-            self.driver,
-            self.backend,
-            self.prober,
-            self.metrics,
-            self._tasks,
-        )
+        pages = self.pages()
         server = self._config.server
         listener = web.Server(
             Router([*self.front.routes(), *pages.routes()]),
@@ -117,6 +111,19 @@ class Gateway:
             raise ConfigError(problem) from None
         self.port = self._runner.addresses[0][1]
         log.info("listening", host=server.host, port=self.port, workers=len(self._entries))
+
+    def pages(self) -> Pages:
+        passing = Passing(self.front, self.core, self.backend, self._clock, self._rng)
+        return Pages(
+            self._config,
+            self.front,
+            self.driver,
+            self.backend,
+            self.prober,
+            self.metrics,
+            passing,
+            self._tasks,
+        )
 
     def _say_what_predicts(self) -> None:
         ledgers = self.core.ledgers

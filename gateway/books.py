@@ -5,11 +5,13 @@ from __future__ import annotations
 from gateway.lifecycle import State, Step, advance
 from gateway.servers import Candidates
 from policies.breaker import Breaker
+from policies.events import Reason
 from policies.ledger import Ledger
 from policies.moving import Moving
 from policies.order import Key, Order, Outlook
 from policies.queue import KeyedHeap
-from policies.types import Job, Kind
+from policies.retry import continued
+from policies.types import Job, Kind, Resume
 
 
 class Ticket:
@@ -24,6 +26,7 @@ class Ticket:
         "decode",
         "generated",
         "job",
+        "preemptions",
         "prefill",
         "resumes",
         "sent_us",
@@ -39,8 +42,9 @@ class Ticket:
         self.decode: Ledger | None = None
         self.avoid: tuple[str, ...] = ()
         self.resumes = False
+        self.preemptions = 0
         self.sent_us = 0
-        self.trials: tuple[Breaker, ...] = ()
+        self.trials: tuple[tuple[Breaker, int], ...] = ()
         self.generated = 0
         self.booked_prefill = 0
         self.booked_context = 0
@@ -52,6 +56,29 @@ class Ticket:
     @property
     def is_placed(self) -> bool:
         return self.decode is not None
+
+    @property
+    def may_yield(self) -> bool:
+        """Whether its client would not notice."""
+        if self.state is State.PREFILL:
+            return True
+        return self.state is State.DECODE and self.job.resume is not Resume.UNTIL_SHOWN
+
+    @property
+    def why_again(self) -> Reason:
+        """Why it goes to servers once more."""
+        if self.resumes:
+            return Reason.RESUME
+        return Reason.RETRY if self.attempt > 1 else Reason.REQUEUED
+
+    def returned(self, generated: int, now_us: int) -> None:
+        """Preempted and back: that was no attempt that failed."""
+        self.step(Step.RETURNED)
+        self.release()
+        self.job = continued(self.job, generated, now_us)
+        self.resumes = self.resumes or generated > 0
+        self.preemptions += 1
+        self.attempt -= 1
 
     def book(self, prefill: Ledger, decode: Ledger, reserved: int, now_us: int) -> None:
         job = self.job
@@ -69,13 +96,13 @@ class Ticket:
 
     def _sent_to(self, ledger: Ledger) -> None:
         ledger.dispatched += 1
-        if ledger.breaker.open_until_us and ledger.breaker.try_out():
-            self.trials += (ledger.breaker,)
+        if ledger.breaker.open_until_us and (trial := ledger.breaker.try_out()):
+            self.trials += ((ledger.breaker, trial),)
 
     def end_trials(self) -> None:
         """The attempt is over for a reason that says nothing about the servers on trial."""
-        for breaker in self.trials:
-            breaker.gave_no_verdict()
+        for breaker, trial in self.trials:
+            breaker.gave_no_verdict(trial)
         self.trials = ()
 
     def prefilled(self, now_us: int) -> None:

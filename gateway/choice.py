@@ -81,15 +81,15 @@ def fits_ever(job: Job, candidates: Candidates, admit: Admit) -> bool:
 
 def is_worth_a_wait(job: Job, candidates: Candidates, admit: Admit, now_us: int) -> bool:
     """Whether servers in rotation could take the job once what runs there has ended."""
-    if _some(job, candidates.prefills, admit, now_us):
-        if _some(job, candidates.decodes, admit, now_us):
-            return True
-    return _some(job, candidates.unified, admit, now_us)
+    return (
+        _some(job, candidates.prefills, admit, now_us)
+        and _some(job, candidates.decodes, admit, now_us)
+    ) or _some(job, candidates.unified, admit, now_us)
 
 
 def _some(job: Job, ledgers: list[Ledger], admit: Admit, now_us: int) -> bool:
     """A plain loop: nearly always the first one will do."""
-    for ledger in ledgers:
+    for ledger in ledgers:  # noqa: SIM110
         if ledger.usable(now_us) and admit.fits_ever(job, ledger):
             return True
     return False

@@ -35,9 +35,12 @@ from policies.events import (
     Left,
     Load,
     LoadReport,
+    Preempt,
+    Preempted,
     PrefillDone,
     Progress,
     Reason,
+    Recall,
     Reject,
     WakeAt,
     Wakeup,
@@ -73,7 +76,7 @@ class Rules:
 
 _REPORT_LAG_US = 500_000
 """What was sent this long before a report must be in it."""
-# An enum's member is looked up in Python each time (in CPython 3.11), which costs as much as a call.
+# CPython 3.11 looks an enum's member up in Python, which costs as much as a call.
 _ONLINE, _OFFLINE = Kind.ONLINE, Kind.OFFLINE
 _QUEUED, _PREFILL, _CANCELLED = State.QUEUED, State.PREFILL, State.CANCELLED
 _DISPATCHED, _FIRST_TOKEN, _LAST_TOKEN = Step.DISPATCHED, Step.FIRST_TOKEN, Step.LAST_TOKEN
@@ -106,6 +109,8 @@ class Core:
             Finished: self._finished,
             Failed: self._failed,
             Freed: self._freed,
+            Recall: self._recall,
+            Preempted: self._preempted,
             LoadReport: self._load_report,
             WorkerUp: self._worker_up,
             WorkerDown: self._worker_down,
@@ -321,6 +326,23 @@ class Core:
             self._end_trials(ticket)
             self._end(ticket)
 
+    def _recall(self, event: Recall, now_us: int) -> None:
+        if (ticket := self._tickets.get(event.job_id)) is not None and ticket.may_yield:
+            ticket.step(Step.PREEMPTED)
+            self._out.append(Preempt(ticket.job, event.reason))
+
+    def _preempted(self, event: Preempted, now_us: int) -> None:
+        """Its place is free. Whatever ended the job meanwhile came first and stands."""
+        if (ticket := self._tickets.get(event.job_id)) is None:
+            return
+        if ticket.state is State.CANCELLED:
+            self._freed(Freed(event.job_id), now_us)
+        elif ticket.state is State.YIELDING:
+            self._end_trials(ticket)
+            ticket.returned(event.generated, now_us)
+            self._touch_all()
+            self._enqueue(ticket, self._lane(ticket.job.model), now_us)
+
     def _end_trials(self, ticket: Ticket) -> None:
         if ticket.trials:
             ticket.end_trials()
@@ -367,8 +389,8 @@ class Core:
 
     def _worker_draining(self, event: WorkerDraining, now_us: int) -> None:
         if (ledger := self._fleet.ledgers.get(event.name)) is not None:
-            ledger.draining = True
-            self._touch_all()
+            ledger.draining = event.draining
+            self._reconsider()
 
     def _worker_gone(self, event: WorkerGone, now_us: int) -> None:
         """What runs there keeps its own reference to the ledger and ends as it would have."""
@@ -483,8 +505,8 @@ class Core:
         ticket.book(prefill, decode, self._rules.admit.reserved(ticket.job), now_us)
         ticket.attempt += 1
         reason = _LEAST_WORK
-        if ticket.attempt > 1:
-            reason = Reason.RESUME if ticket.resumes else Reason.RETRY
+        if ticket.attempt > 1 or ticket.preemptions:
+            reason = ticket.why_again
         self._out.append(
             Dispatch(
                 ticket.job,
