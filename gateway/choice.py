@@ -8,6 +8,7 @@ from operator import itemgetter
 from gateway.servers import Candidates
 from policies.admit import Admit
 from policies.ledger import Ledger
+from policies.order import Outlook
 from policies.place import Place
 from policies.types import Job
 
@@ -102,6 +103,19 @@ def without_failed(
     """Those that have just failed this job are out, unless nothing else could ever take it."""
     others = candidates.without(avoid)
     return others if is_worth_a_wait(job, others, admit, now_us) else candidates
+
+
+def outlook_of(candidates: Candidates, waiting_tokens: int, now_us: int) -> Outlook:
+    """The pace of the servers in rotation, and what they and others have to do first."""
+    servers, known, tokens_per_us = 0, 0, 0.0
+    for ledger in candidates.prefills + candidates.unified:
+        if ledger.usable(now_us):
+            servers += 1
+            waiting_tokens += ledger.prefill_tokens
+            if (rate := ledger.prefill_tokens_per_us) is not None:
+                known += 1
+                tokens_per_us += rate
+    return Outlook(now_us, tokens_per_us / max(1, known), max(1, servers), waiting_tokens)
 
 
 def predicted_wait_us(candidates: Candidates, waiting_tokens: int, now_us: int) -> int:
