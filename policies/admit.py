@@ -43,7 +43,7 @@ class Headroom:
         if not ledger.prefills:
             return self.fits_ever(job, ledger)
         cap = ledger.worker.chunk_tokens * self.prefill_chunks or self.prefill_cap_tokens
-        return ledger.prefill_tokens + job.prompt_tokens - job.cached_tokens <= cap
+        return ledger.prefill_tokens + ledger.uncached(job) <= cap
 
     def decode(self, job: Job, ledger: Ledger) -> bool:
         if ledger.max_running and ledger.decodes >= ledger.max_running:
