@@ -125,11 +125,13 @@ class Ticket:
         if decode is None or fresh <= 0:
             return
         self.generated = generated
-        decode.context_tokens += fresh
         self.booked_context += fresh
-        if (outgrown := self.booked_context - self.booked_reserved) > 0:
-            decode.reserved_tokens += outgrown
+        outgrown = self.booked_context - self.booked_reserved
+        if outgrown <= 0:
+            decode.grow_decode(fresh, 0)
+        else:
             self.booked_reserved += outgrown
+            decode.grow_decode(fresh, outgrown)
 
     def free_prefill(self) -> None:
         if self.prefill is not None:
