@@ -12,6 +12,8 @@ from policies.queue import KeyedHeap
 from policies.retry import continued
 from policies.types import Job, Kind, Resume
 
+_OFFLINE = Kind.OFFLINE
+
 
 class Ticket:
     """Where one job stands, and what is booked for it."""
@@ -87,6 +89,11 @@ class Ticket:
         self.generated = 0
         prefill.add_prefill(self.booked_prefill, now_us)
         decode.add_decode(self.booked_context, reserved)
+        if job.kind is _OFFLINE:
+            prefill.offline.add_prefill(self.booked_prefill)
+            decode.offline.add(self.booked_context, reserved)
+        else:
+            decode.online.came(reserved, job.tpot_us, now_us)
         self.sent_us = now_us
         self.trials = ()
         self._sent_to(decode)
@@ -107,7 +114,7 @@ class Ticket:
     def prefilled(self, now_us: int) -> None:
         if self.prefill is not None:
             self.prefill.prefilled(self.booked_prefill, now_us)
-            self.prefill = None
+            self._leave_prefill(self.prefill)
 
     def grow(self, generated: int) -> None:
         """Tokens came: the context grows, and the reservation when the answer outgrows it."""
@@ -120,16 +127,28 @@ class Ticket:
         if (outgrown := self.booked_context - self.booked_reserved) > 0:
             decode.reserved_tokens += outgrown
             self.booked_reserved += outgrown
+        if self.job.kind is _OFFLINE:
+            decode.offline.context_tokens += fresh
+            decode.offline.reserved_tokens += max(0, outgrown)
 
     def free_prefill(self) -> None:
         if self.prefill is not None:
             self.prefill.end_prefill(self.booked_prefill)
-            self.prefill = None
+            self._leave_prefill(self.prefill)
+
+    def _leave_prefill(self, prefill: Ledger) -> None:
+        if self.job.kind is _OFFLINE:
+            prefill.offline.end_prefill(self.booked_prefill)
+        self.prefill = None
 
     def release(self) -> None:
         self.free_prefill()
         if self.decode is not None:
             self.decode.end_decode(self.booked_context, self.booked_reserved)
+            if self.job.kind is _OFFLINE:
+                self.decode.offline.end(self.booked_context, self.booked_reserved)
+            else:
+                self.decode.online.went(self.job.tpot_us)
             self.decode = None
 
 
