@@ -27,11 +27,14 @@ class Ticket:
         "decode",
         "generated",
         "job",
+        "looked_us",
         "preemptions",
         "prefill",
         "resumes",
         "sent_us",
         "state",
+        "told_us",
+        "took",
         "trials",
     )
 
@@ -44,7 +47,9 @@ class Ticket:
         self.avoid: tuple[str, ...] = ()
         self.resumes = False
         self.preemptions = 0
-        self.sent_us = 0
+        self.took = 0
+        """Others that were taken off their servers for this one."""
+        self.sent_us = self.told_us = self.looked_us = 0
         self.trials: tuple[tuple[Breaker, int], ...] = ()
         self.generated = 0
         self.booked_prefill = 0
@@ -86,7 +91,7 @@ class Ticket:
         self.prefill, self.decode = prefill, decode
         self.booked_prefill = job.prompt_tokens - job.cached_tokens
         self.booked_context, self.booked_reserved = job.prompt_tokens, reserved
-        self.generated = 0
+        self.generated = self.told_us = 0
         prefill.add_prefill(self.booked_prefill, now_us)
         decode.add_decode(self.booked_context, reserved)
         if job.kind is _OFFLINE:
@@ -116,12 +121,16 @@ class Ticket:
             self.prefill.prefilled(self.booked_prefill, now_us)
             self._leave_prefill(self.prefill)
 
-    def grow(self, generated: int) -> None:
+    def grow(self, generated: int, now_us: int = 0) -> None:
         """Tokens came: the context grows, and the reservation when the answer outgrows it."""
         decode, fresh = self.decode, generated - self.generated
         if decode is None or fresh <= 0:
             return
         self.generated = generated
+        if decode.offline.decodes and self.job.kind is not _OFFLINE:
+            if self.told_us:
+                decode.online.paced(now_us - self.told_us, fresh)
+            self.told_us = now_us
         decode.context_tokens += fresh
         self.booked_context += fresh
         if (outgrown := self.booked_context - self.booked_reserved) > 0:

@@ -17,6 +17,7 @@ from gateway.choice import (
     without_failed,
 )
 from gateway.lifecycle import State, Step
+from gateway.preemption import Preemptor
 from gateway.servers import Candidates, Fleet
 from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
@@ -52,6 +53,7 @@ from policies.ledger import Ledger
 from policies.order import Edf, Order
 from policies.place import LeastWork, Place
 from policies.pools import Pools, Shared
+from policies.preempt import AbortRule, GiveWay, Never
 from policies.retry import RetryBudget, RetryRule, continued
 from policies.steps import Costs
 from policies.types import Job, Kind, Role, Worker
@@ -66,6 +68,8 @@ class Rules:
     admit: Admit = field(default_factory=Headroom)
     pools: Pools = field(default_factory=Shared)
     costs: Costs = field(default_factory=Costs)
+    give_way: GiveWay = field(default_factory=Never)
+    aborts: AbortRule = field(default_factory=AbortRule)
     breaker: BreakerRule = field(default_factory=BreakerRule)
     retry: RetryRule = field(default_factory=RetryRule)
     max_queued: int = 10_000
@@ -99,6 +103,7 @@ class Core:
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
         self._all_look = False
+        self._preemptor = Preemptor(rules.give_way, rules.aborts, self._take_off)
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
             Arrived: self._arrived,
             Left: self._left,
@@ -163,6 +168,7 @@ class Core:
         self._rules = rules
         self._fleet.adopt(rules.breaker, rules.pools, rules.costs)
         self._budget.adopt(rules.retry)
+        self._preemptor.adopt(rules.give_way, rules.aborts)
         for lane in self._lanes.values():
             for kind in Kind:
                 self._queue_anew(lane, kind, lane.jobs(kind))
@@ -268,7 +274,13 @@ class Core:
         tickets = self._tickets
         for job_id, generated in event.tokens:
             if (ticket := tickets.get(job_id)) is not None:
-                ticket.grow(generated)
+                ticket.grow(generated, now_us)
+        self._shorten_steps(now_us)
+
+    def _shorten_steps(self, now_us: int) -> None:
+        for ledger in self._fleet.ledgers.values():
+            if ledger.offline.decodes and ledger.online.count:
+                self._preemptor.shorten(ledger, now_us)
 
     def _finished(self, event: Finished, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is None:
@@ -327,8 +339,11 @@ class Core:
 
     def _recall(self, event: Recall, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is not None and ticket.may_yield:
-            ticket.step(Step.PREEMPTED)
-            self._out.append(Preempt(ticket.job, event.reason))
+            self._take_off(ticket, event.reason)
+
+    def _take_off(self, ticket: Ticket, reason: Reason) -> None:
+        ticket.step(Step.PREEMPTED)
+        self._out.append(Preempt(ticket.job, reason))
 
     def _preempted(self, event: Preempted, now_us: int) -> None:
         """Its place is free. Whatever ended the job meanwhile came first and stands."""
@@ -477,6 +492,8 @@ class Core:
                 self._agenda.give_up.discard(job_id)
                 self._place(ticket, *pair, now_us)
             elif is_worth_a_wait(job, candidates, admit, now_us):
+                if kind is _ONLINE:
+                    self._preemptor.make_room(ticket, candidates, admit, now_us)
                 return
             elif not candidates.can_serve:
                 self._reject(ticket, Reason.NO_WORKER, now_us)
@@ -512,6 +529,10 @@ class Core:
                 reason,
             )
         )
+        if ticket.job.kind is _OFFLINE:
+            self._preemptor.placed(ticket)
+        elif prefill.offline.prefills or decode.offline.decodes:
+            self._preemptor.make_way(ticket, now_us)
 
     def _enqueue(self, ticket: Ticket, lane: Lane) -> None:
         job, agenda = ticket.job, self._agenda

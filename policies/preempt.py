@@ -28,7 +28,7 @@ class Victim(NamedTuple):
 Victims = Sequence[Victim]
 
 
-class Preempt(Protocol):
+class GiveWay(Protocol):
     """Empty answers leave everybody where they are. Given are those that are not leaving already,
     and the books without those that are."""
 
@@ -64,7 +64,8 @@ class Need(NamedTuple):
 class Leaving(NamedTuple):
     """Offline jobs whose legs are closing: their part of the books is as good as free."""
 
-    count: int = 0
+    jobs: int = 0
+    prefill_tokens: int = 0
     context_tokens: int = 0
     reserved_tokens: int = 0
 
@@ -94,7 +95,7 @@ class ForSlack:
     tpot_us: int = 100_000
     """Where nobody is present who has another target."""
     ttft_share: float = 0.5
-    """An online prompt that is predicted to need more of its TTFT target than this is in a hurry."""
+    """A prompt that is predicted to need more of its TTFT target than this is in a hurry."""
     step_share: float = 0.98
     protect_after: int = 3
     by_bottleneck: bool = False
@@ -157,9 +158,11 @@ class ForSlack:
             return ()
         target_us = online.tightest_us(self.tpot_us)
         ranked = self._ranked(victims, longest=self.by_bottleneck and _is_bound_by_memory(ledger))
+        if online.pace_us > target_us and not leaving.jobs:
+            return ranked[:1]
         if ledger.steps is None:
-            return ranked[:1] if online.pace_us > target_us and not leaving.count else ()
-        count = ledger.decodes - leaving.count
+            return ()
+        count = ledger.decodes - leaving.jobs
         context = ledger.context_tokens + ledger.foreign_tokens - leaving.context_tokens
         chosen = []
         for victim in ranked:

@@ -6,7 +6,9 @@ from collections import deque
 
 _SECOND_US = 1_000_000
 _WEIGHT = 0.05
-_PACE_WEIGHT = 0.1
+_PACE_KEPT = 0.95
+_PACE_TOKENS = 8
+"""Below this nothing is said of the pace."""
 
 
 class Tide:
@@ -18,8 +20,8 @@ class Tide:
     """
 
     __slots__ = (
-        *("_level", "_peaks", "_second", "_tpots"),
-        *("count", "pace_us", "tokens_each"),
+        *("_level", "_paced_tokens", "_paced_us", "_peaks", "_second", "_tpots"),
+        *("count", "tokens_each"),
     )
 
     SECONDS = 60
@@ -29,8 +31,7 @@ class Tide:
         self.count = 0
         self.tokens_each = 0.0
         """KV tokens that one of them takes."""
-        self.pace_us = 0.0
-        """What a token has really taken lately, as far as it is known."""
+        self._paced_us = self._paced_tokens = 0.0
         self._tpots: dict[int, int] = {}
         self._peaks: deque[int] = deque(maxlen=self.SECONDS)
         self._second = 0
@@ -57,7 +58,7 @@ class Tide:
         else:
             del self._tpots[tpot_us]
         if not self.count:
-            self.pace_us = 0.0
+            self.forget_pace()
 
     def roll(self, now_us: int) -> None:
         """A new second begins at the present level; nothing is known of those that were missed."""
@@ -70,9 +71,20 @@ class Tide:
         ranked = sorted(self._peaks)
         self._level = ranked[int(self.QUANTILE * (len(ranked) - 1))]
 
-    def paced(self, us_per_token: float) -> None:
-        known = self.pace_us or us_per_token
-        self.pace_us = known + _PACE_WEIGHT * (us_per_token - known)
+    def paced(self, us: int, tokens: int) -> None:
+        """A job got so many tokens in that time."""
+        self._paced_us = self._paced_us * _PACE_KEPT + us
+        self._paced_tokens = self._paced_tokens * _PACE_KEPT + tokens
+
+    def forget_pace(self) -> None:
+        self._paced_us = self._paced_tokens = 0.0
+
+    @property
+    def pace_us(self) -> float:
+        """What a token has really taken lately; 0 while little is known."""
+        if self._paced_tokens < _PACE_TOKENS:
+            return 0.0
+        return self._paced_us / self._paced_tokens
 
     def tightest_us(self, target_us: int) -> int:
         """The time a token may take here: the tightest target of those present, else this one."""
