@@ -72,6 +72,8 @@ class Rules:
     aborts: AbortRule = field(default_factory=AbortRule)
     breaker: BreakerRule = field(default_factory=BreakerRule)
     retry: RetryRule = field(default_factory=RetryRule)
+    holds_offline: bool = False
+    """Offline work waits where no server of its pool is known, instead of being refused."""
     max_queued: int = 10_000
     """Jobs of one kind that may wait for one model."""
     load_stale_us: int = 5_000_000
@@ -231,7 +233,7 @@ class Core:
     def _unserved(self, job: Job, candidates: Candidates, now_us: int) -> Reject | None:
         """Nobody in rotation could ever take it: offline work waits for those that could."""
         if not candidates.can_serve:
-            return Reject(job, Reason.NO_WORKER)
+            return None if self._holds(job.kind) else Reject(job, Reason.NO_WORKER)
         if not fits_ever(job, candidates, self._rules.admit):
             return Reject(job, Reason.TOO_LARGE)
         if job.kind is _OFFLINE:
@@ -495,6 +497,8 @@ class Core:
                 if kind is _ONLINE:
                     self._preemptor.make_room(ticket, candidates, admit, now_us)
                 return
+            elif not candidates.can_serve and self._holds(kind):
+                return
             elif not candidates.can_serve:
                 self._reject(ticket, Reason.NO_WORKER, now_us)
             elif not fits_ever(job, candidates, admit):
@@ -557,10 +561,13 @@ class Core:
         own = lane.candidates.get(kind)
         if own is None:
             own = lane.candidates[kind] = self._fleet.candidates(lane.model, kind)
-        if own.has_usable(now_us):
+        if own.has_usable(now_us) or not self._rules.pools.shares(kind):
             return own
         shared = self._fleet.candidates(lane.model, kind, shared=True)
         return shared if shared.has_usable(now_us) else own
+
+    def _holds(self, kind: Kind) -> bool:
+        return kind is _OFFLINE and self._rules.holds_offline
 
     def _predicted_wait_us(self, lane: Lane, kind: Kind, now_us: int) -> int:
         return predicted_wait_us(

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from policies.ledger import Ledger
-from policies.types import Job
+from policies.types import Job, Kind, Pool
 
 Ledgers = Sequence[Ledger]
+_OFFLINE, _STRICT = Kind.OFFLINE, Pool.STRICT
+_LENT_US = 1e12
+"""Offline work takes what strict servers lend only when no relaxed one has room."""
 
 
 class Place(Protocol):
@@ -42,7 +45,7 @@ class LeastWork:
     def decode(self, job: Job, ledgers: Ledgers) -> list[float]:
         token_us, sequence_us = self.step_per_token_us, self.step_per_sequence_us
         alone_us = self.step_fixed_us + sequence_us + token_us * job.prompt_tokens
-        return [
+        steps_us = [
             alone_us
             + sequence_us * ledger.decodes
             + token_us * (ledger.context_tokens + ledger.foreign_tokens)
@@ -53,6 +56,12 @@ class LeastWork:
             )
             for ledger in ledgers
         ]
+        if job.kind is _OFFLINE:
+            return [
+                step_us + _LENT_US * (ledger.worker.pool is _STRICT)
+                for step_us, ledger in zip(steps_us, ledgers, strict=True)
+            ]
+        return steps_us
 
 
 @dataclass(frozen=True, slots=True)
