@@ -22,7 +22,17 @@ from backends.workload import (
     read_lengths,
     read_trace,
 )
-from gateway.config import Admission, BreakerSettings, Config, Limits, Policies, Retry
+from gateway.config import (
+    Admission,
+    BreakerSettings,
+    Classes,
+    Colocation,
+    Config,
+    Cost,
+    Limits,
+    Policies,
+    Retry,
+)
 from gateway.settings import ConfigError, bounded, decode, one_of
 from policies.types import Kind, Pool, Role
 
@@ -189,6 +199,9 @@ class PolicyEntry:
     limits: Limits = field(default_factory=Limits)
     retry: Retry = field(default_factory=Retry)
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
+    cost: Cost = field(default_factory=Cost)
+    classes: Classes = field(default_factory=Classes)
+    colocation: Colocation = field(default_factory=Colocation)
 
     def config(self) -> Config:
         return Config(
@@ -197,6 +210,9 @@ class PolicyEntry:
             limits=self.limits,
             retry=self.retry,
             breaker=self.breaker,
+            cost=self.cost,
+            classes=self.classes,
+            colocation=self.colocation,
         )
 
 
