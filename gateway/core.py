@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.agenda import Agenda, passed
@@ -12,15 +11,15 @@ from gateway.choice import (
     choose,
     fits_ever,
     is_worth_a_wait,
+    outlook_of,
     predicted_wait_us,
     reopens_in_us,
     without_failed,
 )
 from gateway.lifecycle import State, Step
 from gateway.preemption import Preemptor
+from gateway.rules import Rules
 from gateway.servers import Candidates, Fleet
-from policies.admit import Admit, Headroom
-from policies.breaker import BreakerRule
 from policies.events import (
     Arrived,
     Cancel,
@@ -50,34 +49,11 @@ from policies.events import (
     WorkerUp,
 )
 from policies.ledger import Ledger
-from policies.order import Edf, Order
-from policies.place import LeastWork, Place
-from policies.pools import Pools, Shared
-from policies.preempt import AbortRule, GiveWay, Never
-from policies.retry import RetryBudget, RetryRule, continued
-from policies.steps import Costs
+from policies.order import NO_OUTLOOK, Outlook
+from policies.retry import RetryBudget, continued
 from policies.types import Job, Kind, Role, Worker
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """Every choice that the core leaves to policies; replaced whole by a reload."""
-
-    order: Order = field(default_factory=Edf)
-    place: Place = field(default_factory=LeastWork)
-    admit: Admit = field(default_factory=Headroom)
-    pools: Pools = field(default_factory=Shared)
-    costs: Costs = field(default_factory=Costs)
-    give_way: GiveWay = field(default_factory=Never)
-    aborts: AbortRule = field(default_factory=AbortRule)
-    breaker: BreakerRule = field(default_factory=BreakerRule)
-    retry: RetryRule = field(default_factory=RetryRule)
-    holds_offline: bool = False
-    """Offline work waits where no server of its pool is known, instead of being refused."""
-    max_queued: int = 10_000
-    """Jobs of one kind that may wait for one model."""
-    load_stale_us: int = 5_000_000
-
+__all__ = ["Core", "Rules"]
 
 _REPORT_LAG_US = 500_000
 """What was sent this long before a report must be in it."""
@@ -200,7 +176,7 @@ class Core:
                 del self._tickets[ticket.job.id]
             else:
                 self._budget.earn(ticket.job)
-                self._enqueue(ticket, lane)
+                self._enqueue(ticket, lane, now_us)
 
     def _goes_at_once(self, ticket: Ticket, lane: Lane, now_us: int) -> bool:
         kind = ticket.job.kind
@@ -224,7 +200,7 @@ class Core:
         if queued >= self._rules.max_queued:
             wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
             return Reject(job, Reason.QUEUE_FULL, wait_us)
-        if kind is _OFFLINE or self._rules.order.key(job) < lane.last_key[kind]:
+        if kind is _OFFLINE or not lane.is_last(job, self._rules.order):
             return None
         wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
         late_us = now_us + wait_us - job.give_up_us
@@ -332,7 +308,7 @@ class Core:
             self._agenda.put(self._agenda.later, job.id, now_us + delay_us)
             self._agenda.put(self._agenda.give_up, job.id, job.give_up_us)
         else:
-            self._enqueue(ticket, self._lane(job.model))
+            self._enqueue(ticket, self._lane(job.model), now_us)
 
     def _freed(self, event: Freed, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is not None:
@@ -357,7 +333,7 @@ class Core:
             self._end_trials(ticket)
             ticket.returned(event.generated, now_us)
             self._touch_all()
-            self._enqueue(ticket, self._lane(ticket.job.model))
+            self._enqueue(ticket, self._lane(ticket.job.model), now_us)
 
     def _end_trials(self, ticket: Ticket) -> None:
         if ticket.trials:
@@ -430,7 +406,7 @@ class Core:
         for job in jobs:
             lane.take(job)
         for job in jobs:
-            lane.put(job, self._rules.order.key(job))
+            lane.put(job, self._rules.order, NO_OUTLOOK)
 
     # Time.
 
@@ -450,7 +426,7 @@ class Core:
             self._look_again()
         for job_id in passed(self._agenda.later, now_us):
             ticket = self._tickets[job_id]
-            self._enqueue(ticket, self._lane(ticket.job.model))
+            self._enqueue(ticket, self._lane(ticket.job.model), now_us)
         for job_id in passed(self._agenda.give_up, now_us):
             self._reject(self._tickets[job_id], Reason.EXPIRED, now_us)
             self._touch_all()
@@ -483,9 +459,12 @@ class Core:
 
     def _fill(self, lane: Lane, kind: Kind, now_us: int) -> None:
         """Until the first job has to wait for what runs; the order is kept."""
-        waiting, admit = lane.waiting[kind], self._rules.admit
-        candidates = self._candidates(lane, kind, now_us)
-        while (job_id := waiting.peek()) is not None:
+        order, admit = self._rules.order, self._rules.admit
+        candidates, outlook = self._candidates(lane, kind, now_us), NO_OUTLOOK
+        if order.moves:
+            outlook = self._outlook(lane, kind, now_us)
+            lane.rekey(kind, order, outlook)
+        while (job_id := lane.first(kind, order, outlook)) is not None:
             ticket = self._tickets[job_id]
             job = ticket.job
             pair = self._choose(ticket, candidates, now_us)
@@ -538,9 +517,10 @@ class Core:
         elif prefill.offline.prefills or decode.offline.decodes:
             self._preemptor.make_way(ticket, now_us)
 
-    def _enqueue(self, ticket: Ticket, lane: Lane) -> None:
-        job, agenda = ticket.job, self._agenda
-        lane.put(job, self._rules.order.key(job))
+    def _enqueue(self, ticket: Ticket, lane: Lane, now_us: int) -> None:
+        job, agenda, order = ticket.job, self._agenda, self._rules.order
+        outlook = self._outlook(lane, job.kind, now_us) if order.moves else NO_OUTLOOK
+        lane.put(job, order, outlook)
         agenda.put(agenda.give_up, job.id, job.give_up_us)
         if lane.waiting[job.kind].peek() == job.id:
             # Behind another it changes nothing: whoever is first was looked at already.
@@ -568,6 +548,11 @@ class Core:
 
     def _holds(self, kind: Kind) -> bool:
         return kind is _OFFLINE and self._rules.holds_offline
+
+    def _outlook(self, lane: Lane, kind: Kind, now_us: int) -> Outlook:
+        """What lies before the first of the queue; online work lies before all offline work."""
+        before = lane.waiting_tokens[Kind.ONLINE] if kind is Kind.OFFLINE else 0
+        return outlook_of(self._candidates(lane, kind, now_us), before, now_us)
 
     def _predicted_wait_us(self, lane: Lane, kind: Kind, now_us: int) -> int:
         return predicted_wait_us(

@@ -43,25 +43,26 @@ class LeastWork:
         return [ledger.prefill_tokens for ledger in ledgers]
 
     def decode(self, job: Job, ledgers: Ledgers) -> list[float]:
-        token_us, sequence_us = self.step_per_token_us, self.step_per_sequence_us
-        alone_us = self.step_fixed_us + sequence_us + token_us * job.prompt_tokens
-        steps_us = [
-            alone_us
-            + sequence_us * ledger.decodes
-            + token_us * (ledger.context_tokens + ledger.foreign_tokens)
-            if ledger.steps is None
-            else ledger.steps.decode_us(
-                ledger.decodes + 1,
-                ledger.context_tokens + ledger.foreign_tokens + job.prompt_tokens,
-            )
-            for ledger in ledgers
-        ]
+        prompt_tokens, draw = job.prompt_tokens, self._draw
+        lines = [ledger.line or draw(ledger) for ledger in ledgers]
+        steps_us = [alone_us + token_us * prompt_tokens for alone_us, token_us in lines]
         if job.kind is _OFFLINE:
             return [
                 step_us + _LENT_US * (ledger.worker.pool is _STRICT)
                 for step_us, ledger in zip(steps_us, ledgers, strict=True)
             ]
         return steps_us
+
+    def _draw(self, ledger: Ledger) -> tuple[float, float]:
+        """Few books change between two decisions: what the others add up to is kept."""
+        held_tokens = ledger.context_tokens + ledger.foreign_tokens
+        if ledger.steps is not None:
+            ledger.line = ledger.steps.line(ledger.decodes + 1, held_tokens)
+        else:
+            token_us, sequence_us = self.step_per_token_us, self.step_per_sequence_us
+            step_us = self.step_fixed_us + sequence_us * (ledger.decodes + 1)
+            ledger.line = (step_us + token_us * held_tokens, token_us)
+        return ledger.line
 
 
 @dataclass(frozen=True, slots=True)
