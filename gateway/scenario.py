@@ -23,7 +23,17 @@ from backends.workload import (
     read_lengths,
     read_trace,
 )
-from gateway.config import Admission, BreakerSettings, Config, Limits, Policies, Retry
+from gateway.config import (
+    Admission,
+    BreakerSettings,
+    Classes,
+    Colocation,
+    Config,
+    Cost,
+    Limits,
+    Policies,
+    Retry,
+)
 from gateway.settings import ConfigError, bounded, decode, one_of
 from policies.packing import PACKING
 from policies.types import Kind, Pool, Role
@@ -225,6 +235,9 @@ class PolicyEntry:
     limits: Limits = field(default_factory=Limits)
     retry: Retry = field(default_factory=Retry)
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
+    cost: Cost = field(default_factory=Cost)
+    classes: Classes = field(default_factory=Classes)
+    colocation: Colocation = field(default_factory=Colocation)
 
     def config(self) -> Config:
         return Config(
@@ -233,6 +246,9 @@ class PolicyEntry:
             limits=self.limits,
             retry=self.retry,
             breaker=self.breaker,
+            cost=self.cost,
+            classes=self.classes,
+            colocation=self.colocation,
         )
 
 
