@@ -29,6 +29,7 @@ from gateway.config import (
     workers_of,
 )
 from gateway.core import Core
+from gateway.door import Door
 from gateway.driver import Driver
 from gateway.front import Front
 from gateway.log import WriteRequest, configure
@@ -93,7 +94,7 @@ class Gateway:
         await self._wait_for_first_looks(looks)
         pages = self.pages()
         server = self._config.server
-        listener = web.Server(
+        listener = Door(
             Router([*self.front.routes(), *pages.routes()]),
             request_factory=partial(_request, round(server.max_body_mb * 1_048_576)),
             access_log=None,
