@@ -287,6 +287,7 @@ async def _watch(
         reload.clear()
         seen = last
         try:
+            _refuse_to_wait_for(path)
             adopt()
         except ConfigError as error:
             log.error("the new configuration is refused, the old one stays", error=str(error))
@@ -307,6 +308,12 @@ def _wire_log() -> logging.Logger:
 def _is_ours(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, HttpProcessingError | web.RequestPayloadError)
+
+
+def _refuse_to_wait_for(path: Path) -> None:
+    """Whoever reads a pipe waits for its writer, and everybody here would wait with it."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"cannot read {path}: not a file")
 
 
 def _stamp(path: Path) -> tuple[int, int]:
