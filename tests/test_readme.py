@@ -165,7 +165,7 @@ def test_curl_and_the_official_client_get_what_the_readme_promises() -> None:
 
 
 def test_a_policy_changed_in_the_file_acts_at_once(tmp_path: Path) -> None:
-    block = blocks("", section("Policies"))[0]
+    block = blocks("", section("Policies"))[1]
     commands = [line.split("  #")[0].strip() for line in block.splitlines()]
     before, after = (line for line in commands if line.startswith("curl"))
     edit = next(line for line in commands if line.startswith("sed"))
