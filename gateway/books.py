@@ -24,6 +24,7 @@ class Ticket:
         "booked_prefill",
         "booked_reserved",
         "decode",
+        "displaced",
         "generated",
         "job",
         "preemptions",
@@ -43,6 +44,8 @@ class Ticket:
         self.avoid: tuple[str, ...] = ()
         self.resumes = False
         self.preemptions = 0
+        self.displaced = 0
+        """How many of them were for a more urgent prompt."""
         self.sent_us = 0
         self.trials: tuple[tuple[Breaker, int], ...] = ()
         self.generated = 0
@@ -71,6 +74,12 @@ class Ticket:
             return Reason.RESUME
         return Reason.RETRY if self.attempt > 1 else Reason.REQUEUED
 
+    def makes_way(self, job: Job) -> None:
+        """For a more urgent prompt; the job queues again with what its server has cached."""
+        self.step(Step.PREEMPTED)
+        self.job = job
+        self.displaced += 1
+
     def returned(self, generated: int, now_us: int) -> None:
         """Preempted and back: that was no attempt that failed."""
         self.step(Step.RETURNED)
@@ -83,7 +92,7 @@ class Ticket:
     def book(self, prefill: Ledger, decode: Ledger, reserved: int, now_us: int) -> None:
         job = self.job
         self.prefill, self.decode = prefill, decode
-        self.booked_prefill = job.prompt_tokens - job.cached_tokens
+        self.booked_prefill = prefill.uncached(job)
         self.booked_context, self.booked_reserved = job.prompt_tokens, reserved
         self.generated = 0
         prefill.add_prefill(self.booked_prefill, now_us)

@@ -19,8 +19,10 @@ from gateway.choice import (
 )
 from gateway.lifecycle import State, Step
 from gateway.servers import Candidates, Fleet
+from gateway.underway import Underway
 from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
+from policies.displace import Displace, Never
 from policies.events import (
     Arrived,
     Cancel,
@@ -65,6 +67,7 @@ class Rules:
     order: Order = field(default_factory=Edf)
     place: Place = field(default_factory=LeastWork)
     admit: Admit = field(default_factory=Headroom)
+    displace: Displace = field(default_factory=Never)
     pools: Pools = field(default_factory=Shared)
     costs: Costs = field(default_factory=Costs)
     breaker: BreakerRule = field(default_factory=BreakerRule)
@@ -96,6 +99,7 @@ class Core:
         self._tickets: dict[str, Ticket] = {}
         self._lanes: dict[str, Lane] = {}
         self._agenda = Agenda()
+        self._underway = Underway()
         self._fresh: list[Ticket] = []
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
@@ -482,6 +486,8 @@ class Core:
                 self._agenda.give_up.discard(job_id)
                 self._place(ticket, *pair, now_us)
             elif is_worth_a_wait(job, candidates, admit, now_us):
+                if kind is _ONLINE and self._rules.displace.least_chunks:
+                    self._displace(job, lane, candidates, now_us)
                 return
             elif not candidates.can_serve:
                 self._reject(ticket, Reason.NO_WORKER, now_us)
@@ -491,6 +497,15 @@ class Core:
                 lane.set_aside(job)
             else:
                 return
+
+    def _displace(self, head: Job, lane: Lane, candidates: Candidates, now_us: int) -> None:
+        """The first of the queue has to wait: perhaps for a long prompt that need not go first."""
+        outlook, rules = self._outlook(lane, _ONLINE, now_us), self._rules
+        found = self._underway.victim(head, candidates, rules.displace, rules.order, outlook)
+        if found is not None:
+            ticket, job = found
+            ticket.makes_way(job)
+            self._out.append(Preempt(job, Reason.DISPLACED))
 
     def _choose(
         self, ticket: Ticket, candidates: Candidates, now_us: int
@@ -504,6 +519,7 @@ class Core:
         """Booked in the step that decides, so that the next decision sees it."""
         ticket.step(_DISPATCHED)
         ticket.book(prefill, decode, self._rules.admit.reserved(ticket.job), now_us)
+        self._underway.sent(ticket, prefill, self._rules.displace.least_chunks)
         ticket.attempt += 1
         reason = _LEAST_WORK
         if ticket.attempt > 1 or ticket.preemptions:

@@ -49,7 +49,7 @@ class Headroom:
         if not ledger.prefills:
             return self.fits_ever(job, ledger)
         cap = ledger.worker.chunk_tokens * self.prefill_chunks or self.prefill_cap_tokens
-        return ledger.prefill_tokens + job.prompt_tokens - job.cached_tokens <= cap
+        return ledger.prefill_tokens + ledger.uncached(job) <= cap
 
     def prefills(self, job: Job, ledgers: Sequence[Ledger]) -> list[Ledger]:
         tokens, chunks = job.prompt_tokens - job.cached_tokens, self.prefill_chunks

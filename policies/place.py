@@ -37,6 +37,8 @@ class LeastWork:
     step_per_token_us: float = 0.036
 
     def prefill(self, job: Job, ledgers: Ledgers) -> list[float]:
+        if job.cached_on:
+            return [ledger.prefill_tokens + ledger.uncached(job) for ledger in ledgers]
         return [ledger.prefill_tokens for ledger in ledgers]
 
     def decode(self, job: Job, ledgers: Ledgers) -> list[float]:
