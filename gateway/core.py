@@ -161,7 +161,7 @@ class Core:
         self._fresh.append(ticket)
 
     def _take_in(self, now_us: int) -> None:
-        """Those of one instant in their order. Where nobody waits, the queue is spared."""
+        """Those of one instant in their order. Who would be first in the queue is spared it."""
         fresh, self._fresh = self._fresh, []
         if len(fresh) > 1:
             key = self._rules.order.key
@@ -170,7 +170,8 @@ class Core:
             if ticket.state is not _QUEUED:  # its client left in the same instant
                 continue
             lane = self._lane(ticket.job.model)
-            if lane.is_quiet and self._goes_at_once(ticket, lane, now_us):
+            is_first = lane.would_be_first(ticket.job, self._rules.order)
+            if is_first and self._goes_at_once(ticket, lane, now_us):
                 self._budget.earn(ticket.job)
             elif (refusal := self._refusal(ticket.job, lane, now_us)) is not None:
                 ticket.step(Step.REFUSED)
