@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from gateway.config import Classes, Online
+from tests.conformance.test_roles import TO_DECODE, TO_PREFILL, switch
 from tests.conformance.under_test import (
     CHUNK_TOKENS,
-    HEARTBEAT_S,
     SLOW_S,
     Client,
     Leg,
@@ -31,16 +31,10 @@ BACK_WITHIN_S = 10.0
 
 @asynccontextmanager
 async def dead(client: Client, url: str) -> AsyncIterator[None]:
-    """Killed when the block begins, started again and ready when it ends.
-
-    A prefill server stays away until decode servers know of its death: one that is back before
-    that loses their next pair.
-    """
+    """Killed when the block begins, started again and ready when it ends."""
     await client.fleet.kill(url)
     try:
         yield
-        if url == client.fleet.prefill:
-            await asyncio.sleep(3 * HEARTBEAT_S)
     finally:
         await client.fleet.start(url)
 
@@ -107,6 +101,35 @@ async def test_a_killed_decode_server_is_used_again_once_it_is_back(client: Clie
             await asyncio.wait_for(leg.task, 15.0)
         assert leg.last["error"]["code"] == "stream_interrupted"
         await serves_again(site, "decode")
+
+
+async def test_a_prefill_server_that_is_back_before_decode_servers_miss_it_loses_no_request(
+    client: Client,
+) -> None:
+    """Only where the gateway names it anew does a decode server connect to it anew."""
+    async with standing(client, "prefill", "decode") as site:
+        await site.generated(client.prompt(30), 5)
+        async with dead(client, client.fleet.prefill):
+            pass
+        await serves_again(site, "prefill")
+        assert site.lines[-1]["attempts"] == 1
+
+
+async def test_a_pair_lost_to_a_switch_that_nobody_saw_is_tried_again_and_then_works(
+    client: Client,
+) -> None:
+    telemetry = replace(QUICK.telemetry, poll_ms=60_000.0)
+    timeouts = replace(QUICK.timeouts, first_token_online_s=3.0)
+    async with standing(
+        client, "prefill", "decode", telemetry=telemetry, timeouts=timeouts
+    ) as site:
+        await site.generated(client.prompt(30), 5)
+        for body in (TO_DECODE, TO_PREFILL):
+            assert (await switch(client, client.fleet.prefill, body))[0] == 200
+        first = await site.generated(client.prompt(30), 5)
+        second = await site.generated(client.prompt(30), 5)
+        assert first.finish == second.finish == {"type": "length", "length": 5}
+        assert [line["attempts"] for line in site.lines[-2:]] == [2, 1]
 
 
 async def test_a_chat_stream_ends_with_an_error_in_the_stream_when_its_server_dies(
