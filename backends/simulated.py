@@ -21,11 +21,12 @@ from policies.events import (
     FirstToken,
     Freed,
     Load,
+    Preempted,
     PrefillDone,
     Progress,
     Reject,
 )
-from policies.types import Job, Role, Worker
+from policies.types import Job, Resume, Role, Worker
 
 _OVERLOADED = frozenset({429, 503})
 
@@ -107,6 +108,7 @@ class _Leg:
 
     def finished(self, resident: Resident, reason: dict[str, Any]) -> None:
         self.resident = None
+        self.attempt.is_complete |= not self.is_prefill and reason["type"] != "abort"
         self.attempt.account(resident)
         self.attempt.later(self.attempt.leg_ended, self, resident.generated, reason)
 
@@ -119,7 +121,10 @@ class _Leg:
 class _Attempt:
     """One dispatch; over as soon as the gateway would take it to be over."""
 
-    __slots__ = ("_backend", "_flows", "decode", "job", "over", "prefill", "told_tokens")
+    __slots__ = (
+        *("_backend", "_flows", "decode", "is_complete", "job", "over", "prefill"),
+        "told_tokens",
+    )
 
     def __init__(
         self, backend: SimulatedBackend, job: Job, prefill: Engine | None, decode: Engine
@@ -130,11 +135,17 @@ class _Attempt:
         self.prefill = None if prefill is None else _Leg(self, prefill, is_prefill=True)
         self.decode = _Leg(self, decode, is_prefill=False)
         self.over = False
+        self.is_complete = False
+        """The answer has left its server."""
         self.told_tokens = 0
 
     @property
     def legs(self) -> list[_Leg]:
         return [self.decode] if self.prefill is None else [self.prefill, self.decode]
+
+    @property
+    def is_shown(self) -> bool:
+        return self._flows and self.job.resume is Resume.UNTIL_SHOWN
 
     @property
     def tokens(self) -> int:
@@ -272,6 +283,20 @@ class SimulatedBackend:
         self.after(self.delays.request_s, attempt.send, request)
         self._tick_on()
 
+    def preempt(self, job: Job) -> None:
+        attempt = self._live.get(job.id)
+        if attempt is None or attempt.is_complete or attempt.is_shown:
+            return
+        generated, lost = self.generated(job.id), 0
+        if attempt.is_complete:  # in the steps just caught up with
+            return
+        if job.resume is not Resume.EXACT:
+            generated, lost = 0, generated
+        del self._live[job.id]
+        attempt.close()
+        self._grow(job.id, generated)
+        self.post(Preempted(job.id, generated, lost))
+
     def stop(self, job: Job) -> None:
         attempt = self._live.pop(job.id, None)
         if attempt is not None:
@@ -288,14 +313,20 @@ class SimulatedBackend:
         self._live.pop(job_id, None)
         if isinstance(event, Finished):
             self._work.pop(job_id, None)
-        elif event.generated:
-            work = self._work[job_id]
-            self._work[job_id] = replace(
-                work,
-                prompt=work.prompt.grown(event.generated),
-                answer_tokens=max(1, work.answer_tokens - event.generated),
-            )
+        else:
+            self._grow(job_id, event.generated)
         self.post(event)
+
+    def _grow(self, job_id: str, generated: int) -> None:
+        """What was generated is part of the prompt of the next attempt."""
+        if not generated:
+            return
+        work = self._work[job_id]
+        self._work[job_id] = replace(
+            work,
+            prompt=work.prompt.grown(generated),
+            answer_tokens=max(1, work.answer_tokens - generated),
+        )
 
     def after(self, seconds: float, callback: Callable[..., object], *args: Any) -> None:
         self._clock.call_at(self._clock.time() + seconds, callback, *args)

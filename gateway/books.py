@@ -5,10 +5,12 @@ from __future__ import annotations
 from gateway.lifecycle import State, Step, advance
 from gateway.servers import Candidates
 from policies.breaker import Breaker
+from policies.events import Reason
 from policies.ledger import Ledger
 from policies.order import Key
 from policies.queue import KeyedHeap
-from policies.types import Job, Kind
+from policies.retry import continued
+from policies.types import Job, Kind, Resume
 
 
 class Ticket:
@@ -23,6 +25,7 @@ class Ticket:
         "decode",
         "generated",
         "job",
+        "preemptions",
         "prefill",
         "resumes",
         "sent_us",
@@ -38,8 +41,9 @@ class Ticket:
         self.decode: Ledger | None = None
         self.avoid: tuple[str, ...] = ()
         self.resumes = False
+        self.preemptions = 0
         self.sent_us = 0
-        self.trials: tuple[Breaker, ...] = ()
+        self.trials: tuple[tuple[Breaker, int], ...] = ()
         self.generated = 0
         self.booked_prefill = 0
         self.booked_context = 0
@@ -52,6 +56,29 @@ class Ticket:
     def is_placed(self) -> bool:
         return self.decode is not None
 
+    @property
+    def may_yield(self) -> bool:
+        """Whether its client would not notice."""
+        if self.state is State.PREFILL:
+            return True
+        return self.state is State.DECODE and self.job.resume is not Resume.UNTIL_SHOWN
+
+    @property
+    def why_again(self) -> Reason:
+        """Why it goes to servers once more."""
+        if self.resumes:
+            return Reason.RESUME
+        return Reason.RETRY if self.attempt > 1 else Reason.REQUEUED
+
+    def returned(self, generated: int, now_us: int) -> None:
+        """Preempted and back: that was no attempt that failed."""
+        self.step(Step.RETURNED)
+        self.release()
+        self.job = continued(self.job, generated, now_us)
+        self.resumes = self.resumes or generated > 0
+        self.preemptions += 1
+        self.attempt -= 1
+
     def book(self, prefill: Ledger, decode: Ledger, reserved: int, now_us: int) -> None:
         job = self.job
         self.prefill, self.decode = prefill, decode
@@ -62,16 +89,19 @@ class Ticket:
         decode.add_decode(self.booked_context, reserved)
         self.sent_us = now_us
         self.trials = ()
-        ledgers = (prefill,) if prefill is decode else (prefill, decode)
-        for ledger in ledgers:
-            ledger.dispatched += 1
-            if not ledger.breaker.is_closed and ledger.breaker.try_out():
-                self.trials += (ledger.breaker,)
+        self._sent_to(decode)
+        if prefill is not decode:
+            self._sent_to(prefill)
+
+    def _sent_to(self, ledger: Ledger) -> None:
+        ledger.dispatched += 1
+        if ledger.breaker.open_until_us and (trial := ledger.breaker.try_out()):
+            self.trials += ((ledger.breaker, trial),)
 
     def end_trials(self) -> None:
         """The attempt is over for a reason that says nothing about the servers on trial."""
-        for breaker in self.trials:
-            breaker.gave_no_verdict()
+        for breaker, trial in self.trials:
+            breaker.gave_no_verdict(trial)
         self.trials = ()
 
     def prefilled(self, now_us: int) -> None:
@@ -81,13 +111,15 @@ class Ticket:
 
     def grow(self, generated: int) -> None:
         """Tokens came: the context grows, and the reservation when the answer outgrows it."""
-        if self.decode is None or generated <= self.generated:
+        decode, fresh = self.decode, generated - self.generated
+        if decode is None or fresh <= 0:
             return
-        context = self.job.prompt_tokens + generated
-        reserved = max(self.booked_reserved, context)
-        self.decode.context_tokens += context - self.booked_context
-        self.decode.reserved_tokens += reserved - self.booked_reserved
-        self.booked_context, self.booked_reserved, self.generated = context, reserved, generated
+        self.generated = generated
+        decode.context_tokens += fresh
+        self.booked_context += fresh
+        if (outgrown := self.booked_context - self.booked_reserved) > 0:
+            decode.reserved_tokens += outgrown
+            self.booked_reserved += outgrown
 
     def free_prefill(self) -> None:
         if self.prefill is not None:
@@ -106,9 +138,9 @@ class Lane:
 
     def __init__(self, model: str) -> None:
         self.model = model
-        self._online: KeyedHeap[Key] = KeyedHeap()
-        self._offline: KeyedHeap[Key] = KeyedHeap()
-        self.waiting = {Kind.ONLINE: self._online, Kind.OFFLINE: self._offline}
+        self.online: KeyedHeap[Key] = KeyedHeap()
+        self.offline: KeyedHeap[Key] = KeyedHeap()
+        self.waiting = {Kind.ONLINE: self.online, Kind.OFFLINE: self.offline}
         self.aside: dict[Kind, dict[str, None]] = {kind: {} for kind in Kind}
         """Jobs that no server in rotation could take: they must not block those that can go."""
         self.waiting_tokens = dict.fromkeys(Kind, 0)
@@ -118,13 +150,13 @@ class Lane:
     @property
     def is_quiet(self) -> bool:
         """Nobody waits for a server."""
-        return not (self._online or self._offline)
+        return not (self.online.entries or self.offline.entries)
 
     def __len__(self) -> int:
         return sum(self.queued(kind) for kind in Kind)
 
     def queued(self, kind: Kind) -> int:
-        return len(self.waiting[kind]) + len(self.aside[kind])
+        return len(self.waiting[kind].entries) + len(self.aside[kind])
 
     def tokens_before(self, kind: Kind) -> int:
         """Prompt tokens that wait before one more job of this kind, if it is the last."""
@@ -132,15 +164,18 @@ class Lane:
         return online if kind is Kind.ONLINE else online + self.waiting_tokens[Kind.OFFLINE]
 
     def put(self, job: Job, key: Key) -> None:
-        heap = self.waiting[job.kind]
-        self.last_key[job.kind] = max(key, self.last_key[job.kind]) if heap else key
+        kind = job.kind
+        heap = self.waiting[kind]
+        if not heap.entries or key > self.last_key[kind]:
+            self.last_key[kind] = key
         heap.put(job.id, key)
-        self.waiting_tokens[job.kind] += job.prompt_tokens
+        self.waiting_tokens[kind] += job.prompt_tokens
 
     def take(self, job: Job) -> bool:
-        if not self.waiting[job.kind].discard(job.id):
-            return self.aside[job.kind].pop(job.id, job) is None
-        self.waiting_tokens[job.kind] -= job.prompt_tokens
+        kind = job.kind
+        if not self.waiting[kind].discard(job.id):
+            return self.aside[kind].pop(job.id, job) is None
+        self.waiting_tokens[kind] -= job.prompt_tokens
         return True
 
     def set_aside(self, job: Job) -> None:

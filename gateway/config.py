@@ -34,7 +34,8 @@ class Server:
     drain_s: float = bounded(60.0, low=0)
     """After SIGTERM, running requests may end for this long."""
     admin_key: str = ""
-    """Asked for on /workers. Empty: they are open, or closed where there are [[key]]s."""
+    """Asked for on /workers and /flush_cache.
+    Empty: they are open, or closed where there are [[key]]s."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

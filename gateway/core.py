@@ -34,9 +34,12 @@ from policies.events import (
     Left,
     Load,
     LoadReport,
+    Preempt,
+    Preempted,
     PrefillDone,
     Progress,
     Reason,
+    Recall,
     Reject,
     WakeAt,
     Wakeup,
@@ -72,6 +75,12 @@ class Rules:
 
 _REPORT_LAG_US = 500_000
 """What was sent this long before a report must be in it."""
+# CPython 3.11 looks an enum's member up in Python, which costs as much as a call.
+_ONLINE, _OFFLINE = Kind.ONLINE, Kind.OFFLINE
+_QUEUED, _PREFILL, _CANCELLED = State.QUEUED, State.PREFILL, State.CANCELLED
+_DISPATCHED, _FIRST_TOKEN, _LAST_TOKEN = Step.DISPATCHED, Step.FIRST_TOKEN, Step.LAST_TOKEN
+_LEAST_WORK = Reason.LEAST_WORK
+_ENDED_UNPLACED = (State.REJECTED, State.CANCELLED)
 _MAX_LANES = 64
 """Beyond this, lanes without jobs are dropped: clients may make model names up."""
 
@@ -89,6 +98,7 @@ class Core:
         self._fresh: list[Ticket] = []
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
+        self._all_look = False
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
             Arrived: self._arrived,
             Left: self._left,
@@ -98,6 +108,8 @@ class Core:
             Finished: self._finished,
             Failed: self._failed,
             Freed: self._freed,
+            Recall: self._recall,
+            Preempted: self._preempted,
             LoadReport: self._load_report,
             WorkerUp: self._worker_up,
             WorkerDown: self._worker_down,
@@ -116,11 +128,12 @@ class Core:
         if self._fresh:
             self._take_in(now_us)
         agenda = self._agenda
-        if agenda.give_up:  # all that wait, for a server or for their next attempt
+        if agenda.give_up.entries:  # all that wait, for a server or for their next attempt
             if now_us >= agenda.alarm_us:
                 self._pass_time(now_us)
-            self._dispatch(now_us)
-            if now_us >= agenda.alarm_us and agenda.give_up:
+            if self._all_look or self._touched:
+                self._dispatch(now_us)
+            if now_us >= agenda.alarm_us and agenda.give_up.entries:
                 self._set_alarm(now_us)
         decisions, self._out = self._out, []
         return decisions
@@ -166,9 +179,9 @@ class Core:
         fresh, self._fresh = self._fresh, []
         if len(fresh) > 1:
             key = self._rules.order.key
-            fresh.sort(key=lambda t: (t.job.kind is Kind.OFFLINE, key(t.job), t.job.id))
+            fresh.sort(key=lambda t: (t.job.kind is _OFFLINE, key(t.job), t.job.id))
         for ticket in fresh:
-            if ticket.state is not State.QUEUED:  # its client left in the same instant
+            if ticket.state is not _QUEUED:  # its client left in the same instant
                 continue
             lane = self._lane(ticket.job.model)
             if lane.is_quiet and self._goes_at_once(ticket, lane, now_us):
@@ -183,7 +196,7 @@ class Core:
 
     def _goes_at_once(self, ticket: Ticket, lane: Lane, now_us: int) -> bool:
         kind = ticket.job.kind
-        if kind is Kind.OFFLINE and self._online_waits_beside(lane):
+        if kind is _OFFLINE and self._online_waits_beside(lane):
             return False
         pair = self._choose(ticket, self._candidates(lane, kind, now_us), now_us)
         if pair is None:
@@ -193,23 +206,31 @@ class Core:
 
     def _refusal(self, job: Job, lane: Lane, now_us: int) -> Reject | None:
         """What can be answered at once, before the job costs anything."""
-        candidates, admit = self._candidates(lane, job.kind, now_us), self._rules.admit
+        kind, candidates = job.kind, self._candidates(lane, job.kind, now_us)
+        if not is_worth_a_wait(job, candidates, self._rules.admit, now_us):
+            refusal = self._unserved(job, candidates, now_us)
+            if refusal is not None:
+                return refusal
+        if not (queued := lane.queued(kind)):
+            return None
+        if queued >= self._rules.max_queued:
+            wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
+            return Reject(job, Reason.QUEUE_FULL, wait_us)
+        if kind is _OFFLINE or self._rules.order.key(job) < lane.last_key[kind]:
+            return None
+        wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
+        late_us = now_us + wait_us - job.give_up_us
+        return Reject(job, Reason.HOPELESS, late_us) if late_us > 0 else None
+
+    def _unserved(self, job: Job, candidates: Candidates, now_us: int) -> Reject | None:
+        """Nobody in rotation could ever take it: offline work waits for those that could."""
         if not candidates.can_serve:
             return Reject(job, Reason.NO_WORKER)
-        if not fits_ever(job, candidates, admit):
+        if not fits_ever(job, candidates, self._rules.admit):
             return Reject(job, Reason.TOO_LARGE)
-        is_online, queued = job.kind is Kind.ONLINE, lane.queued(job.kind)
-        if is_online and not is_worth_a_wait(job, candidates, admit, now_us):
-            return Reject(job, Reason.UNAVAILABLE, reopens_in_us(candidates, now_us))
-        if not queued:
+        if job.kind is _OFFLINE:
             return None
-        wait_us = self._predicted_wait_us(lane, job.kind, now_us)
-        if queued >= self._rules.max_queued:
-            return Reject(job, Reason.QUEUE_FULL, wait_us)
-        is_last = self._rules.order.key(job) >= lane.last_key[job.kind]
-        if is_online and is_last and now_us + wait_us > job.give_up_us:
-            return Reject(job, Reason.HOPELESS, now_us + wait_us - job.give_up_us)
-        return None
+        return Reject(job, Reason.UNAVAILABLE, reopens_in_us(candidates, now_us))
 
     def _left(self, event: Left, now_us: int) -> None:
         ticket = self._tickets.get(event.job_id)
@@ -232,9 +253,9 @@ class Core:
 
     def _first_token(self, event: FirstToken, now_us: int) -> None:
         ticket = self._tickets.get(event.job_id)
-        if ticket is None or ticket.state is not State.PREFILL:
+        if ticket is None or ticket.state is not _PREFILL:
             return
-        ticket.step(Step.FIRST_TOKEN)
+        ticket.step(_FIRST_TOKEN)
         if ticket.prefill is not None and ticket.prefill is not ticket.decode:
             self._succeeded(ticket.prefill)
         if ticket.decode is not None and not ticket.decode.breaker.is_closed:
@@ -252,11 +273,12 @@ class Core:
     def _finished(self, event: Finished, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is None:
             return
-        if ticket.state is not State.CANCELLED:
-            ticket.step(Step.LAST_TOKEN)
-        for ledger in (ticket.prefill, ticket.decode):
-            if ledger is not None:
-                self._succeeded(ledger)
+        if ticket.state is not _CANCELLED:
+            ticket.step(_LAST_TOKEN)
+        if ticket.prefill is not None:
+            self._succeeded(ticket.prefill)
+        if ticket.decode is not None:
+            self._succeeded(ticket.decode)
         self._end(ticket)
 
     def _failed(self, event: Failed, now_us: int) -> None:
@@ -303,15 +325,33 @@ class Core:
             self._end_trials(ticket)
             self._end(ticket)
 
+    def _recall(self, event: Recall, now_us: int) -> None:
+        if (ticket := self._tickets.get(event.job_id)) is not None and ticket.may_yield:
+            ticket.step(Step.PREEMPTED)
+            self._out.append(Preempt(ticket.job, event.reason))
+
+    def _preempted(self, event: Preempted, now_us: int) -> None:
+        """Its place is free. Whatever ended the job meanwhile came first and stands."""
+        if (ticket := self._tickets.get(event.job_id)) is None:
+            return
+        if ticket.state is State.CANCELLED:
+            self._freed(Freed(event.job_id), now_us)
+        elif ticket.state is State.YIELDING:
+            self._end_trials(ticket)
+            ticket.returned(event.generated, now_us)
+            self._touch_all()
+            self._enqueue(ticket, self._lane(ticket.job.model))
+
     def _end_trials(self, ticket: Ticket) -> None:
         if ticket.trials:
             ticket.end_trials()
             self._reconsider()
 
     def _succeeded(self, ledger: Ledger) -> None:
-        was_closed = ledger.breaker.is_closed
-        ledger.breaker.succeeded()
-        if not was_closed:
+        breaker = ledger.breaker
+        was_open = breaker.open_until_us
+        breaker.succeeded()
+        if was_open:
             self._reconsider()
 
     # Servers.
@@ -348,8 +388,8 @@ class Core:
 
     def _worker_draining(self, event: WorkerDraining, now_us: int) -> None:
         if (ledger := self._fleet.ledgers.get(event.name)) is not None:
-            ledger.draining = True
-            self._touch_all()
+            ledger.draining = event.draining
+            self._reconsider()
 
     def _worker_gone(self, event: WorkerGone, now_us: int) -> None:
         """What runs there keeps its own reference to the ledger and ends as it would have."""
@@ -406,18 +446,20 @@ class Core:
 
     def _dispatch(self, now_us: int) -> None:
         """Online first, over all models; offline work goes where no online job is left waiting."""
-        lanes, self._touched = list(self._touched.values()), {}
+        lanes = list((self._lanes if self._all_look else self._touched).values())
+        self._touched, self._all_look = {}, False
         for lane in lanes:
-            self._fill(lane, Kind.ONLINE, now_us)
+            if lane.online.entries:
+                self._fill(lane, _ONLINE, now_us)
         for lane in lanes:
-            if lane.waiting[Kind.OFFLINE] and not self._online_waits_beside(lane):
-                self._fill(lane, Kind.OFFLINE, now_us)
+            if lane.offline.entries and not self._online_waits_beside(lane):
+                self._fill(lane, _OFFLINE, now_us)
 
     def _online_waits_beside(self, lane: Lane) -> bool:
         """In this lane, or in one that uses the same servers."""
-        if lane.waiting[Kind.ONLINE]:
+        if lane.online.entries:
             return True
-        others = [other for other in self._lanes.values() if other.waiting[Kind.ONLINE]]
+        others = [other for other in self._lanes.values() if other.online.entries]
         if not others:
             return False
         return not lane.model or self._fleet.takes_any_model or any(not e.model for e in others)
@@ -455,12 +497,12 @@ class Core:
 
     def _place(self, ticket: Ticket, prefill: Ledger, decode: Ledger, now_us: int) -> None:
         """Booked in the step that decides, so that the next decision sees it."""
-        ticket.step(Step.DISPATCHED)
+        ticket.step(_DISPATCHED)
         ticket.book(prefill, decode, self._rules.admit.reserved(ticket.job), now_us)
         ticket.attempt += 1
-        reason = Reason.LEAST_WORK
-        if ticket.attempt > 1:
-            reason = Reason.RESUME if ticket.resumes else Reason.RETRY
+        reason = _LEAST_WORK
+        if ticket.attempt > 1 or ticket.preemptions:
+            reason = ticket.why_again
         self._out.append(
             Dispatch(
                 ticket.job,
@@ -472,9 +514,10 @@ class Core:
         )
 
     def _enqueue(self, ticket: Ticket, lane: Lane) -> None:
-        lane.put(ticket.job, self._rules.order.key(ticket.job))
-        self._agenda.put(self._agenda.give_up, ticket.job.id, ticket.job.give_up_us)
-        if lane.waiting[ticket.job.kind].peek() == ticket.job.id:
+        job, agenda = ticket.job, self._agenda
+        lane.put(job, self._rules.order.key(job))
+        agenda.put(agenda.give_up, job.id, job.give_up_us)
+        if lane.waiting[job.kind].peek() == job.id:
             # Behind another it changes nothing: whoever is first was looked at already.
             self._touched[lane.model] = lane
 
@@ -519,11 +562,10 @@ class Core:
     def _forget(self, ticket: Ticket) -> None:
         job = ticket.job
         self._tickets.pop(job.id, None)
-        if ticket.state in (State.REJECTED, State.CANCELLED):
+        if ticket.state in _ENDED_UNPLACED:
             self._agenda.forget(job.id)
             self._lane(job.model).take(job)
 
     def _touch_all(self) -> None:
         """Something was freed: lanes share servers, so all that wait look again."""
-        if self._agenda.give_up:
-            self._touched = {lane.model: lane for lane in self._lanes.values() if not lane.is_quiet}
+        self._all_look = True

@@ -31,11 +31,8 @@ class Candidates:
 
     def has_usable(self, now_us: int) -> bool:
         """Whether a job could be sent now, if there were room."""
-        if any(ledger.usable(now_us) for ledger in self.unified):
-            return True
-        return any(ledger.usable(now_us) for ledger in self.prefills) and any(
-            ledger.usable(now_us) for ledger in self.decodes
-        )
+        pairs = _has_usable(self.prefills, now_us) and _has_usable(self.decodes, now_us)
+        return pairs or _has_usable(self.unified, now_us)
 
     def in_rotation(self, now_us: int) -> Candidates:
         return self._only(lambda ledger: ledger.usable(now_us))
@@ -53,6 +50,14 @@ class Candidates:
             decodes=[e for e in self.decodes if wanted(e)],
             unified=[e for e in self.unified if wanted(e)],
         )
+
+
+def _has_usable(ledgers: list[Ledger], now_us: int) -> bool:
+    """A plain loop: nearly always the first one is."""
+    for ledger in ledgers:  # noqa: SIM110
+        if ledger.usable(now_us):
+            return True
+    return False
 
 
 class Fleet:

@@ -100,9 +100,9 @@ class Ledger:
         return not self.prefills and not self.decodes
 
     def usable(self, now_us: int) -> bool:
-        if not self.up or self.draining:
-            return False
-        return not self.breaker.open_until_us or self.breaker.allows(now_us)
+        if not self.breaker.open_until_us:
+            return self.up and not self.draining
+        return self.up and not self.draining and self.breaker.allows(now_us)
 
     def adopt(self, worker: Worker) -> None:
         """The same server, better known."""
@@ -130,10 +130,9 @@ class Ledger:
     @property
     def prefill_tokens_per_us(self) -> float | None:
         """As seen; before anything was seen, as predicted; None where neither is known."""
-        seen = self.prefill_rate.tokens_per_us
-        if seen is None and self.steps is not None:
-            return self.steps.prefill_tokens_per_us
-        return seen
+        if (seen := self.prefill_rate.tokens_per_us) is not None:
+            return seen
+        return None if self.steps is None else self.steps.prefill_tokens_per_us
 
     def forget_report(self) -> None:
         """The report is too old to be believed: the books alone go on."""

@@ -15,53 +15,54 @@ class KeyedHeap(Generic[K]):
     Equal keys leave in the order of their ids, so that no order is left to chance.
     """
 
-    __slots__ = ("_heap", "_keys")
+    __slots__ = ("_heap", "entries")
 
     def __init__(self) -> None:
         self._heap: list[tuple[K, str]] = []
-        self._keys: dict[str, K] = {}
+        self.entries: dict[str, K] = {}
+        """Every entry with its key, to be read only: whether there is any costs no call."""
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.entries)
 
     def __contains__(self, entry: str) -> bool:
-        return entry in self._keys
+        return entry in self.entries
 
     def __iter__(self) -> Iterator[str]:
         """Every entry, in order; for reports, not for decisions."""
-        return (entry for _, entry in sorted((key, entry) for entry, key in self._keys.items()))
+        return (entry for _, entry in sorted((key, entry) for entry, key in self.entries.items()))
 
     def put(self, entry: str, key: K) -> None:
         """Insert, or move to another key."""
-        self._keys[entry] = key
+        self.entries[entry] = key
         heapq.heappush(self._heap, (key, entry))
-        if len(self._heap) > 2 * len(self._keys) + 64:
+        if len(self._heap) > 2 * len(self.entries) + 64:
             self._compact()
 
     def discard(self, entry: str) -> bool:
-        return self._keys.pop(entry, None) is not None
+        return self.entries.pop(entry, None) is not None
 
     def peek(self) -> str | None:
-        heap, keys = self._heap, self._keys
+        heap, entries = self._heap, self.entries
         while heap:
             key, entry = heap[0]
-            if keys.get(entry) == key:
+            if entries.get(entry) is key:
                 return entry
             heapq.heappop(heap)
         return None
 
     def first_key(self) -> K | None:
         entry = self.peek()
-        return None if entry is None else self._keys[entry]
+        return None if entry is None else self.entries[entry]
 
     def pop(self) -> str:
         entry = self.peek()
         if entry is None:
             raise IndexError("pop from an empty heap")
         heapq.heappop(self._heap)
-        del self._keys[entry]
+        del self.entries[entry]
         return entry
 
     def _compact(self) -> None:
-        self._heap = [(key, entry) for entry, key in self._keys.items()]
+        self._heap = [(key, entry) for entry, key in self.entries.items()]
         heapq.heapify(self._heap)

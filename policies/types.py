@@ -27,6 +27,17 @@ class Pool(StrEnum):
     RELAXED = "relaxed"
 
 
+class Resume(StrEnum):
+    """What becomes of a job's answer so far when it is taken off its servers."""
+
+    EXACT = "exact"
+    """It goes on from its last token, on any server."""
+    RESTART = "restart"
+    """It is made again: nobody has seen any of it before its end."""
+    UNTIL_SHOWN = "until_shown"
+    """It is made again, but only before its first token: after that its client would notice."""
+
+
 class Job(NamedTuple):
     """One prompt and one answer as policies see them; the true output length is unknown."""
 
@@ -44,6 +55,7 @@ class Job(NamedTuple):
     """The time a token may take after the first; 0 when nobody waits for it."""
     cached_tokens: int = 0
     """Prompt tokens that some prefill server is believed to hold."""
+    resume: Resume = Resume.EXACT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
