@@ -71,16 +71,20 @@ def calibrated_pair(running: list[Running], folder: Path, *, seconds: float) -> 
     urls = fleet_on_cpu(running, tables, (Role.PREFILL, Role.DECODE))
     pair = (urls[Role.PREFILL], urls[Role.DECODE])
     measured, facts = _measured(pair, seconds)
-    setup, found, halves = fit_servers(measured)
+    setup, found, _ = fit_servers(measured)
     write_steps(folder / "steps.csv", setup.cost(found.constants))
     overhead_s = statistics.median(measured.overheads_s)
-    errors = ", ".join(f"{phase} {100 * it.median:.1f} %" for phase, it in halves.items())
+    errors = ", ".join(
+        f"{phase} {100 * it.median:.1f} % of {it.count} loads"
+        for phase, it in (("prefill", found.prefill), ("decode", found.decode))
+        if it is not None
+    )
     return Calibrated(
         workers=tables.read_text(),
         plan=told(load(SCENARIO, folder), facts, overhead_s),
         vocabulary=setup.model.vocabulary,
         notes=(
-            f"calibrated in {seconds:g} s; median error of each half on the other: {errors}",
+            f"calibrated in {seconds:g} s; median error of the fit: {errors}",
             f"a first token takes {1e3 * overhead_s:.1f} ms besides its prefill",
         ),
     )
