@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from math import inf
 from operator import itemgetter
 
 from gateway.servers import Candidates
 from policies.admit import Admit
 from policies.ledger import Ledger
+from policies.order import Outlook
 from policies.place import Place
 from policies.types import Job
 
-May = Callable[[Job, Ledger], bool]
 Pair = tuple[Ledger, Ledger]
 """A prefill and a decode server, or one unified server as both."""
 
@@ -36,13 +36,31 @@ def choose(
 
 def _pair(job: Job, candidates: Candidates, admit: Admit, place: Place, now_us: int) -> Pair | None:
     """Prefill first: while none is free, which is most of the time, decode is not looked at."""
-    if not (ledgers := candidates.prefills):
+    free = [e for e in admit.prefills(job, candidates.prefills) if e.usable(now_us)]
+    if not free or not candidates.decodes:
         return None
-    prefill = _best(job, ledgers, place.prefill(job, ledgers), admit.prefill, now_us)
-    if prefill is None or not (ledgers := candidates.decodes):
+    decode = _decode(job, candidates.decodes, admit, place, now_us)
+    if decode is None:
         return None
-    decode = _best(job, ledgers, place.decode(job, ledgers), admit.decode, now_us)
-    return None if decode is None else (prefill, decode)
+    if len(free) == 1:
+        return free[0], decode
+    ranks = place.prefill(job, free)
+    return free[ranks.index(min(ranks))], decode
+
+
+def _decode(
+    job: Job, ledgers: list[Ledger], admit: Admit, place: Place, now_us: int
+) -> Ledger | None:
+    """The first by rank, then by name, that may take the job; the list is in order of names."""
+    ranks = place.decode(job, ledgers)
+    first = ledgers[ranks.index(min(ranks))]
+    if first.usable(now_us) and admit.decode(job, first):
+        return first
+    best, least = None, inf
+    for ledger, rank in zip(ledgers, ranks, strict=True):
+        if rank < least and admit.decode(job, ledger) and ledger.usable(now_us):
+            best, least = ledger, rank
+    return best
 
 
 def _shortest(job: Job, options: list[Pair], place: Place) -> Pair:
@@ -51,21 +69,6 @@ def _shortest(job: Job, options: list[Pair], place: Place) -> Pair:
     others = place.decode(job, [decode for _, decode in options])
     names = [prefill.worker.name for prefill, _ in options]
     return min(zip(firsts, others, names, options, strict=True), key=itemgetter(0, 1, 2))[3]
-
-
-def _best(
-    job: Job, ledgers: list[Ledger], ranks: list[float], may: May, now_us: int
-) -> Ledger | None:
-    """The first by rank, then by name, that may take the job; the list is in order of names."""
-    first = ledgers[ranks.index(min(ranks))]
-    if first.usable(now_us) and may(job, first):
-        return first
-    free = [
-        (rank, index)
-        for index, rank in enumerate(ranks)
-        if may(job, ledger := ledgers[index]) and ledger.usable(now_us)
-    ]
-    return ledgers[min(free)[1]] if free else None
 
 
 def fits_ever(job: Job, candidates: Candidates, admit: Admit) -> bool:
@@ -100,6 +103,19 @@ def without_failed(
     """Those that have just failed this job are out, unless nothing else could ever take it."""
     others = candidates.without(avoid)
     return others if is_worth_a_wait(job, others, admit, now_us) else candidates
+
+
+def outlook_of(candidates: Candidates, waiting_tokens: int, now_us: int) -> Outlook:
+    """The pace of the servers in rotation, and what they and others have to do first."""
+    servers, known, tokens_per_us = 0, 0, 0.0
+    for ledger in candidates.prefills + candidates.unified:
+        if ledger.usable(now_us):
+            servers += 1
+            waiting_tokens += ledger.prefill_tokens
+            if (rate := ledger.prefill_tokens_per_us) is not None:
+                known += 1
+                tokens_per_us += rate
+    return Outlook(now_us, tokens_per_us / max(1, known), max(1, servers), waiting_tokens)
 
 
 def predicted_wait_us(candidates: Candidates, waiting_tokens: int, now_us: int) -> int:

@@ -12,14 +12,17 @@ from gateway.choice import (
     choose,
     fits_ever,
     is_worth_a_wait,
+    outlook_of,
     predicted_wait_us,
     reopens_in_us,
     without_failed,
 )
 from gateway.lifecycle import State, Step
 from gateway.servers import Candidates, Fleet
+from gateway.underway import Underway
 from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
+from policies.displace import Displace, Never
 from policies.events import (
     Arrived,
     Cancel,
@@ -49,7 +52,7 @@ from policies.events import (
     WorkerUp,
 )
 from policies.ledger import Ledger
-from policies.order import Edf, Order
+from policies.order import NO_OUTLOOK, Edf, Order, Outlook
 from policies.place import LeastWork, Place
 from policies.pools import Pools, Shared
 from policies.retry import RetryBudget, RetryRule, continued
@@ -64,6 +67,7 @@ class Rules:
     order: Order = field(default_factory=Edf)
     place: Place = field(default_factory=LeastWork)
     admit: Admit = field(default_factory=Headroom)
+    displace: Displace = field(default_factory=Never)
     pools: Pools = field(default_factory=Shared)
     costs: Costs = field(default_factory=Costs)
     breaker: BreakerRule = field(default_factory=BreakerRule)
@@ -95,6 +99,7 @@ class Core:
         self._tickets: dict[str, Ticket] = {}
         self._lanes: dict[str, Lane] = {}
         self._agenda = Agenda()
+        self._underway = Underway()
         self._fresh: list[Ticket] = []
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
@@ -192,7 +197,7 @@ class Core:
                 del self._tickets[ticket.job.id]
             else:
                 self._budget.earn(ticket.job)
-                self._enqueue(ticket, lane)
+                self._enqueue(ticket, lane, now_us)
 
     def _goes_at_once(self, ticket: Ticket, lane: Lane, now_us: int) -> bool:
         kind = ticket.job.kind
@@ -216,7 +221,7 @@ class Core:
         if queued >= self._rules.max_queued:
             wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
             return Reject(job, Reason.QUEUE_FULL, wait_us)
-        if kind is _OFFLINE or self._rules.order.key(job) < lane.last_key[kind]:
+        if kind is _OFFLINE or not lane.is_last(job, self._rules.order):
             return None
         wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
         late_us = now_us + wait_us - job.give_up_us
@@ -318,7 +323,7 @@ class Core:
             self._agenda.put(self._agenda.later, job.id, now_us + delay_us)
             self._agenda.put(self._agenda.give_up, job.id, job.give_up_us)
         else:
-            self._enqueue(ticket, self._lane(job.model))
+            self._enqueue(ticket, self._lane(job.model), now_us)
 
     def _freed(self, event: Freed, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is not None:
@@ -340,7 +345,7 @@ class Core:
             self._end_trials(ticket)
             ticket.returned(event.generated, now_us)
             self._touch_all()
-            self._enqueue(ticket, self._lane(ticket.job.model))
+            self._enqueue(ticket, self._lane(ticket.job.model), now_us)
 
     def _end_trials(self, ticket: Ticket) -> None:
         if ticket.trials:
@@ -413,7 +418,7 @@ class Core:
         for job in jobs:
             lane.take(job)
         for job in jobs:
-            lane.put(job, self._rules.order.key(job))
+            lane.put(job, self._rules.order, NO_OUTLOOK)
 
     # Time.
 
@@ -433,7 +438,7 @@ class Core:
             self._look_again()
         for job_id in passed(self._agenda.later, now_us):
             ticket = self._tickets[job_id]
-            self._enqueue(ticket, self._lane(ticket.job.model))
+            self._enqueue(ticket, self._lane(ticket.job.model), now_us)
         for job_id in passed(self._agenda.give_up, now_us):
             self._reject(self._tickets[job_id], Reason.EXPIRED, now_us)
             self._touch_all()
@@ -466,9 +471,12 @@ class Core:
 
     def _fill(self, lane: Lane, kind: Kind, now_us: int) -> None:
         """Until the first job has to wait for what runs; the order is kept."""
-        waiting, admit = lane.waiting[kind], self._rules.admit
-        candidates = self._candidates(lane, kind, now_us)
-        while (job_id := waiting.peek()) is not None:
+        order, admit = self._rules.order, self._rules.admit
+        candidates, outlook = self._candidates(lane, kind, now_us), NO_OUTLOOK
+        if order.moves:
+            outlook = self._outlook(lane, kind, now_us)
+            lane.rekey(kind, order, outlook)
+        while (job_id := lane.first(kind, order, outlook)) is not None:
             ticket = self._tickets[job_id]
             job = ticket.job
             pair = self._choose(ticket, candidates, now_us)
@@ -477,6 +485,8 @@ class Core:
                 self._agenda.give_up.discard(job_id)
                 self._place(ticket, *pair, now_us)
             elif is_worth_a_wait(job, candidates, admit, now_us):
+                if kind is _ONLINE and self._rules.displace.least_chunks:
+                    self._displace(job, lane, candidates, now_us)
                 return
             elif not candidates.can_serve:
                 self._reject(ticket, Reason.NO_WORKER, now_us)
@@ -486,6 +496,15 @@ class Core:
                 lane.set_aside(job)
             else:
                 return
+
+    def _displace(self, head: Job, lane: Lane, candidates: Candidates, now_us: int) -> None:
+        """The first of the queue has to wait: perhaps for a long prompt that need not go first."""
+        outlook, rules = self._outlook(lane, _ONLINE, now_us), self._rules
+        found = self._underway.victim(head, candidates, rules.displace, rules.order, outlook)
+        if found is not None:
+            ticket, job = found
+            ticket.makes_way(job)
+            self._out.append(Preempt(job, Reason.DISPLACED))
 
     def _choose(
         self, ticket: Ticket, candidates: Candidates, now_us: int
@@ -499,6 +518,7 @@ class Core:
         """Booked in the step that decides, so that the next decision sees it."""
         ticket.step(_DISPATCHED)
         ticket.book(prefill, decode, self._rules.admit.reserved(ticket.job), now_us)
+        self._underway.sent(ticket, prefill, self._rules.displace.least_chunks)
         ticket.attempt += 1
         reason = _LEAST_WORK
         if ticket.attempt > 1 or ticket.preemptions:
@@ -513,9 +533,10 @@ class Core:
             )
         )
 
-    def _enqueue(self, ticket: Ticket, lane: Lane) -> None:
-        job, agenda = ticket.job, self._agenda
-        lane.put(job, self._rules.order.key(job))
+    def _enqueue(self, ticket: Ticket, lane: Lane, now_us: int) -> None:
+        job, agenda, order = ticket.job, self._agenda, self._rules.order
+        outlook = self._outlook(lane, job.kind, now_us) if order.moves else NO_OUTLOOK
+        lane.put(job, order, outlook)
         agenda.put(agenda.give_up, job.id, job.give_up_us)
         if lane.waiting[job.kind].peek() == job.id:
             # Behind another it changes nothing: whoever is first was looked at already.
@@ -540,6 +561,11 @@ class Core:
             return own
         shared = self._fleet.candidates(lane.model, kind, shared=True)
         return shared if shared.has_usable(now_us) else own
+
+    def _outlook(self, lane: Lane, kind: Kind, now_us: int) -> Outlook:
+        """What lies before the first of the queue; online work lies before all offline work."""
+        before = lane.waiting_tokens[Kind.ONLINE] if kind is Kind.OFFLINE else 0
+        return outlook_of(self._candidates(lane, kind, now_us), before, now_us)
 
     def _predicted_wait_us(self, lane: Lane, kind: Kind, now_us: int) -> int:
         return predicted_wait_us(

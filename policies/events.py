@@ -33,6 +33,8 @@ class Reason(StrEnum):
     """It goes again after it was preempted before its first token."""
     RECALLED = "recalled"
     """Somebody asked for its place."""
+    DISPLACED = "displaced"
+    """A more urgent prompt has its prefill server."""
     QUEUE_FULL = "queue_full"
     NO_WORKER = "no_worker"
     UNAVAILABLE = "workers_unavailable"
