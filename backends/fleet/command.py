@@ -162,6 +162,7 @@ def announce(fleet: Fleet, output: Path | None, console: Console) -> None:
     if output is None:
         sys.stdout.write(fleet.worker_tables())
         sys.stdout.flush()
+        console.print("these tables are for a gateway's configuration; Ctrl-C ends the fleet")
         return
     try:
         output.write_text(fleet.worker_tables())
