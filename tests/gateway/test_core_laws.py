@@ -20,6 +20,7 @@ from gateway.choice import fits_ever
 from gateway.core import Core, Rules
 from policies.admit import Headroom
 from policies.breaker import BreakerRule
+from policies.displace import ByCost, Never
 from policies.events import (
     Arrived,
     Cancel,
@@ -50,6 +51,7 @@ from policies.events import (
 from policies.order import Edf, Fcfs
 from policies.pools import ByLatency, Shared
 from policies.retry import RetryRule
+from policies.slack import Salvage
 from policies.types import Kind, Pool, Resume, Role
 from tests.gateway.talk import load, offline, online, server
 
@@ -57,6 +59,7 @@ ADMIT = Headroom(prefill_cap_tokens=600, output_reserve_tokens=50)
 RULES = [
     Rules(
         order=order,
+        displace=displace,
         pools=pools,
         admit=ADMIT,
         max_queued=12,
@@ -64,7 +67,7 @@ RULES = [
         breaker=BreakerRule(failures=2, cooldown_us=500_000),
         retry=RetryRule(burst_tokens=2_000, offline_attempts=4),
     )
-    for order in (Fcfs(), Edf())
+    for order, displace in ((Fcfs(), Never()), (Edf(), ByCost()), (Salvage(), ByCost(margin=0)))
     for pools in (Shared(), ByLatency())
 ]
 WORKERS = {
