@@ -99,14 +99,16 @@ class Ticket:
         decode.add_decode(self.booked_context, reserved)
         self.sent_us = now_us
         self.trials = ()
-        self._sent_to(decode)
+        decode.dispatched += 1
         if prefill is not decode:
-            self._sent_to(prefill)
+            prefill.dispatched += 1
+        if prefill.breaker.open_until_us or decode.breaker.open_until_us:
+            self._try_out((decode,) if prefill is decode else (prefill, decode))
 
-    def _sent_to(self, ledger: Ledger) -> None:
-        ledger.dispatched += 1
-        if ledger.breaker.open_until_us and (trial := ledger.breaker.try_out()):
-            self.trials += ((ledger.breaker, trial),)
+    def _try_out(self, ledgers: tuple[Ledger, ...]) -> None:
+        for breaker in (e.breaker for e in ledgers if e.breaker.open_until_us):
+            if trial := breaker.try_out():
+                self.trials += ((breaker, trial),)
 
     def end_trials(self) -> None:
         """The attempt is over for a reason that says nothing about the servers on trial."""
