@@ -28,7 +28,9 @@ class Ticket:
         "decode",
         "generated",
         "job",
+        "leaves",
         "looked_us",
+        "made",
         "preemptions",
         "prefill",
         "resumes",
@@ -48,6 +50,10 @@ class Ticket:
         self.avoid: tuple[str, ...] = ()
         self.resumes = False
         self.preemptions = 0
+        self.leaves = ""
+        """The server that it was pulled from: others with room come first."""
+        self.made = 0
+        """Tokens of its preempted attempts that were kept."""
         self.took = 0
         """Others that were taken off their servers for this one."""
         self.sent_us = self.told_us = self.looked_us = 0
@@ -84,6 +90,7 @@ class Ticket:
         self.release()
         self.job = continued(self.job, generated, now_us)
         self.resumes = self.resumes or generated > 0
+        self.made += generated
         self.preemptions += 1
         self.attempt -= 1
 
@@ -93,6 +100,7 @@ class Ticket:
         self.booked_prefill = job.prompt_tokens - job.cached_tokens
         self.booked_context, self.booked_reserved = job.prompt_tokens, reserved
         self.generated = self.told_us = 0
+        self.leaves = ""
         prefill.add_prefill(self.booked_prefill, now_us)
         decode.add_decode(self.booked_context, reserved)
         if job.kind is _OFFLINE:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from gateway.accounts import Accounts
 from gateway.agenda import Agenda, passed
 from gateway.books import Lane, Ticket
 from gateway.choice import (
@@ -13,7 +14,7 @@ from gateway.choice import (
     is_worth_a_wait,
     outlook_of,
     predicted_wait_us,
-    reopens_in_us,
+    unserved,
     without_failed,
 )
 from gateway.lifecycle import State, Step
@@ -50,8 +51,9 @@ from policies.events import (
 )
 from policies.ledger import Ledger
 from policies.order import NO_OUTLOOK, Outlook
+from policies.preempt import AbortBudget
 from policies.retry import RetryBudget, continued
-from policies.types import Job, Kind, Role, Worker
+from policies.types import Job, Kind, Pool, Role, Worker
 
 __all__ = ["Core", "Rules"]
 
@@ -81,6 +83,7 @@ class Core:
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
         self._all_look = False
+        self.accounts = Accounts()
         self._preemptor = Preemptor(rules.give_way, rules.aborts, self._take_off)
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
             Arrived: self._arrived,
@@ -126,6 +129,10 @@ class Core:
     @property
     def ledgers(self) -> dict[str, Ledger]:
         return self._fleet.ledgers
+
+    @property
+    def abort_budget(self) -> AbortBudget:
+        return self._preemptor.budget
 
     @property
     def retry_budget_tokens(self) -> float:
@@ -192,7 +199,7 @@ class Core:
         """What can be answered at once, before the job costs anything."""
         kind, candidates = job.kind, self._candidates(lane, job.kind, now_us)
         if not is_worth_a_wait(job, candidates, self._rules.admit, now_us):
-            refusal = self._unserved(job, candidates, now_us)
+            refusal = unserved(job, candidates, self._rules, now_us)
             if refusal is not None:
                 return refusal
         if not (queued := lane.queued(kind)):
@@ -205,16 +212,6 @@ class Core:
         wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
         late_us = now_us + wait_us - job.give_up_us
         return Reject(job, Reason.HOPELESS, late_us) if late_us > 0 else None
-
-    def _unserved(self, job: Job, candidates: Candidates, now_us: int) -> Reject | None:
-        """Nobody in rotation could ever take it: offline work waits for those that could."""
-        if not candidates.can_serve:
-            return None if self._holds(job.kind) else Reject(job, Reason.NO_WORKER)
-        if not fits_ever(job, candidates, self._rules.admit):
-            return Reject(job, Reason.TOO_LARGE)
-        if job.kind is _OFFLINE:
-            return None
-        return Reject(job, Reason.UNAVAILABLE, reopens_in_us(candidates, now_us))
 
     def _left(self, event: Left, now_us: int) -> None:
         ticket = self._tickets.get(event.job_id)
@@ -269,6 +266,8 @@ class Core:
             self._succeeded(ticket.prefill)
         if ticket.decode is not None:
             self._succeeded(ticket.decode)
+        if ticket.job.kind is _OFFLINE:
+            self._preemptor.ended(ticket, event.generated)
         self._end(ticket)
 
     def _failed(self, event: Failed, now_us: int) -> None:
@@ -319,9 +318,10 @@ class Core:
         if (ticket := self._tickets.get(event.job_id)) is not None and ticket.may_yield:
             self._take_off(ticket, event.reason)
 
-    def _take_off(self, ticket: Ticket, reason: Reason) -> None:
+    def _take_off(self, ticket: Ticket, reason: Reason, worker: str = "") -> None:
         ticket.step(Step.PREEMPTED)
-        self._out.append(Preempt(ticket.job, reason))
+        self.accounts.took(ticket, worker, reason)
+        self._out.append(Preempt(ticket.job, reason, worker))
 
     def _preempted(self, event: Preempted, now_us: int) -> None:
         """Its place is free. Whatever ended the job meanwhile came first and stands."""
@@ -331,6 +331,7 @@ class Core:
             self._freed(Freed(event.job_id), now_us)
         elif ticket.state is State.YIELDING:
             self._end_trials(ticket)
+            self.accounts.returned(ticket, event)
             ticket.returned(event.generated, now_us)
             self._touch_all()
             self._enqueue(ticket, self._lane(ticket.job.model), now_us)
@@ -358,6 +359,8 @@ class Core:
         self._agenda.mind(stale_us)
         if ledger.worker.role is Role.UNIFIED and ledger.prefills:
             self._free_computed(ledger, event.load)
+        if ledger.worker.pool is Pool.STRICT and not any(e.offline for e in self._lanes.values()):
+            self._preemptor.pull(ledger, self._fleet.ledgers.values(), self._rules.admit, now_us)
         if ledger.kv_tokens == capacity_tokens:
             self._touch_all()
         else:
@@ -493,6 +496,10 @@ class Core:
         job, admit = ticket.job, self._rules.admit
         if ticket.avoid:
             candidates = without_failed(job, candidates, ticket.avoid, admit, now_us)
+        if ticket.leaves:
+            others = candidates.without((ticket.leaves,))
+            if pair := choose(job, others, admit, self._rules.place, now_us):
+                return pair
         return choose(job, candidates, admit, self._rules.place, now_us)
 
     def _place(self, ticket: Ticket, prefill: Ledger, decode: Ledger, now_us: int) -> None:

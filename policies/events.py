@@ -217,6 +217,8 @@ class Preempt:
 
     job: Job
     reason: Reason
+    worker: str = ""
+    """The server whose room was wanted."""
 
 
 @dataclass(frozen=True, slots=True)
