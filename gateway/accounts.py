@@ -6,6 +6,7 @@ from collections import Counter
 
 from gateway.books import Ticket
 from policies.events import Preempted, Reason
+from policies.ledger import Ledger
 from policies.types import Kind
 
 
@@ -21,8 +22,12 @@ class Accounts:
         self.recomputed_tokens: Counter[Kind] = Counter()
         """Of prompts, to be computed again unless a prefix cache still holds them."""
 
-    def took(self, ticket: Ticket, worker: str, reason: Reason) -> None:
+    def took(self, ticket: Ticket, ledger: Ledger | None, reason: Reason) -> str:
+        """The name of the server whose room was wanted: its decode server if nobody says so."""
+        wanted = ledger or ticket.decode
+        worker = "" if wanted is None else wanted.worker.name
         self.preemptions[ticket.job.kind, worker, reason] += 1
+        return worker
 
     def returned(self, ticket: Ticket, event: Preempted) -> None:
         """While its books still say what it had been given."""

@@ -15,8 +15,8 @@ from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
 from policies.colocation import Colocated
 from policies.pools import ByLatency, Pools, WithoutRelaxed
-from policies.preempt import AbortRule, ForSlack, GiveWay, Never
-from policies.registry import ORDER, PLACE, POOLS, PREEMPT
+from policies.preempt import AbortRule, ForSlack, GiveWay, Stay
+from policies.registry import DISPLACE, ORDER, PLACE, POOLS, PREEMPT
 from policies.retry import RetryRule
 from policies.steps import Costs
 from policies.types import Kind, Pool, Role, Worker
@@ -75,6 +75,8 @@ class WorkerEntry:
 class Policies:
     order: str = one_of("edf", ORDER)
     """Which queued prompt goes next."""
+    displace: str = one_of("none", DISPLACE)
+    """Whether a long prompt under way makes way for one that the order puts first."""
     place: str = one_of("least-work", PLACE)
     """Which of the servers that may take a job gets it."""
     pools: str = one_of("latency", POOLS)
@@ -344,6 +346,7 @@ def rules_of(config: Config) -> Rules:
     retry, breaker, colocation = config.retry, config.breaker, config.colocation
     return Rules(
         order=ORDER[config.policies.order](),
+        displace=DISPLACE[config.policies.displace](),
         place=PLACE[config.policies.place](),
         pools=_pools(config),
         admit=_admit(config),
@@ -407,7 +410,7 @@ def _admit(config: Config) -> Admit:
 
 def _give_way(config: Config) -> GiveWay:
     if not _is_colocated(config) or PREEMPT[config.policies.preempt] is not ForSlack:
-        return Never()
+        return Stay()
     colocation = config.colocation
     return ForSlack(
         tpot_us=_us(config.classes.online.tpot_ms),

@@ -21,6 +21,7 @@ from gateway.lifecycle import State, Step
 from gateway.preemption import Preemptor
 from gateway.rules import Rules
 from gateway.servers import Candidates, Fleet
+from gateway.underway import Underway
 from policies.events import (
     Arrived,
     Cancel,
@@ -79,6 +80,7 @@ class Core:
         self._tickets: dict[str, Ticket] = {}
         self._lanes: dict[str, Lane] = {}
         self._agenda = Agenda()
+        self._underway = Underway()
         self._fresh: list[Ticket] = []
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
@@ -250,12 +252,7 @@ class Core:
         for job_id, generated in event.tokens:
             if (ticket := tickets.get(job_id)) is not None:
                 ticket.grow(generated, now_us)
-        self._shorten_steps(now_us)
-
-    def _shorten_steps(self, now_us: int) -> None:
-        for ledger in self._fleet.ledgers.values():
-            if ledger.offline.decodes and ledger.online.count:
-                self._preemptor.shorten(ledger, now_us)
+        self._preemptor.shorten_all(self._fleet.ledgers.values(), now_us)
 
     def _finished(self, event: Finished, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is None:
@@ -318,9 +315,9 @@ class Core:
         if (ticket := self._tickets.get(event.job_id)) is not None and ticket.may_yield:
             self._take_off(ticket, event.reason)
 
-    def _take_off(self, ticket: Ticket, reason: Reason, worker: str = "") -> None:
+    def _take_off(self, ticket: Ticket, reason: Reason, ledger: Ledger | None = None) -> None:
         ticket.step(Step.PREEMPTED)
-        self.accounts.took(ticket, worker, reason)
+        worker = self.accounts.took(ticket, ledger, reason)
         self._out.append(Preempt(ticket.job, reason, worker))
 
     def _preempted(self, event: Preempted, now_us: int) -> None:
@@ -477,9 +474,9 @@ class Core:
                 self._place(ticket, *pair, now_us)
             elif is_worth_a_wait(job, candidates, admit, now_us):
                 if kind is _ONLINE:
-                    self._preemptor.make_room(ticket, candidates, admit, now_us)
+                    self._make_room(ticket, lane, candidates, now_us)
                 return
-            elif not candidates.can_serve and self._holds(kind):
+            elif not candidates.can_serve and self._rules.holds(kind):
                 return
             elif not candidates.can_serve:
                 self._reject(ticket, Reason.NO_WORKER, now_us)
@@ -489,6 +486,20 @@ class Core:
                 lane.set_aside(job)
             else:
                 return
+
+    def _make_room(self, ticket: Ticket, lane: Lane, candidates: Candidates, now_us: int) -> None:
+        """The first of the queue has to wait: for offline work, or for a long prompt behind it."""
+        rules = self._rules
+        self._preemptor.make_room(ticket, candidates, rules.admit, now_us)
+        if not rules.displace.least_chunks:
+            return
+        outlook = self._outlook(lane, _ONLINE, now_us)
+        found = self._underway.victim(ticket.job, candidates, rules.displace, rules.order, outlook)
+        if found is not None:
+            victim, job = found
+            worker = self.accounts.took(victim, victim.prefill, Reason.DISPLACED)
+            victim.makes_way(job)
+            self._out.append(Preempt(job, Reason.DISPLACED, worker))
 
     def _choose(
         self, ticket: Ticket, candidates: Candidates, now_us: int
@@ -506,6 +517,7 @@ class Core:
         """Booked in the step that decides, so that the next decision sees it."""
         ticket.step(_DISPATCHED)
         ticket.book(prefill, decode, self._rules.admit.reserved(ticket.job), now_us)
+        self._underway.sent(ticket, prefill, self._rules.displace.least_chunks)
         ticket.attempt += 1
         reason = _LEAST_WORK
         if ticket.attempt > 1 or ticket.preemptions:
@@ -552,9 +564,6 @@ class Core:
             return own
         shared = self._fleet.candidates(lane.model, kind, shared=True)
         return shared if shared.has_usable(now_us) else own
-
-    def _holds(self, kind: Kind) -> bool:
-        return kind is _OFFLINE and self._rules.holds_offline
 
     def _outlook(self, lane: Lane, kind: Kind, now_us: int) -> Outlook:
         """What lies before the first of the queue; online work lies before all offline work."""

@@ -34,7 +34,7 @@ class Preemptor:
     """Knows the offline jobs of each server, and has them taken off by `take`."""
 
     def __init__(
-        self, rule: GiveWay, aborts: AbortRule, take: Callable[[Ticket, Reason, str], None]
+        self, rule: GiveWay, aborts: AbortRule, take: Callable[[Ticket, Reason, Ledger], None]
     ) -> None:
         self._rule = rule
         self._aborts = aborts
@@ -80,6 +80,11 @@ class Preemptor:
         decodes = [e for e in candidates.decodes + candidates.unified if e.usable(now_us)]
         if decodes and not any(admit.decode(job, e) for e in decodes):
             self._vacate(ticket, [e for e in decodes if e.offline.decodes], admit, now_us)
+
+    def shorten_all(self, ledgers: Iterable[Ledger], now_us: int) -> None:
+        for ledger in ledgers:
+            if ledger.offline.decodes and ledger.online.count:
+                self.shorten(ledger, now_us)
 
     def shorten(self, ledger: Ledger, now_us: int) -> None:
         """Where the steps are too long for the online jobs of a server."""
@@ -149,7 +154,7 @@ class Preemptor:
     def _take_all(self, ledger: Ledger, chosen: Victims, reason: Reason, now_us: int) -> int:
         chosen = chosen[: self.budget.left(now_us)] if chosen else chosen
         for victim in chosen:
-            self._take(self._residents[ledger][victim.job_id], reason, ledger.worker.name)
+            self._take(self._residents[ledger][victim.job_id], reason, ledger)
         if chosen:
             self.budget.spend(len(chosen))
         return len(chosen)

@@ -41,6 +41,8 @@ class Reason(StrEnum):
     """With it the steps of online jobs took too long."""
     PULLED = "pulled"
     """A strict server has room for it."""
+    DISPLACED = "displaced"
+    """A more urgent prompt has its prefill server."""
     QUEUE_FULL = "queue_full"
     NO_WORKER = "no_worker"
     UNAVAILABLE = "workers_unavailable"

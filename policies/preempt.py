@@ -78,7 +78,7 @@ class Leaving(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Never:
+class Stay:
     """Whoever runs may end."""
 
     def for_prefill(self, job: Job, ahead: Ahead, victims: Victims, now_us: int) -> Victims:

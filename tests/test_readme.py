@@ -71,7 +71,12 @@ def test_the_example_in_config_toml_is_a_fleet_once_its_comments_are_taken_away(
 
 def test_the_policies_are_those_of_the_registries() -> None:
     told = {tuple(code_names(" ".join(row[:2]))) for row in rows(section("Policies"))}
-    known: dict[str, Iterable[str]] = {"order": ORDER, "place": PLACE, "pools": POOLS, "preempt": PREEMPT}
+    known: dict[str, Iterable[str]] = {
+        "order": ORDER,
+        "place": PLACE,
+        "pools": POOLS,
+        "preempt": PREEMPT,
+    }
     assert told == {(f"policies.{key}", name) for key, names in known.items() for name in names}
 
 
