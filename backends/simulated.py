@@ -24,9 +24,11 @@ from policies.events import (
     Progress,
     Reject,
 )
-from policies.types import Job, Role, Worker
+from policies.types import Job, Kind, Role, Worker
 
 _OVERLOADED = frozenset({429, 503})
+_PRIORITY = {Kind.ONLINE: 1, Kind.OFFLINE: 0}
+"""Read by servers that order by priority, and ignored by the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,6 +266,7 @@ class SimulatedBackend:
             prompt=work.prompt,
             max_new_tokens=job.max_tokens,
             true_tokens=work.answer_tokens,
+            priority=_PRIORITY[job.kind],
             bootstrap_host=prefill.config.bootstrap_host if prefill else "",
             bootstrap_port=prefill.config.bootstrap_port if prefill else None,
             bootstrap_room=serial if prefill else None,
