@@ -314,7 +314,8 @@ class Attempt:
         if self.over:
             return
         if trouble is None:
-            self.exchange.timeline.prefilled_us = self._backend.now_us()
+            if not self.exchange.timeline.first_token_us:
+                self.exchange.timeline.prefilled_us = self._backend.now_us()
             self._prefill_body = body
             self._backend.prefill_done(self.exchange.job_id)
             if self._decode_ended and not self._waits_for_prompt_logprobs():

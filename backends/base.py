@@ -14,12 +14,20 @@ Post = Callable[[Event], None]
 class Backend(Protocol):
     """Turns decisions into work and posts what comes of it as events.
 
-    After `start`, exactly one of Finished, Failed or, once it was stopped, Freed is posted.
+    After `start`, exactly one of Finished, Failed, Preempted (once it was preempted) and Freed
+    (once it was stopped) is posted. One that is preempted and then stopped may be told of as both.
     """
 
     def connect(self, post: Post) -> None: ...
 
     def start(self, dispatch: Dispatch) -> None: ...
+
+    def preempt(self, job: Job) -> None:
+        """Takes it off its servers; the next `start` goes on from what it has generated.
+
+        One whose answer is complete just now finishes, and one that its client would miss runs on.
+        """
+        ...
 
     def stop(self, job: Job) -> None: ...
 

@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 import orjson
 
 from backends.counters import counters_of
-from backends.http import Answer, HttpError, Upstream, fetch
+from backends.fetch import Answer, fetch
+from backends.http import HttpError, Upstream
 from policies.calibration import DecodeMoments, Sample
 from policies.clock import Clock
 from policies.roofline import decode_batch, prefill_batch

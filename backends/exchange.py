@@ -75,10 +75,21 @@ class Exchange:
     prefill: str = ""
     decode: str = ""
     attempts: int = 0
+    preemptions: int = 0
     tokens: int = 0
     trouble: Trouble | None = None
     shown_rid: str = ""
     """The rid of the attempt that the client has heard first: the id in all that follows."""
+
+    @property
+    def is_restartable(self) -> bool:
+        """A new attempt can take over without the client noticing."""
+        return self.transcript is not None or not self.timeline.first_token_us
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens from which a new attempt goes on."""
+        return 0 if self.transcript is None else self.transcript.state().settled_tokens
 
     @property
     def tpot_us(self) -> float | None:

@@ -39,9 +39,8 @@ class Reason(StrEnum):
     CLOSED = "closed"
     PROTOCOL = "protocol"
     TIMEOUT = "timeout"
-    """Only from `fetch`."""
+    """Only from `fetch.py`, as the next one."""
     TOO_LARGE = "too_large"
-    """Only from `fetch`."""
 
 
 class HttpError(Exception):
@@ -385,7 +384,7 @@ class Upstream:
     ) -> Call:
         """Asks at once if an idle connection is there, else as soon as one is.
 
-        `headers` holds whole lines, `name: value\\r\\n` each; `header_line` makes one.
+        `headers` holds whole lines, `name: value\\r\\n` each.
         """
         request = self._request(method, path, body, headers)
         call = Call(listener, head_only=method == b"HEAD")
@@ -485,75 +484,6 @@ class Upstream:
         if self._idle:
             next_s = next(iter(self._idle.values())) + self._idle_s
             self._sweeper = self._loop.call_at(max(next_s, now + _SWEEP_AT_LEAST_S), self._sweep)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    status: int
-    body: bytes
-    content_type: str
-
-
-class _Collector:
-    """Keeps an answer for `fetch`."""
-
-    def __init__(self, done: asyncio.Future[None], max_bytes: int) -> None:
-        self.done = done
-        self.pieces: list[bytes] = []
-        self.error: HttpError | None = None
-        self._room_bytes = max_bytes
-
-    def on_head(self, status: int) -> None:
-        pass
-
-    def on_body(self, piece: bytes) -> None:
-        self._room_bytes -= len(piece)
-        if self._room_bytes >= 0:
-            self.pieces.append(piece)
-        else:
-            self.on_error(HttpError(Reason.TOO_LARGE, "too long an answer", before_head=False))
-
-    def on_end(self) -> None:
-        if not self.done.done():
-            self.done.set_result(None)
-
-    def on_error(self, error: HttpError) -> None:
-        self.error = self.error or error
-        self.on_end()
-
-
-async def fetch(
-    upstream: Upstream,
-    method: bytes,
-    path: bytes,
-    body: bytes = b"",
-    *,
-    timeout_s: float,
-    max_bytes: int = 16 << 20,
-    headers: bytes = b"",
-) -> Answer:
-    """One whole answer for control calls, or HttpError."""
-    collector = _Collector(asyncio.get_running_loop().create_future(), max_bytes)
-    call = upstream.send(method, path, body, collector, headers)
-    try:
-        async with asyncio.timeout(timeout_s):
-            await collector.done
-    except TimeoutError:
-        late = HttpError(Reason.TIMEOUT, f"after {timeout_s} s", before_head=not call.status)
-        raise late from None
-    finally:
-        call.cancel()
-    if collector.error is not None:
-        raise collector.error
-    content_type = call.header(b"content-type") or b""
-    return Answer(call.status, b"".join(collector.pieces), content_type.decode("latin-1"))
-
-
-def header_line(name: bytes, value: bytes) -> bytes:
-    """One line for `send`; a value that would begin another line is refused."""
-    if b"\r" in value or b"\n" in value:
-        raise ValueError(f"a header of more than one line: {name!r}")
-    return _checked(b"%b: %b\r\n" % (name, value))
 
 
 def _checked(lines: bytes) -> bytes:

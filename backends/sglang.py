@@ -27,6 +27,7 @@ from policies.events import (
     FirstToken,
     Freed,
     Left,
+    Preempted,
     PrefillDone,
     Progress,
     Reject,
@@ -184,6 +185,20 @@ class Sglang:
     def _send(self, attempt: Attempt, body: dict[str, Any], splicer: Splicer | None) -> None:
         attempt.send(orjson.dumps(self._body(attempt, body)), splicer)
 
+    def preempt(self, job: Job) -> None:
+        """Without an attempt, or with a client who has asked for the end, the end is on its way."""
+        attempt = self._live.get(job.id)
+        if attempt is None or attempt.exchange.aborted or not attempt.exchange.is_restartable:
+            return
+        del self._live[job.id]
+        attempt.close()
+        exchange = attempt.exchange
+        kept = exchange.kept_tokens
+        generated = max(0, kept - exchange.tokens)
+        exchange.tokens = kept
+        exchange.preemptions += 1
+        self._post(Preempted(job.id, generated, max(0, attempt.tokens - generated)))
+
     def stop(self, job: Job) -> None:
         attempt = self._live.pop(job.id, None)
         if attempt is not None:
@@ -252,8 +267,8 @@ class Sglang:
         exchange = attempt.exchange
         self._live.pop(exchange.job_id, None)
         exchange.tokens += attempt.tokens
-        restartable = exchange.transcript is not None or not exchange.timeline.first_token_us
-        self._post(Failed(exchange.job_id, fault, blamed, attempt.tokens, restartable))
+        failed = Failed(exchange.job_id, fault, blamed, attempt.tokens, exchange.is_restartable)
+        self._post(failed)
 
     def client_stalled(self, exchange: Exchange) -> None:
         exchange.client.drop()

@@ -20,11 +20,12 @@ from policies.events import (
     FirstToken,
     Freed,
     Load,
+    Preempted,
     PrefillDone,
     Progress,
     Reject,
 )
-from policies.types import Job, Kind, Role, Worker
+from policies.types import Job, Kind, Resume, Role, Worker
 
 _OVERLOADED = frozenset({429, 503})
 _PRIORITY = {Kind.ONLINE: 1, Kind.OFFLINE: 0}
@@ -108,6 +109,7 @@ class _Leg:
 
     def finished(self, resident: Resident, reason: dict[str, Any]) -> None:
         self.resident = None
+        self.attempt.is_complete |= not self.is_prefill and reason["type"] != "abort"
         self.attempt.account(resident)
         self.attempt.later(self.attempt.leg_ended, self, resident.generated, reason)
 
@@ -120,7 +122,10 @@ class _Leg:
 class _Attempt:
     """One dispatch; over as soon as the gateway would take it to be over."""
 
-    __slots__ = ("_backend", "_flows", "decode", "job", "over", "prefill", "told_tokens")
+    __slots__ = (
+        *("_backend", "_flows", "decode", "is_complete", "job", "over", "prefill"),
+        "told_tokens",
+    )
 
     def __init__(
         self, backend: SimulatedBackend, job: Job, prefill: Engine | None, decode: Engine
@@ -131,11 +136,17 @@ class _Attempt:
         self.prefill = None if prefill is None else _Leg(self, prefill, is_prefill=True)
         self.decode = _Leg(self, decode, is_prefill=False)
         self.over = False
+        self.is_complete = False
+        """The answer has left its server."""
         self.told_tokens = 0
 
     @property
     def legs(self) -> list[_Leg]:
         return [self.decode] if self.prefill is None else [self.prefill, self.decode]
+
+    @property
+    def is_shown(self) -> bool:
+        return self._flows and self.job.resume is Resume.UNTIL_SHOWN
 
     @property
     def tokens(self) -> int:
@@ -267,12 +278,30 @@ class SimulatedBackend:
             max_new_tokens=job.max_tokens,
             true_tokens=work.answer_tokens,
             priority=_PRIORITY[job.kind],
+            is_online=job.kind is Kind.ONLINE,
+            arrived_s=job.arrival_us / 1e6,
+            ttft_s=(job.deadline_us - job.arrival_us) / 1e6 if job.kind is Kind.ONLINE else 0.0,
+            tpot_s=job.tpot_us / 1e6,
             bootstrap_host=prefill.config.bootstrap_host if prefill else "",
             bootstrap_port=prefill.config.bootstrap_port if prefill else None,
             bootstrap_room=serial if prefill else None,
         )
         self.after(self.delays.request_s, attempt.send, request)
         self._tick_on()
+
+    def preempt(self, job: Job) -> None:
+        attempt = self._live.get(job.id)
+        if attempt is None or attempt.is_complete or attempt.is_shown:
+            return
+        generated, lost = self.generated(job.id), 0
+        if attempt.is_complete:  # in the steps just caught up with
+            return
+        if job.resume is not Resume.EXACT:
+            generated, lost = 0, generated
+        del self._live[job.id]
+        attempt.close()
+        self._grow(job.id, generated)
+        self.post(Preempted(job.id, generated, lost))
 
     def stop(self, job: Job) -> None:
         attempt = self._live.pop(job.id, None)
@@ -290,14 +319,20 @@ class SimulatedBackend:
         self._live.pop(job_id, None)
         if isinstance(event, Finished):
             self._work.pop(job_id, None)
-        elif event.generated:
-            work = self._work[job_id]
-            self._work[job_id] = replace(
-                work,
-                prompt=work.prompt.grown(event.generated),
-                answer_tokens=max(1, work.answer_tokens - event.generated),
-            )
+        else:
+            self._grow(job_id, event.generated)
         self.post(event)
+
+    def _grow(self, job_id: str, generated: int) -> None:
+        """What was generated is part of the prompt of the next attempt."""
+        if not generated:
+            return
+        work = self._work[job_id]
+        self._work[job_id] = replace(
+            work,
+            prompt=work.prompt.grown(generated),
+            answer_tokens=max(1, work.answer_tokens - generated),
+        )
 
     def after(self, seconds: float, callback: Callable[..., object], *args: Any) -> None:
         self._clock.call_at(self._clock.time() + seconds, callback, *args)

@@ -7,6 +7,7 @@ import logging
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from gateway.config import (
     patience_of,
     rules_of,
     worker_of,
+    workers_of,
 )
 from gateway.core import Core
 from gateway.driver import Driver
@@ -32,6 +34,7 @@ from gateway.front import Front
 from gateway.log import WriteRequest, configure
 from gateway.metrics import Metrics
 from gateway.pages import Pages
+from gateway.passing import Passing
 from gateway.probe import Prober
 from gateway.router import Router
 from policies.clock import Clock
@@ -42,8 +45,19 @@ log = structlog.get_logger("slackwater")
 
 _FIRST_LOOK_S = 3.0
 """How long a start waits for servers to answer their first probe."""
-_WATCH_S = 1.0
+_WATCH_S = 0.5
 _DRAIN_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """The configuration as flags and file give it, and what an operator may not expect of it."""
+
+    config: Config
+    is_emulated: bool = False
+    """It names no server, so that the emulated ones are in their place."""
+    flags_hide_workers: bool = False
+    """The file names servers, and so do the flags, which go before it."""
 
 
 class Gateway:
@@ -59,6 +73,7 @@ class Gateway:
     ) -> None:
         self._config = config
         self._clock = clock
+        self._rng = rng
         self._tasks = tasks
         self.backend = Sglang(clock, rng, patience_of(config.timeouts), self._connect)
         self.core = Core(rules_of(config))
@@ -76,15 +91,7 @@ class Gateway:
         """Listens once each server was asked for the first time; one that is down may come."""
         looks = [self._add(entry) for entry in self._config.worker]
         await self._wait_for_first_looks(looks)
-        pages = Pages(
-            self._config,
-            self.front,
-            self.driver,
-            self.backend,
-            self.prober,
-            self.metrics,
-            self._tasks,
-        )
+        pages = self.pages()
         server = self._config.server
         listener = web.Server(
             Router([*self.front.routes(), *pages.routes()]),
@@ -104,6 +111,19 @@ class Gateway:
             raise ConfigError(problem) from None
         self.port = self._runner.addresses[0][1]
         log.info("listening", host=server.host, port=self.port, workers=len(self._entries))
+
+    def pages(self) -> Pages:
+        passing = Passing(self.front, self.core, self.backend, self._clock, self._rng)
+        return Pages(
+            self._config,
+            self.front,
+            self.driver,
+            self.backend,
+            self.prober,
+            self.metrics,
+            passing,
+            self._tasks,
+        )
 
     def _say_what_predicts(self) -> None:
         ledgers = self.core.ledgers
@@ -183,7 +203,7 @@ class Gateway:
 
 
 async def run(
-    read: Callable[[], Config], path: Path | None, clock: Clock, rng: random.Random
+    read: Callable[[], Reading], path: Path | None, clock: Clock, rng: random.Random
 ) -> None:
     """Serves until SIGTERM or SIGINT; a second one ends it at once.
 
@@ -191,22 +211,42 @@ async def run(
     """
     loop = asyncio.get_running_loop()
     stop, reload = asyncio.Event(), asyncio.Event()
-    config = read()
-    write_line = configure(config.log)
+    reading = read()
+    write_line = configure(reading.config.log)
     async with asyncio.TaskGroup() as tasks:
-        gateway = Gateway(config, clock, rng, tasks, write_line)
+        gateway = Gateway(reading.config, clock, rng, tasks, write_line)
         await gateway.start()
+        _say_whose_servers(reading)
         for sign in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sign, _stop, stop, gateway)
         loop.add_signal_handler(signal.SIGHUP, reload.set)
         watcher = None
         if path is not None:
-            watcher = tasks.create_task(_watch(path, reload, clock, lambda: gateway.adopt(read())))
+            watcher = tasks.create_task(_watch(path, reload, clock, lambda: _adopt(gateway, read)))
         await stop.wait()
         if watcher is not None:
             watcher.cancel()
         await gateway.drain()
         await gateway.close()
+
+
+def _adopt(gateway: Gateway, read: Callable[[], Reading]) -> None:
+    reading = read()
+    gateway.adopt(reading.config)
+    _say_whose_servers(reading)
+
+
+def _say_whose_servers(reading: Reading) -> None:
+    workers = [worker.name for worker in workers_of(reading.config)]
+    if reading.is_emulated:
+        log.warning("no server is configured: the emulated ones answer", workers=workers)
+    elif reading.flags_hide_workers:
+        log.warning(
+            "flags name the servers: the [[worker]] tables of the file do not count",
+            workers=workers,
+        )
+    elif not workers:
+        log.warning("no server is configured: requests are answered 503")
 
 
 def _stop(stop: asyncio.Event, gateway: Gateway) -> None:
@@ -217,15 +257,20 @@ def _stop(stop: asyncio.Event, gateway: Gateway) -> None:
 async def _watch(
     path: Path, reload: asyncio.Event, clock: Clock, adopt: Callable[[], None]
 ) -> None:
-    """SIGHUP, or a file that is not what it was, brings the new configuration in."""
-    seen = _stamp(path)
+    """SIGHUP, or a file that is not what it was, brings the new configuration in.
+
+    A file that changes from one look to the next is still being written: half of one may be a
+    configuration, too, of other servers or none.
+    """
+    seen = last = _stamp(path)
     while True:
         await pause(clock, _WATCH_S)
-        stamp = _stamp(path)
-        if not reload.is_set() and stamp == seen:
+        last, stamp = _stamp(path), last
+        is_new = stamp == last and stamp != seen
+        if not (reload.is_set() or is_new):
             continue
         reload.clear()
-        seen = stamp
+        seen = last
         try:
             adopt()
         except ConfigError as error:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from gateway.config import Classes, Key
 from gateway.dialects import Ask
 from gateway.errors import ApiError, Code
-from policies.types import Job, Kind
+from policies.types import Job, Kind, Resume
 
 CLASS_HEADER = "x-slackwater-class"
 TTFT_HEADER = "x-slo-ttft-ms"
@@ -107,6 +107,7 @@ def job_of(
         deadline_us=deadline_us,
         give_up_us=give_up_us,
         tpot_us=tpot_us,
+        resume=Resume.UNTIL_SHOWN if ask.stream else Resume.RESTART,
     )
 
 

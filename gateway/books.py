@@ -5,10 +5,13 @@ from __future__ import annotations
 from gateway.lifecycle import State, Step, advance
 from gateway.servers import Candidates
 from policies.breaker import Breaker
+from policies.events import Reason
 from policies.ledger import Ledger
-from policies.order import Key
+from policies.moving import Moving
+from policies.order import Key, Order, Outlook
 from policies.queue import KeyedHeap
-from policies.types import Job, Kind
+from policies.retry import continued
+from policies.types import Job, Kind, Resume
 
 
 class Ticket:
@@ -21,8 +24,10 @@ class Ticket:
         "booked_prefill",
         "booked_reserved",
         "decode",
+        "displaced",
         "generated",
         "job",
+        "preemptions",
         "prefill",
         "resumes",
         "sent_us",
@@ -38,8 +43,11 @@ class Ticket:
         self.decode: Ledger | None = None
         self.avoid: tuple[str, ...] = ()
         self.resumes = False
+        self.preemptions = 0
+        self.displaced = 0
+        """How many of them were for a more urgent prompt."""
         self.sent_us = 0
-        self.trials: tuple[Breaker, ...] = ()
+        self.trials: tuple[tuple[Breaker, int], ...] = ()
         self.generated = 0
         self.booked_prefill = 0
         self.booked_context = 0
@@ -52,26 +60,60 @@ class Ticket:
     def is_placed(self) -> bool:
         return self.decode is not None
 
+    @property
+    def may_yield(self) -> bool:
+        """Whether its client would not notice."""
+        if self.state is State.PREFILL:
+            return True
+        return self.state is State.DECODE and self.job.resume is not Resume.UNTIL_SHOWN
+
+    @property
+    def why_again(self) -> Reason:
+        """Why it goes to servers once more."""
+        if self.resumes:
+            return Reason.RESUME
+        return Reason.RETRY if self.attempt > 1 else Reason.REQUEUED
+
+    def makes_way(self, job: Job) -> None:
+        """For a more urgent prompt; the job queues again with what its server has cached."""
+        self.step(Step.PREEMPTED)
+        self.job = job
+        self.displaced += 1
+
+    def returned(self, generated: int, now_us: int) -> None:
+        """Preempted and back: that was no attempt that failed."""
+        self.step(Step.RETURNED)
+        self.release()
+        self.job = continued(self.job, generated, now_us)
+        self.resumes = self.resumes or generated > 0
+        self.preemptions += 1
+        self.attempt -= 1
+
     def book(self, prefill: Ledger, decode: Ledger, reserved: int, now_us: int) -> None:
         job = self.job
         self.prefill, self.decode = prefill, decode
-        self.booked_prefill = job.prompt_tokens - job.cached_tokens
+        self.booked_prefill = prefill.uncached(job)
         self.booked_context, self.booked_reserved = job.prompt_tokens, reserved
         self.generated = 0
         prefill.add_prefill(self.booked_prefill, now_us)
         decode.add_decode(self.booked_context, reserved)
         self.sent_us = now_us
         self.trials = ()
-        ledgers = (prefill,) if prefill is decode else (prefill, decode)
-        for ledger in ledgers:
-            ledger.dispatched += 1
-            if not ledger.breaker.is_closed and ledger.breaker.try_out():
-                self.trials += (ledger.breaker,)
+        decode.dispatched += 1
+        if prefill is not decode:
+            prefill.dispatched += 1
+        if prefill.breaker.open_until_us or decode.breaker.open_until_us:
+            self._try_out((decode,) if prefill is decode else (prefill, decode))
+
+    def _try_out(self, ledgers: tuple[Ledger, ...]) -> None:
+        for breaker in (e.breaker for e in ledgers if e.breaker.open_until_us):
+            if trial := breaker.try_out():
+                self.trials += ((breaker, trial),)
 
     def end_trials(self) -> None:
         """The attempt is over for a reason that says nothing about the servers on trial."""
-        for breaker in self.trials:
-            breaker.gave_no_verdict()
+        for breaker, trial in self.trials:
+            breaker.gave_no_verdict(trial)
         self.trials = ()
 
     def prefilled(self, now_us: int) -> None:
@@ -81,13 +123,17 @@ class Ticket:
 
     def grow(self, generated: int) -> None:
         """Tokens came: the context grows, and the reservation when the answer outgrows it."""
-        if self.decode is None or generated <= self.generated:
+        decode, fresh = self.decode, generated - self.generated
+        if decode is None or fresh <= 0:
             return
-        context = self.job.prompt_tokens + generated
-        reserved = max(self.booked_reserved, context)
-        self.decode.context_tokens += context - self.booked_context
-        self.decode.reserved_tokens += reserved - self.booked_reserved
-        self.booked_context, self.booked_reserved, self.generated = context, reserved, generated
+        self.generated = generated
+        self.booked_context += fresh
+        outgrown = self.booked_context - self.booked_reserved
+        if outgrown <= 0:
+            decode.grow_decode(fresh, 0)
+        else:
+            self.booked_reserved += outgrown
+            decode.grow_decode(fresh, outgrown)
 
     def free_prefill(self) -> None:
         if self.prefill is not None:
@@ -106,41 +152,63 @@ class Lane:
 
     def __init__(self, model: str) -> None:
         self.model = model
-        self._online: KeyedHeap[Key] = KeyedHeap()
-        self._offline: KeyedHeap[Key] = KeyedHeap()
-        self.waiting = {Kind.ONLINE: self._online, Kind.OFFLINE: self._offline}
+        self.online: KeyedHeap[Key] = KeyedHeap()
+        self.offline: KeyedHeap[Key] = KeyedHeap()
+        self.waiting = {Kind.ONLINE: self.online, Kind.OFFLINE: self.offline}
         self.aside: dict[Kind, dict[str, None]] = {kind: {} for kind in Kind}
         """Jobs that no server in rotation could take: they must not block those that can go."""
         self.waiting_tokens = dict.fromkeys(Kind, 0)
         self.last_key: dict[Kind, Key] = {}
+        self._moving = {kind: Moving() for kind in Kind}
         self.candidates: dict[Kind, Candidates] = {}
 
     @property
     def is_quiet(self) -> bool:
         """Nobody waits for a server."""
-        return not (self._online or self._offline)
+        return not (self.online.entries or self.offline.entries)
 
     def __len__(self) -> int:
         return sum(self.queued(kind) for kind in Kind)
 
     def queued(self, kind: Kind) -> int:
-        return len(self.waiting[kind]) + len(self.aside[kind])
+        return len(self.waiting[kind].entries) + len(self.aside[kind])
 
     def tokens_before(self, kind: Kind) -> int:
         """Prompt tokens that wait before one more job of this kind, if it is the last."""
         online = self.waiting_tokens[Kind.ONLINE]
         return online if kind is Kind.ONLINE else online + self.waiting_tokens[Kind.OFFLINE]
 
-    def put(self, job: Job, key: Key) -> None:
-        heap = self.waiting[job.kind]
-        self.last_key[job.kind] = max(key, self.last_key[job.kind]) if heap else key
+    def put(self, job: Job, order: Order, outlook: Outlook) -> None:
+        kind = job.kind
+        heap = self.waiting[kind]
+        if order.moves:
+            self._moving[kind].add(job)
+            key = self._moving[kind].key(job, order, outlook)
+        else:
+            key = order.key(job)
+        if not heap.entries or key > self.last_key[kind]:
+            self.last_key[kind] = key
         heap.put(job.id, key)
-        self.waiting_tokens[job.kind] += job.prompt_tokens
+        self.waiting_tokens[kind] += job.prompt_tokens
+
+    def is_last(self, job: Job, order: Order) -> bool:
+        """Whether it would go after all that wait; where keys move, that is not said."""
+        return not order.moves and order.key(job) >= self.last_key[job.kind]
+
+    def rekey(self, kind: Kind, order: Order, outlook: Outlook) -> None:
+        """Some of the keys that have moved, in turn."""
+        self._moving[kind].turn(self.waiting[kind], order, outlook)
+
+    def first(self, kind: Kind, order: Order, outlook: Outlook) -> str | None:
+        heap = self.waiting[kind]
+        return self._moving[kind].first(heap, order, outlook) if order.moves else heap.peek()
 
     def take(self, job: Job) -> bool:
-        if not self.waiting[job.kind].discard(job.id):
-            return self.aside[job.kind].pop(job.id, job) is None
-        self.waiting_tokens[job.kind] -= job.prompt_tokens
+        kind = job.kind
+        if not self.waiting[kind].discard(job.id):
+            return self.aside[kind].pop(job.id, job) is None
+        self._moving[kind].discard(job)
+        self.waiting_tokens[kind] -= job.prompt_tokens
         return True
 
     def set_aside(self, job: Job) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from math import inf
 from operator import itemgetter
 
 from gateway.servers import Candidates
 from policies.admit import Admit
 from policies.ledger import Ledger
+from policies.order import Outlook
 from policies.place import Place
 from policies.types import Job
 
@@ -18,28 +19,48 @@ Pair = tuple[Ledger, Ledger]
 def choose(
     job: Job, candidates: Candidates, admit: Admit, place: Place, now_us: int
 ) -> Pair | None:
-    prefill = _best(
-        candidates.prefills,
-        place.prefill(job, candidates.prefills),
-        lambda ledger: ledger.usable(now_us) and admit.prefill(job, ledger),
-    )
-    decode = None
-    if prefill is not None:
-        decode = _best(
-            candidates.decodes,
-            place.decode(job, candidates.decodes),
-            lambda ledger: ledger.usable(now_us) and admit.decode(job, ledger),
-        )
+    pair = _pair(job, candidates, admit, place, now_us)
+    if not candidates.unified:
+        return pair
     options: list[Pair] = [
         (ledger, ledger)
         for ledger in candidates.unified
         if ledger.usable(now_us) and admit.prefill(job, ledger) and admit.decode(job, ledger)
     ]
-    if prefill is not None and decode is not None:
-        options.append((prefill, decode))
+    if pair is not None:
+        options.append(pair)
     if len(options) < 2:
         return options[0] if options else None
     return _shortest(job, options, place)
+
+
+def _pair(job: Job, candidates: Candidates, admit: Admit, place: Place, now_us: int) -> Pair | None:
+    """Prefill first: while none is free, which is most of the time, decode is not looked at."""
+    free = [e for e in admit.prefills(job, candidates.prefills) if e.usable(now_us)]
+    if not free or not candidates.decodes:
+        return None
+    decode = _decode(job, candidates.decodes, admit, place, now_us)
+    if decode is None:
+        return None
+    if len(free) == 1:
+        return free[0], decode
+    ranks = place.prefill(job, free)
+    return free[ranks.index(min(ranks))], decode
+
+
+def _decode(
+    job: Job, ledgers: list[Ledger], admit: Admit, place: Place, now_us: int
+) -> Ledger | None:
+    """The first by rank, then by name, that may take the job; the list is in order of names."""
+    ranks = place.decode(job, ledgers)
+    first = ledgers[ranks.index(min(ranks))]
+    if first.usable(now_us) and admit.decode(job, first):
+        return first
+    best, least = None, inf
+    for ledger, rank in zip(ledgers, ranks, strict=True):
+        if rank < least and admit.decode(job, ledger) and ledger.usable(now_us):
+            best, least = ledger, rank
+    return best
 
 
 def _shortest(job: Job, options: list[Pair], place: Place) -> Pair:
@@ -50,33 +71,30 @@ def _shortest(job: Job, options: list[Pair], place: Place) -> Pair:
     return min(zip(firsts, others, names, options, strict=True), key=itemgetter(0, 1, 2))[3]
 
 
-def _best(
-    ledgers: list[Ledger], ranks: list[float], may: Callable[[Ledger], bool]
-) -> Ledger | None:
-    """The first by rank, then by name, that may take the job; the list is in order of names."""
-    if not ranks:
-        return None
-    first = ledgers[ranks.index(min(ranks))]
-    if may(first):
-        return first
-    order = sorted(range(len(ledgers)), key=ranks.__getitem__)
-    return next((ledgers[index] for index in order[1:] if may(ledgers[index])), None)
-
-
 def fits_ever(job: Job, candidates: Candidates, admit: Admit) -> bool:
     """Whether the servers on the list could take the job if they were up and empty."""
-    return _complete(candidates, lambda ledger: admit.fits_ever(job, ledger))
+    fits = admit.fits_ever
+    if any(fits(job, e) for e in candidates.unified):
+        return True
+    return any(fits(job, e) for e in candidates.prefills) and any(
+        fits(job, e) for e in candidates.decodes
+    )
 
 
 def is_worth_a_wait(job: Job, candidates: Candidates, admit: Admit, now_us: int) -> bool:
     """Whether servers in rotation could take the job once what runs there has ended."""
-    return _complete(candidates, lambda e: e.usable(now_us) and admit.fits_ever(job, e))
+    return (
+        _some(job, candidates.prefills, admit, now_us)
+        and _some(job, candidates.decodes, admit, now_us)
+    ) or _some(job, candidates.unified, admit, now_us)
 
 
-def _complete(candidates: Candidates, wanted: Callable[[Ledger], bool]) -> bool:
-    if any(map(wanted, candidates.unified)):
-        return True
-    return any(map(wanted, candidates.prefills)) and any(map(wanted, candidates.decodes))
+def _some(job: Job, ledgers: list[Ledger], admit: Admit, now_us: int) -> bool:
+    """A plain loop: nearly always the first one will do."""
+    for ledger in ledgers:  # noqa: SIM110
+        if ledger.usable(now_us) and admit.fits_ever(job, ledger):
+            return True
+    return False
 
 
 def without_failed(
@@ -87,18 +105,34 @@ def without_failed(
     return others if is_worth_a_wait(job, others, admit, now_us) else candidates
 
 
+def outlook_of(candidates: Candidates, waiting_tokens: int, now_us: int) -> Outlook:
+    """The pace of the servers in rotation, and what they and others have to do first."""
+    servers, known, tokens_per_us = 0, 0, 0.0
+    for ledger in candidates.prefills + candidates.unified:
+        if ledger.usable(now_us):
+            servers += 1
+            waiting_tokens += ledger.prefill_tokens
+            if (rate := ledger.prefill_tokens_per_us) is not None:
+                known += 1
+                tokens_per_us += rate
+    return Outlook(now_us, tokens_per_us / max(1, known), max(1, servers), waiting_tokens)
+
+
 def predicted_wait_us(candidates: Candidates, waiting_tokens: int, now_us: int) -> int:
     """How long the prompts that wait keep the servers busy, at the rate seen or predicted; else 0.
 
     Servers that have not shown their rate are taken to be as fast as the others.
     """
-    usable = candidates.in_rotation(now_us)
-    ledgers = usable.prefills + usable.unified
-    rates = [rate for e in ledgers if (rate := e.prefill_tokens_per_us) is not None]
-    if not rates:
-        return 0
-    tokens = waiting_tokens + sum(e.prefill_tokens for e in ledgers)
-    return round(tokens * len(rates) / (sum(rates) * len(ledgers)))
+    tokens, count, known, rates = waiting_tokens, 0, 0, 0.0
+    for ledger in (*candidates.prefills, *candidates.unified):
+        if not ledger.usable(now_us):
+            continue
+        count += 1
+        tokens += ledger.prefill_tokens
+        if (rate := ledger.prefill_tokens_per_us) is not None:
+            known += 1
+            rates += rate
+    return round(tokens * known / (rates * count)) if known else 0
 
 
 def reopens_in_us(candidates: Candidates, now_us: int) -> int:

@@ -23,7 +23,6 @@ _REJECTED = {
         Code.CONTEXT_LENGTH_EXCEEDED,
         "the prompt is longer than any server's KV cache",
     ),
-    Reason.DRAINING: (Code.GATEWAY_DRAINING, "the gateway is shutting down"),
 }
 _FAILED = {
     Fault.REQUEST: Code.UPSTREAM_REJECTED,

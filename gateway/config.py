@@ -13,7 +13,7 @@ from gateway.costs import Hardware, beside, costs_of
 from gateway.settings import ConfigError, bounded, decode, one_of
 from policies.admit import Headroom
 from policies.breaker import BreakerRule
-from policies.registry import ORDER, PLACE, POOLS
+from policies.registry import DISPLACE, ORDER, PLACE, POOLS
 from policies.retry import RetryRule
 from policies.steps import Costs
 from policies.types import Kind, Pool, Role, Worker
@@ -34,7 +34,8 @@ class Server:
     drain_s: float = bounded(60.0, low=0)
     """After SIGTERM, running requests may end for this long."""
     admin_key: str = ""
-    """Asked for on /workers. Empty: they are open, or closed where there are [[key]]s."""
+    """Asked for on /workers and /flush_cache.
+    Empty: they are open, or closed where there are [[key]]s."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,8 @@ class WorkerEntry:
 class Policies:
     order: str = one_of("edf", ORDER)
     """Which queued prompt goes next."""
+    displace: str = one_of("none", DISPLACE)
+    """Whether a long prompt under way makes way for one that the order puts first."""
     place: str = one_of("least-work", PLACE)
     """Which of the servers that may take a job gets it."""
     pools: str = one_of("latency", POOLS)
@@ -305,6 +308,7 @@ def rules_of(config: Config) -> Rules:
     admission, retry, breaker = config.admission, config.retry, config.breaker
     return Rules(
         order=ORDER[config.policies.order](),
+        displace=DISPLACE[config.policies.displace](),
         place=PLACE[config.policies.place](),
         pools=POOLS[config.policies.pools](),
         admit=Headroom(

@@ -12,14 +12,17 @@ from gateway.choice import (
     choose,
     fits_ever,
     is_worth_a_wait,
+    outlook_of,
     predicted_wait_us,
     reopens_in_us,
     without_failed,
 )
 from gateway.lifecycle import State, Step
 from gateway.servers import Candidates, Fleet
+from gateway.underway import Underway
 from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
+from policies.displace import Displace, Never
 from policies.events import (
     Arrived,
     Cancel,
@@ -34,9 +37,12 @@ from policies.events import (
     Left,
     Load,
     LoadReport,
+    Preempt,
+    Preempted,
     PrefillDone,
     Progress,
     Reason,
+    Recall,
     Reject,
     WakeAt,
     Wakeup,
@@ -46,7 +52,7 @@ from policies.events import (
     WorkerUp,
 )
 from policies.ledger import Ledger
-from policies.order import Edf, Order
+from policies.order import NO_OUTLOOK, Edf, Order, Outlook
 from policies.place import LeastWork, Place
 from policies.pools import Pools, Shared
 from policies.retry import RetryBudget, RetryRule, continued
@@ -61,6 +67,7 @@ class Rules:
     order: Order = field(default_factory=Edf)
     place: Place = field(default_factory=LeastWork)
     admit: Admit = field(default_factory=Headroom)
+    displace: Displace = field(default_factory=Never)
     pools: Pools = field(default_factory=Shared)
     costs: Costs = field(default_factory=Costs)
     breaker: BreakerRule = field(default_factory=BreakerRule)
@@ -72,6 +79,12 @@ class Rules:
 
 _REPORT_LAG_US = 500_000
 """What was sent this long before a report must be in it."""
+# CPython 3.11 looks an enum's member up in Python, which costs as much as a call.
+_ONLINE, _OFFLINE = Kind.ONLINE, Kind.OFFLINE
+_QUEUED, _PREFILL, _CANCELLED = State.QUEUED, State.PREFILL, State.CANCELLED
+_DISPATCHED, _FIRST_TOKEN, _LAST_TOKEN = Step.DISPATCHED, Step.FIRST_TOKEN, Step.LAST_TOKEN
+_LEAST_WORK = Reason.LEAST_WORK
+_ENDED_UNPLACED = (State.REJECTED, State.CANCELLED)
 _MAX_LANES = 64
 """Beyond this, lanes without jobs are dropped: clients may make model names up."""
 
@@ -86,9 +99,11 @@ class Core:
         self._tickets: dict[str, Ticket] = {}
         self._lanes: dict[str, Lane] = {}
         self._agenda = Agenda()
+        self._underway = Underway()
         self._fresh: list[Ticket] = []
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
+        self._all_look = False
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
             Arrived: self._arrived,
             Left: self._left,
@@ -98,6 +113,8 @@ class Core:
             Finished: self._finished,
             Failed: self._failed,
             Freed: self._freed,
+            Recall: self._recall,
+            Preempted: self._preempted,
             LoadReport: self._load_report,
             WorkerUp: self._worker_up,
             WorkerDown: self._worker_down,
@@ -116,11 +133,12 @@ class Core:
         if self._fresh:
             self._take_in(now_us)
         agenda = self._agenda
-        if agenda.give_up:  # all that wait, for a server or for their next attempt
+        if agenda.give_up.entries:  # all that wait, for a server or for their next attempt
             if now_us >= agenda.alarm_us:
                 self._pass_time(now_us)
-            self._dispatch(now_us)
-            if now_us >= agenda.alarm_us and agenda.give_up:
+            if self._all_look or self._touched:
+                self._dispatch(now_us)
+            if now_us >= agenda.alarm_us and agenda.give_up.entries:
                 self._set_alarm(now_us)
         decisions, self._out = self._out, []
         return decisions
@@ -166,9 +184,9 @@ class Core:
         fresh, self._fresh = self._fresh, []
         if len(fresh) > 1:
             key = self._rules.order.key
-            fresh.sort(key=lambda t: (t.job.kind is Kind.OFFLINE, key(t.job), t.job.id))
+            fresh.sort(key=lambda t: (t.job.kind is _OFFLINE, key(t.job), t.job.id))
         for ticket in fresh:
-            if ticket.state is not State.QUEUED:  # its client left in the same instant
+            if ticket.state is not _QUEUED:  # its client left in the same instant
                 continue
             lane = self._lane(ticket.job.model)
             if lane.is_quiet and self._goes_at_once(ticket, lane, now_us):
@@ -179,11 +197,11 @@ class Core:
                 del self._tickets[ticket.job.id]
             else:
                 self._budget.earn(ticket.job)
-                self._enqueue(ticket, lane)
+                self._enqueue(ticket, lane, now_us)
 
     def _goes_at_once(self, ticket: Ticket, lane: Lane, now_us: int) -> bool:
         kind = ticket.job.kind
-        if kind is Kind.OFFLINE and self._online_waits_beside(lane):
+        if kind is _OFFLINE and self._online_waits_beside(lane):
             return False
         pair = self._choose(ticket, self._candidates(lane, kind, now_us), now_us)
         if pair is None:
@@ -193,23 +211,31 @@ class Core:
 
     def _refusal(self, job: Job, lane: Lane, now_us: int) -> Reject | None:
         """What can be answered at once, before the job costs anything."""
-        candidates, admit = self._candidates(lane, job.kind, now_us), self._rules.admit
+        kind, candidates = job.kind, self._candidates(lane, job.kind, now_us)
+        if not is_worth_a_wait(job, candidates, self._rules.admit, now_us):
+            refusal = self._unserved(job, candidates, now_us)
+            if refusal is not None:
+                return refusal
+        if not (queued := lane.queued(kind)):
+            return None
+        if queued >= self._rules.max_queued:
+            wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
+            return Reject(job, Reason.QUEUE_FULL, wait_us)
+        if kind is _OFFLINE or not lane.is_last(job, self._rules.order):
+            return None
+        wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
+        late_us = now_us + wait_us - job.give_up_us
+        return Reject(job, Reason.HOPELESS, late_us) if late_us > 0 else None
+
+    def _unserved(self, job: Job, candidates: Candidates, now_us: int) -> Reject | None:
+        """Nobody in rotation could ever take it: offline work waits for those that could."""
         if not candidates.can_serve:
             return Reject(job, Reason.NO_WORKER)
-        if not fits_ever(job, candidates, admit):
+        if not fits_ever(job, candidates, self._rules.admit):
             return Reject(job, Reason.TOO_LARGE)
-        is_online, queued = job.kind is Kind.ONLINE, lane.queued(job.kind)
-        if is_online and not is_worth_a_wait(job, candidates, admit, now_us):
-            return Reject(job, Reason.UNAVAILABLE, reopens_in_us(candidates, now_us))
-        if not queued:
+        if job.kind is _OFFLINE:
             return None
-        wait_us = self._predicted_wait_us(lane, job.kind, now_us)
-        if queued >= self._rules.max_queued:
-            return Reject(job, Reason.QUEUE_FULL, wait_us)
-        is_last = self._rules.order.key(job) >= lane.last_key[job.kind]
-        if is_online and is_last and now_us + wait_us > job.give_up_us:
-            return Reject(job, Reason.HOPELESS, now_us + wait_us - job.give_up_us)
-        return None
+        return Reject(job, Reason.UNAVAILABLE, reopens_in_us(candidates, now_us))
 
     def _left(self, event: Left, now_us: int) -> None:
         ticket = self._tickets.get(event.job_id)
@@ -232,9 +258,9 @@ class Core:
 
     def _first_token(self, event: FirstToken, now_us: int) -> None:
         ticket = self._tickets.get(event.job_id)
-        if ticket is None or ticket.state is not State.PREFILL:
+        if ticket is None or ticket.state is not _PREFILL:
             return
-        ticket.step(Step.FIRST_TOKEN)
+        ticket.step(_FIRST_TOKEN)
         if ticket.prefill is not None and ticket.prefill is not ticket.decode:
             self._succeeded(ticket.prefill)
         if ticket.decode is not None and not ticket.decode.breaker.is_closed:
@@ -252,11 +278,12 @@ class Core:
     def _finished(self, event: Finished, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is None:
             return
-        if ticket.state is not State.CANCELLED:
-            ticket.step(Step.LAST_TOKEN)
-        for ledger in (ticket.prefill, ticket.decode):
-            if ledger is not None:
-                self._succeeded(ledger)
+        if ticket.state is not _CANCELLED:
+            ticket.step(_LAST_TOKEN)
+        if ticket.prefill is not None:
+            self._succeeded(ticket.prefill)
+        if ticket.decode is not None:
+            self._succeeded(ticket.decode)
         self._end(ticket)
 
     def _failed(self, event: Failed, now_us: int) -> None:
@@ -296,12 +323,29 @@ class Core:
             self._agenda.put(self._agenda.later, job.id, now_us + delay_us)
             self._agenda.put(self._agenda.give_up, job.id, job.give_up_us)
         else:
-            self._enqueue(ticket, self._lane(job.model))
+            self._enqueue(ticket, self._lane(job.model), now_us)
 
     def _freed(self, event: Freed, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is not None:
             self._end_trials(ticket)
             self._end(ticket)
+
+    def _recall(self, event: Recall, now_us: int) -> None:
+        if (ticket := self._tickets.get(event.job_id)) is not None and ticket.may_yield:
+            ticket.step(Step.PREEMPTED)
+            self._out.append(Preempt(ticket.job, event.reason))
+
+    def _preempted(self, event: Preempted, now_us: int) -> None:
+        """Its place is free. Whatever ended the job meanwhile came first and stands."""
+        if (ticket := self._tickets.get(event.job_id)) is None:
+            return
+        if ticket.state is State.CANCELLED:
+            self._freed(Freed(event.job_id), now_us)
+        elif ticket.state is State.YIELDING:
+            self._end_trials(ticket)
+            ticket.returned(event.generated, now_us)
+            self._touch_all()
+            self._enqueue(ticket, self._lane(ticket.job.model), now_us)
 
     def _end_trials(self, ticket: Ticket) -> None:
         if ticket.trials:
@@ -309,9 +353,10 @@ class Core:
             self._reconsider()
 
     def _succeeded(self, ledger: Ledger) -> None:
-        was_closed = ledger.breaker.is_closed
-        ledger.breaker.succeeded()
-        if not was_closed:
+        breaker = ledger.breaker
+        was_open = breaker.open_until_us
+        breaker.succeeded()
+        if was_open:
             self._reconsider()
 
     # Servers.
@@ -348,8 +393,8 @@ class Core:
 
     def _worker_draining(self, event: WorkerDraining, now_us: int) -> None:
         if (ledger := self._fleet.ledgers.get(event.name)) is not None:
-            ledger.draining = True
-            self._touch_all()
+            ledger.draining = event.draining
+            self._reconsider()
 
     def _worker_gone(self, event: WorkerGone, now_us: int) -> None:
         """What runs there keeps its own reference to the ledger and ends as it would have."""
@@ -373,7 +418,7 @@ class Core:
         for job in jobs:
             lane.take(job)
         for job in jobs:
-            lane.put(job, self._rules.order.key(job))
+            lane.put(job, self._rules.order, NO_OUTLOOK)
 
     # Time.
 
@@ -393,7 +438,7 @@ class Core:
             self._look_again()
         for job_id in passed(self._agenda.later, now_us):
             ticket = self._tickets[job_id]
-            self._enqueue(ticket, self._lane(ticket.job.model))
+            self._enqueue(ticket, self._lane(ticket.job.model), now_us)
         for job_id in passed(self._agenda.give_up, now_us):
             self._reject(self._tickets[job_id], Reason.EXPIRED, now_us)
             self._touch_all()
@@ -406,27 +451,32 @@ class Core:
 
     def _dispatch(self, now_us: int) -> None:
         """Online first, over all models; offline work goes where no online job is left waiting."""
-        lanes, self._touched = list(self._touched.values()), {}
+        lanes = list((self._lanes if self._all_look else self._touched).values())
+        self._touched, self._all_look = {}, False
         for lane in lanes:
-            self._fill(lane, Kind.ONLINE, now_us)
+            if lane.online.entries:
+                self._fill(lane, _ONLINE, now_us)
         for lane in lanes:
-            if lane.waiting[Kind.OFFLINE] and not self._online_waits_beside(lane):
-                self._fill(lane, Kind.OFFLINE, now_us)
+            if lane.offline.entries and not self._online_waits_beside(lane):
+                self._fill(lane, _OFFLINE, now_us)
 
     def _online_waits_beside(self, lane: Lane) -> bool:
         """In this lane, or in one that uses the same servers."""
-        if lane.waiting[Kind.ONLINE]:
+        if lane.online.entries:
             return True
-        others = [other for other in self._lanes.values() if other.waiting[Kind.ONLINE]]
+        others = [other for other in self._lanes.values() if other.online.entries]
         if not others:
             return False
         return not lane.model or self._fleet.takes_any_model or any(not e.model for e in others)
 
     def _fill(self, lane: Lane, kind: Kind, now_us: int) -> None:
         """Until the first job has to wait for what runs; the order is kept."""
-        waiting, admit = lane.waiting[kind], self._rules.admit
-        candidates = self._candidates(lane, kind, now_us)
-        while (job_id := waiting.peek()) is not None:
+        order, admit = self._rules.order, self._rules.admit
+        candidates, outlook = self._candidates(lane, kind, now_us), NO_OUTLOOK
+        if order.moves:
+            outlook = self._outlook(lane, kind, now_us)
+            lane.rekey(kind, order, outlook)
+        while (job_id := lane.first(kind, order, outlook)) is not None:
             ticket = self._tickets[job_id]
             job = ticket.job
             pair = self._choose(ticket, candidates, now_us)
@@ -435,6 +485,8 @@ class Core:
                 self._agenda.give_up.discard(job_id)
                 self._place(ticket, *pair, now_us)
             elif is_worth_a_wait(job, candidates, admit, now_us):
+                if kind is _ONLINE and self._rules.displace.least_chunks:
+                    self._displace(job, lane, candidates, now_us)
                 return
             elif not candidates.can_serve:
                 self._reject(ticket, Reason.NO_WORKER, now_us)
@@ -444,6 +496,15 @@ class Core:
                 lane.set_aside(job)
             else:
                 return
+
+    def _displace(self, head: Job, lane: Lane, candidates: Candidates, now_us: int) -> None:
+        """The first of the queue has to wait: perhaps for a long prompt that need not go first."""
+        outlook, rules = self._outlook(lane, _ONLINE, now_us), self._rules
+        found = self._underway.victim(head, candidates, rules.displace, rules.order, outlook)
+        if found is not None:
+            ticket, job = found
+            ticket.makes_way(job)
+            self._out.append(Preempt(job, Reason.DISPLACED))
 
     def _choose(
         self, ticket: Ticket, candidates: Candidates, now_us: int
@@ -455,12 +516,13 @@ class Core:
 
     def _place(self, ticket: Ticket, prefill: Ledger, decode: Ledger, now_us: int) -> None:
         """Booked in the step that decides, so that the next decision sees it."""
-        ticket.step(Step.DISPATCHED)
+        ticket.step(_DISPATCHED)
         ticket.book(prefill, decode, self._rules.admit.reserved(ticket.job), now_us)
+        self._underway.sent(ticket, prefill, self._rules.displace.least_chunks)
         ticket.attempt += 1
-        reason = Reason.LEAST_WORK
-        if ticket.attempt > 1:
-            reason = Reason.RESUME if ticket.resumes else Reason.RETRY
+        reason = _LEAST_WORK
+        if ticket.attempt > 1 or ticket.preemptions:
+            reason = ticket.why_again
         self._out.append(
             Dispatch(
                 ticket.job,
@@ -471,10 +533,12 @@ class Core:
             )
         )
 
-    def _enqueue(self, ticket: Ticket, lane: Lane) -> None:
-        lane.put(ticket.job, self._rules.order.key(ticket.job))
-        self._agenda.put(self._agenda.give_up, ticket.job.id, ticket.job.give_up_us)
-        if lane.waiting[ticket.job.kind].peek() == ticket.job.id:
+    def _enqueue(self, ticket: Ticket, lane: Lane, now_us: int) -> None:
+        job, agenda, order = ticket.job, self._agenda, self._rules.order
+        outlook = self._outlook(lane, job.kind, now_us) if order.moves else NO_OUTLOOK
+        lane.put(job, order, outlook)
+        agenda.put(agenda.give_up, job.id, job.give_up_us)
+        if lane.waiting[job.kind].peek() == job.id:
             # Behind another it changes nothing: whoever is first was looked at already.
             self._touched[lane.model] = lane
 
@@ -498,6 +562,11 @@ class Core:
         shared = self._fleet.candidates(lane.model, kind, shared=True)
         return shared if shared.has_usable(now_us) else own
 
+    def _outlook(self, lane: Lane, kind: Kind, now_us: int) -> Outlook:
+        """What lies before the first of the queue; online work lies before all offline work."""
+        before = lane.waiting_tokens[Kind.ONLINE] if kind is Kind.OFFLINE else 0
+        return outlook_of(self._candidates(lane, kind, now_us), before, now_us)
+
     def _predicted_wait_us(self, lane: Lane, kind: Kind, now_us: int) -> int:
         return predicted_wait_us(
             self._candidates(lane, kind, now_us), lane.tokens_before(kind), now_us
@@ -519,11 +588,10 @@ class Core:
     def _forget(self, ticket: Ticket) -> None:
         job = ticket.job
         self._tickets.pop(job.id, None)
-        if ticket.state in (State.REJECTED, State.CANCELLED):
+        if ticket.state in _ENDED_UNPLACED:
             self._agenda.forget(job.id)
             self._lane(job.model).take(job)
 
     def _touch_all(self) -> None:
         """Something was freed: lanes share servers, so all that wait look again."""
-        if self._agenda.give_up:
-            self._touched = {lane.model: lane for lane in self._lanes.values() if not lane.is_quiet}
+        self._all_look = True

@@ -12,7 +12,7 @@ import orjson
 from gateway.errors import ApiError, Code, Dialect, invalid
 from gateway.prompts import MEDIA_FIELDS, all_of, prompt_start, read_prompts
 
-__all__ = ["ROUTES", "Ask", "Dialect", "Limits", "estimate_tokens", "prefix_key", "read"]
+__all__ = ["ROUTES", "Ask", "Dialect", "Limits", "prefix_key", "read"]
 
 ROUTES: Final = {
     "/generate": Dialect.GENERATE,
@@ -208,11 +208,6 @@ _MAX_TOKENS: Final[dict[Dialect, tuple[str, ...]]] = {
 _SAMPLED: Final = (Dialect.CHAT, Dialect.COMPLETIONS)
 GENERATE_MAX_TOKENS: Final = 128
 COMPLETIONS_MAX_TOKENS: Final = 16
-
-
-def estimate_tokens(dialect: Dialect, body: dict[str, Any]) -> int:
-    """The prompt tokens of a body that has passed `read`."""
-    return read_prompts(dialect, body)[2]
 
 
 def _amounts(

@@ -18,6 +18,8 @@ from policies.events import (
     Failed,
     Fault,
     Freed,
+    Preempt,
+    Preempted,
     Reject,
     WakeAt,
     Wakeup,
@@ -65,11 +67,15 @@ class Driver:
             self.post(Failed(decision.job.id, Fault.ENGINE))
         elif isinstance(decision, Cancel):
             self.post(Freed(decision.job.id))
+        elif isinstance(decision, Preempt):
+            self.post(Preempted(decision.job.id))
 
     def _do(self, decision: Decision) -> None:
         match decision:
             case Dispatch():
                 self._backend.start(decision)
+            case Preempt(job, _):
+                self._backend.preempt(job)
             case Cancel(job, _):
                 self._backend.stop(job)
             case Reject() | Fail():

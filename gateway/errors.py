@@ -33,6 +33,7 @@ class Code(StrEnum):
     DUPLICATE_RID = "duplicate_rid"
     UNAUTHORIZED = "unauthorized"
     NOT_FOUND = "not_found"
+    NEEDS_UNIFIED_SERVER = "needs_unified_server"
     UNKNOWN_MODEL = "unknown_model"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     REQUEST_TIMEOUT = "request_timeout"
@@ -62,6 +63,7 @@ STATUS: Final[dict[Code, int]] = {
     Code.UPSTREAM_REJECTED: 400,
     Code.UNAUTHORIZED: 401,
     Code.NOT_FOUND: 404,
+    Code.NEEDS_UNIFIED_SERVER: 404,
     Code.UNKNOWN_MODEL: 404,
     Code.METHOD_NOT_ALLOWED: 405,
     Code.REQUEST_TIMEOUT: 408,
@@ -109,7 +111,8 @@ class ApiError(Exception):
         self.status = STATUS[code] if status is None else status
         self.message = sanitised(message)
         self.param = None if param is None else sanitised(param)
-        self.retry_after_s = retry_after_s
+        self.retry_after_s = retry_after_s if self.retryable else None
+        """When to come again; never said of what would be refused again."""
 
     @property
     def retryable(self) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 
 import orjson
 
-from backends.http import HttpError, Upstream, fetch
+from backends.fetch import fetch
+from backends.http import HttpError, Upstream
 from gateway.probe import learnt
 from policies.types import Role, Worker
 

@@ -28,7 +28,7 @@ from gateway.visit import FanOut, Part, Visit
 from gateway.wire import Dates, Sent, head
 from policies.clock import Clock
 from policies.events import Arrived, Left
-from policies.types import Kind
+from policies.types import Kind, Resume
 
 _EVENTS = "content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
 _CHUNKED_LINES = f"{_EVENTS}transfer-encoding: chunked\r\n"
@@ -130,7 +130,7 @@ class Front:
             raise ApiError(Code.DUPLICATE_RID, "a request with this rid is under way", param="rid")
         client = self._client(request, lambda: visit, ask)
         visit = Visit(request_id, caller.tenant, kind, ask, rid, client, [])
-        model = self._model(ask.model)
+        model = self.model_of(ask.model)
         if not ask.fans_out:
             visit.parts.append(self._part(request, visit, ask, client, model))
             return visit
@@ -163,6 +163,10 @@ class Front:
             and kind is Kind.OFFLINE
             and ask.dialect is Dialect.GENERATE
         )
+        transcript = None
+        if ask.resumable and (ask.stream or assembles):
+            transcript = Transcript.of(ask.body)
+            job = job._replace(resume=Resume.EXACT)
         exchange = Exchange(
             job_id=job.id,
             path=_PATHS[ask.dialect],
@@ -173,15 +177,13 @@ class Front:
             client=client,
             client_rid=rid if isinstance(rid, str) else rid[0],
             priority=_PRIORITY[kind] if ask.priority is None else ask.priority,
-            transcript=Transcript.of(ask.body)
-            if ask.resumable and (ask.stream or assembles)
-            else None,
+            transcript=transcript,
             first_token_timeout_s=first_s,
             whole_timeout_s=first_s + job.max_tokens * timeouts.per_token_s,
         )
         return Part(job, exchange)
 
-    def _model(self, named: str) -> str:
+    def model_of(self, named: str) -> str:
         """A model that no server has is refused, unless some server did not say what it has."""
         models = self._backend.models
         if not named or named in models or not models:
@@ -222,7 +224,7 @@ class Front:
         await client.over
         if client.error is not None:
             return self._refuse(visit, client.error)
-        self._end(visit, "ok")
+        self._end(visit, _outcome(visit))
         if (transport := request.transport) is None:
             raise ConnectionResetError("the client is gone")
         body = client.body
@@ -237,7 +239,7 @@ class Front:
         if client.error is not None and not client.begun:
             return self._refuse(visit, client.error)
         await self._flushed(request)
-        self._end(visit, "ok" if client.error is None else client.error.code)
+        self._end(visit, _outcome(visit) if client.error is None else client.error.code)
         return Sent(keep_alive=request.keep_alive and request.version >= _CHUNKED_SINCE)
 
     async def _flushed(self, request: web.BaseRequest) -> None:
@@ -334,6 +336,12 @@ class Front:
     def _cut(self, visit: Visit, error: ApiError) -> None:
         visit.client.ended(error)
         self._drop_jobs(visit)
+
+
+def _outcome(visit: Visit) -> str:
+    """Of an answer that came: its client may have asked for its end."""
+    aborted = any(part.exchange.aborted for part in visit.parts)
+    return Code.REQUEST_CANCELLED if aborted else "ok"
 
 
 def _request_id(request: web.BaseRequest) -> str:

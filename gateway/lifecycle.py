@@ -9,6 +9,8 @@ class State(IntEnum):
     QUEUED = auto()
     PREFILL = auto()
     DECODE = auto()
+    YIELDING = auto()
+    """Preempted: its legs are closing, and it is going to queue again."""
     DONE = auto()
     REJECTED = auto()
     FAILED = auto()
@@ -19,6 +21,8 @@ class Step(IntEnum):
     DISPATCHED = auto()
     FIRST_TOKEN = auto()
     LAST_TOKEN = auto()
+    PREEMPTED = auto()
+    RETURNED = auto()
     RETRIED = auto()
     REFUSED = auto()
     BROKE = auto()
@@ -34,11 +38,20 @@ TRANSITIONS: dict[State, dict[Step, State]] = {
     State.PREFILL: {
         Step.FIRST_TOKEN: State.DECODE,
         Step.LAST_TOKEN: State.DONE,
+        Step.PREEMPTED: State.YIELDING,
         Step.RETRIED: State.QUEUED,
         Step.BROKE: State.FAILED,
         Step.CLIENT_LEFT: State.CANCELLED,
     },
     State.DECODE: {
+        Step.LAST_TOKEN: State.DONE,
+        Step.PREEMPTED: State.YIELDING,
+        Step.RETRIED: State.QUEUED,
+        Step.BROKE: State.FAILED,
+        Step.CLIENT_LEFT: State.CANCELLED,
+    },
+    State.YIELDING: {
+        Step.RETURNED: State.QUEUED,
         Step.LAST_TOKEN: State.DONE,
         Step.RETRIED: State.QUEUED,
         Step.BROKE: State.FAILED,

@@ -1,4 +1,4 @@
-"""The routes that do not generate: health, metrics, models, servers, and what is passed through."""
+"""The routes that the gateway answers by itself: health, metrics, aborts, and its servers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from urllib.parse import unquote
 import orjson
 from aiohttp import hdrs, web
 
-from backends.http import HttpError, fetch
-from backends.sglang import Server, Sglang
+from backends.sglang import Sglang
 from gateway.asking import secret_of
 from gateway.config import Config, WorkerEntry, hardware_of, worker_of
 from gateway.core import Core
@@ -20,6 +19,7 @@ from gateway.driver import Driver
 from gateway.errors import ApiError, Code
 from gateway.front import Front
 from gateway.metrics import Metrics
+from gateway.passing import Passing
 from gateway.probe import Prober
 from gateway.router import Handler, Route
 from gateway.settings import ConfigError, decode
@@ -29,26 +29,8 @@ from policies.ledger import Ledger
 from policies.steps import Steps
 from policies.types import Kind, Role
 
-_ANY_SERVER = (
-    "/v1/tokenize",
-    "/tokenize",
-    "/v1/detokenize",
-    "/detokenize",
-    "/v1/messages/count_tokens",
-    "/parse_function_call",
-    "/separate_reasoning",
-)
-_UNIFIED_SERVER = (
-    "/v1/embeddings",
-    "/v1/rerank",
-    "/v1/score",
-    "/v1/classify",
-    "/classify",
-    "/encode",
-)
-_INFO = ("/get_model_info", "/model_info", "/get_server_info", "/server_info")
+_DRAINS = {"drain": True, "undrain": False}
 _TYPES = {"regular": "unified", "unified": "unified", "prefill": "prefill", "decode": "decode"}
-_PASS_TIMEOUT_S = 120.0
 
 
 class Pages:
@@ -60,6 +42,7 @@ class Pages:
         backend: Sglang,
         prober: Prober,
         metrics: Metrics,
+        passing: Passing,
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._front = front
@@ -67,6 +50,7 @@ class Pages:
         self._backend = backend
         self._prober = prober
         self._metrics = metrics
+        self._passing = passing
         self._tasks = tasks
         self._admin_key = config.server.admin_key
 
@@ -78,20 +62,19 @@ class Pages:
         opened: list[Route] = [
             ("GET", "/liveness", self.liveness),
             *(("GET", path, self.readiness) for path in ("/health", "/readiness", "/ready")),
+            ("GET", "/health_generate", self._passing.generates),
             ("GET", "/metrics", self.metrics),
         ]
         called: list[Route] = [
-            ("GET", "/v1/models", self.models),
             ("POST", "/abort_request", self.abort),
-            *(("GET", path, self.info) for path in _INFO),
-            *(("POST", path, self.pass_any) for path in _ANY_SERVER),
-            *(("POST", path, self.pass_unified) for path in _UNIFIED_SERVER),
+            *self._passing.routes(),
         ]
         governed: list[Route] = [
             ("GET", "/workers", self.list_workers),
             ("POST", "/workers", self.add_worker),
             ("DELETE", "/workers/*", self.remove_worker),
             ("POST", "/workers/*", self.drain_worker),
+            *((method, "/flush_cache", self._passing.flush) for method in ("GET", "POST")),
         ]
         return [
             *opened,
@@ -130,62 +113,7 @@ class Pages:
             headers={hdrs.CONTENT_TYPE: "text/plain; version=0.0.4; charset=utf-8"},
         )
 
-    # What servers say, passed on.
-
-    async def models(self, _: web.BaseRequest) -> web.Response:
-        """The models of all servers together, each once, in the words of the first that has it."""
-        known: dict[str, Any] = {}
-        for server in self._usable():
-            try:
-                answer = await fetch(server.upstream, b"GET", b"/v1/models", timeout_s=5.0)
-                for entry in orjson.loads(answer.body)["data"] if answer.status == 200 else ():
-                    known.setdefault(entry["id"], entry)
-            except (HttpError, ValueError, KeyError, TypeError):
-                continue
-        return _json({"object": "list", "data": list(known.values())})
-
-    async def info(self, request: web.BaseRequest) -> web.Response:
-        return await self._pass(self._usable(), b"GET", request.path_qs.encode(), b"")
-
-    async def pass_any(self, request: web.BaseRequest) -> web.Response:
-        body = await self._front.body_of(request)
-        return await self._pass(self._usable(), b"POST", request.path.encode(), body)
-
-    async def pass_unified(self, request: web.BaseRequest) -> web.Response:
-        body = await self._front.body_of(request)
-        servers = [s for s in self._usable() if s.worker.role is Role.UNIFIED]
-        if not servers:
-            message = f"{request.path} needs a unified server, and none is available"
-            raise ApiError(Code.NO_WORKER, message)
-        return await self._pass(servers, b"POST", request.path.encode(), body)
-
-    async def _pass(
-        self, servers: list[Server], method: bytes, path: bytes, body: bytes
-    ) -> web.Response:
-        """The first server that answers; these calls cost nothing that a scheduler should see."""
-        trouble = "no server is available"
-        for server in servers:
-            try:
-                answer = await fetch(server.upstream, method, path, body, timeout_s=_PASS_TIMEOUT_S)
-            except HttpError as error:
-                trouble = str(error)
-                continue
-            return web.Response(
-                body=answer.body,
-                status=answer.status,
-                headers={hdrs.CONTENT_TYPE: answer.content_type or "application/json"},
-            )
-        code = Code.UPSTREAM_FAILED if servers else Code.WORKERS_UNAVAILABLE
-        raise ApiError(code, trouble, retry_after_s=1)
-
-    def _usable(self) -> list[Server]:
-        """Least busy first."""
-        now_us, ledgers = self._backend.now_us(), self._core.ledgers
-        # The core hears a little later than the backend that a server has come or gone.
-        known = [(ledgers[s.name], s) for s in self._backend.servers() if s.name in ledgers]
-        usable = [(ledger, server) for ledger, server in known if ledger.usable(now_us)]
-        usable.sort(key=lambda pair: (pair[0].decodes + pair[0].prefills, pair[1].name))
-        return [server for _, server in usable]
+    # Ends that clients ask for.
 
     async def abort(self, request: web.BaseRequest) -> web.Response:
         """As SGLang answers: 200 whatever the rid. Only a caller's own requests are found."""
@@ -244,13 +172,15 @@ class Pages:
         return _json({"status": "removed", "worker_id": name}, 202)
 
     async def drain_worker(self, request: web.BaseRequest) -> web.Response:
+        """Nothing new goes there, or, with `undrain`, again as before."""
         path, _, action = request.path.rpartition("/")
-        if action != "drain":
+        if action not in _DRAINS:
             raise ApiError(Code.NOT_FOUND, f"there is no page {request.path}")
-        name = self._named(path)
-        self._driver.post(WorkerDraining(name))
+        name, draining = self._named(path), _DRAINS[action]
+        self._driver.post(WorkerDraining(name, draining=draining))
         resident = self._core.ledgers[name].decodes + self._core.ledgers[name].prefills
-        return _json({"status": "draining", "worker_id": name, "resident": resident}, 202)
+        status = "draining" if draining else "serving"
+        return _json({"status": status, "worker_id": name, "resident": resident}, 202)
 
     def _named(self, path: str) -> str:
         """By name or by address, as SGLang's router takes it."""

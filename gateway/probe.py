@@ -12,7 +12,7 @@ import structlog
 
 from backends.base import Post
 from backends.counters import counters_of
-from backends.http import fetch
+from backends.fetch import fetch
 from backends.sglang import Server, Sglang
 from gateway.clock import pause
 from gateway.config import Telemetry

@@ -18,7 +18,7 @@ from backends.engine import EngineConfig
 from backends.fleet.command import Board
 from backends.fleet.fleet import Fleet
 from backends.fleet.spec import FleetSpec, read_spec
-from gateway.app import run
+from gateway.app import Reading, run
 from gateway.clock import LiveClock
 from gateway.config import Config, Server, Timeouts, WorkerEntry, check, load, with_workers
 from gateway.settings import ConfigError, decode
@@ -79,7 +79,7 @@ def run_serve(given: argparse.Namespace) -> int:
         if given.fleet is not None:
             runner.run(_run_over_fleet(given, read_spec(given.fleet), clock, rng))
         elif config.worker:
-            runner.run(run(lambda: configuration(given), given.config, clock, rng))
+            runner.run(run(lambda: _read(given), given.config, clock, rng))
         else:
             runner.run(_run_embedded(given, clock, rng))
     return 0
@@ -100,7 +100,27 @@ async def _run_embedded(given: argparse.Namespace, clock: Clock, rng: random.Ran
         )
         server = configuration(given).server
         sys.stderr.write(_WELCOME.format(host=server.host, port=server.port))
-        await run(lambda: with_workers(configuration(given), entries), given.config, clock, rng)
+        await run(lambda: _read_or_emulate(given, entries), given.config, clock, rng)
+
+
+def _read(given: argparse.Namespace) -> Reading:
+    config = configuration(given)
+    hidden = bool(_entries(given)) and given.config is not None and bool(load(given.config).worker)
+    return Reading(config=config, flags_hide_workers=hidden)
+
+
+def _read_or_emulate(given: argparse.Namespace, emulated: tuple[WorkerEntry, ...]) -> Reading:
+    """Servers that a reload brings take the place of the emulated ones, and give it back."""
+    config = configuration(given)
+    if config.worker:
+        return Reading(config=config)
+    return Reading(config=with_workers(config, emulated), is_emulated=True)
+
+
+def _read_beside(given: argparse.Namespace, started: tuple[WorkerEntry, ...]) -> Reading:
+    reading = _read(given)
+    config = with_workers(reading.config, (*started, *reading.config.worker))
+    return replace(reading, config=config)
 
 
 async def _run_over_fleet(
@@ -122,9 +142,7 @@ async def _run_over_fleet(
             )
             async with asyncio.TaskGroup() as tasks:
                 keeper = tasks.create_task(fleet.keep())
-                await run(
-                    lambda: with_workers(configuration(given), entries), given.config, clock, rng
-                )
+                await run(lambda: _read_beside(given, entries), given.config, clock, rng)
                 keeper.cancel()
 
 

@@ -31,11 +31,12 @@ class Candidates:
 
     def has_usable(self, now_us: int) -> bool:
         """Whether a job could be sent now, if there were room."""
-        if any(ledger.usable(now_us) for ledger in self.unified):
-            return True
-        return any(ledger.usable(now_us) for ledger in self.prefills) and any(
-            ledger.usable(now_us) for ledger in self.decodes
-        )
+        if self.prefills and self.decodes:  # nearly always the first ones are
+            if self.prefills[0].usable(now_us) and self.decodes[0].usable(now_us):
+                return True
+            if _some(self.prefills, now_us) and _some(self.decodes, now_us):
+                return True
+        return _some(self.unified, now_us)
 
     def in_rotation(self, now_us: int) -> Candidates:
         return self._only(lambda ledger: ledger.usable(now_us))
@@ -53,6 +54,10 @@ class Candidates:
             decodes=[e for e in self.decodes if wanted(e)],
             unified=[e for e in self.unified if wanted(e)],
         )
+
+
+def _some(ledgers: list[Ledger], now_us: int) -> bool:
+    return any(ledger.usable(now_us) for ledger in ledgers)
 
 
 class Fleet:

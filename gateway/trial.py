@@ -8,7 +8,8 @@ from typing import Any
 
 import orjson
 
-from backends.http import HttpError, fetch
+from backends.fetch import fetch
+from backends.http import HttpError
 from backends.sglang import Server
 from backends.trouble import Blame, judge_answer
 from gateway.clock import pause

@@ -17,13 +17,15 @@ class BreakerRule:
 class Breaker:
     """Closed, open until a time, or half-open with one trial under way; one success closes it."""
 
-    __slots__ = ("_cooldown_us", "_row", "_trial", "open_until_us", "rule")
+    __slots__ = ("_cooldown_us", "_row", "_trial", "_trials", "open_until_us", "rule")
 
     def __init__(self, rule: BreakerRule) -> None:
         self.rule = rule
         self._row = 0
         self._cooldown_us = rule.cooldown_us
-        self._trial = False
+        self._trial = 0
+        """The number of the trial under way; 0: none is."""
+        self._trials = 0
         self.open_until_us = 0
 
     def __repr__(self) -> str:
@@ -37,18 +39,24 @@ class Breaker:
     def allows(self, now_us: int) -> bool:
         return not self.open_until_us or (now_us >= self.open_until_us and not self._trial)
 
-    def try_out(self) -> bool:
-        """A job goes to this server; whether it is the trial, which no other job joins."""
-        self._trial = self.open_until_us > 0
+    def try_out(self) -> int:
+        """A job goes to this server; the number of the trial that it is, which no other job joins.
+
+        0: the server needs none.
+        """
+        if self.open_until_us:
+            self._trials += 1
+            self._trial = self._trials
         return self._trial
 
     def succeeded(self) -> None:
-        self._row, self._trial, self.open_until_us = 0, False, 0
+        self._row, self._trial, self.open_until_us = 0, 0, 0
         self._cooldown_us = self.rule.cooldown_us
 
-    def gave_no_verdict(self) -> None:
-        """The trial ended for a reason that says nothing about the server."""
-        self._trial = False
+    def gave_no_verdict(self, trial: int) -> None:
+        """It ended for a reason that says nothing about the server; later ones are not its own."""
+        if self._trial == trial:
+            self._trial = 0
 
     def failed(self, now_us: int) -> None:
         self._row += 1
@@ -56,6 +64,6 @@ class Breaker:
             if self._trial or now_us >= self.open_until_us:
                 self._cooldown_us = min(2 * self._cooldown_us, self.rule.cooldown_max_us)
                 self.open_until_us = now_us + self._cooldown_us
-            self._trial = False
+            self._trial = 0
         elif self._row >= self.rule.failures:
             self.open_until_us = now_us + self._cooldown_us

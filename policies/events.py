@@ -29,6 +29,12 @@ class Reason(StrEnum):
     LEAST_WORK = "least_work"
     RETRY = "retry"
     RESUME = "resume"
+    REQUEUED = "requeued"
+    """It goes again after it was preempted before its first token."""
+    RECALLED = "recalled"
+    """Somebody asked for its place."""
+    DISPLACED = "displaced"
+    """A more urgent prompt has its prefill server."""
     QUEUE_FULL = "queue_full"
     NO_WORKER = "no_worker"
     UNAVAILABLE = "workers_unavailable"
@@ -36,7 +42,6 @@ class Reason(StrEnum):
     EXPIRED = "deadline_passed"
     TOO_LARGE = "request_too_large"
     CLIENT_LEFT = "client_left"
-    DRAINING = "gateway_draining"
     ATTEMPTS = "attempts_exhausted"
     RETRY_BUDGET = "retry_budget_spent"
     NOT_RESUMABLE = "not_resumable"
@@ -113,6 +118,25 @@ class Freed:
 
 
 @dataclass(frozen=True, slots=True)
+class Recall:
+    """Somebody wants this job's place; it goes on later. Asked of a job that waits: nothing."""
+
+    job_id: str
+    reason: Reason = Reason.RECALLED
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """Both legs of a preempted attempt are closed."""
+
+    job_id: str
+    generated: int = 0
+    """Tokens of this attempt that are kept."""
+    lost: int = 0
+    """Tokens of this attempt that have to be made again."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoadReport:
     worker: str
     load: Load
@@ -132,7 +156,11 @@ class WorkerDown:
 
 @dataclass(frozen=True, slots=True)
 class WorkerDraining:
+    """Nothing new goes there: what it has may end."""
+
     name: str
+    draining: bool = True
+    """False: it is wanted back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +184,8 @@ Event = (
     | Finished
     | Failed
     | Freed
+    | Recall
+    | Preempted
     | LoadReport
     | WorkerUp
     | WorkerDown
@@ -172,6 +202,14 @@ class Dispatch(NamedTuple):
     prefill: str | None
     decode: str
     attempt: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Preempt:
+    """Cancel both legs and keep what was generated: the job waits again, in its old place."""
+
+    job: Job
     reason: Reason
 
 
@@ -206,4 +244,4 @@ class WakeAt:
     us: int
 
 
-Decision = Dispatch | Cancel | Reject | Fail | WakeAt
+Decision = Dispatch | Preempt | Cancel | Reject | Fail | WakeAt

@@ -6,7 +6,7 @@ from policies.breaker import Breaker
 from policies.events import Load
 from policies.roofline import CostModel
 from policies.steps import Steps
-from policies.types import Worker
+from policies.types import Job, Worker
 
 
 class PrefillRate:
@@ -57,6 +57,7 @@ class Ledger:
         "draining",
         "foreign_tokens",
         "kv_tokens",
+        "line",
         "load",
         "max_running",
         "prefill_rate",
@@ -87,6 +88,9 @@ class Ledger:
         self.max_running = worker.max_running
         self.steps: Steps | None = None
         """Predicted step times, where the hardware is known."""
+        self.line: tuple[float, float] | None = None
+        """What placement last made of these books, a step's time and what a token of one more
+        prompt adds to it; none once they have changed."""
         self._foreign_before = 0
 
     def __repr__(self) -> str:
@@ -100,9 +104,9 @@ class Ledger:
         return not self.prefills and not self.decodes
 
     def usable(self, now_us: int) -> bool:
-        if not self.up or self.draining:
-            return False
-        return not self.breaker.open_until_us or self.breaker.allows(now_us)
+        if not self.breaker.open_until_us:
+            return self.up and not self.draining
+        return self.up and not self.draining and self.breaker.allows(now_us)
 
     def adopt(self, worker: Worker) -> None:
         """The same server, better known."""
@@ -116,11 +120,13 @@ class Ledger:
         foreign = max(0, load.total_tokens - self.context_tokens - self.prefill_tokens)
         self.foreign_tokens = min(foreign, self._foreign_before)
         self._foreign_before = foreign
+        self.line = None
         if self.steps is not None and load.counters is not None:
             self.steps.observe(load.counters, self.decodes, self.context_tokens, load.seen_us)
 
     def predict_by(self, cost: CostModel | None) -> None:
         """What was learnt stays for as long as the hardware does."""
+        self.line = None
         chunk_tokens, replicas = self.worker.chunk_tokens, self.worker.dp_size
         if cost is None:
             self.steps = None
@@ -130,14 +136,20 @@ class Ledger:
     @property
     def prefill_tokens_per_us(self) -> float | None:
         """As seen; before anything was seen, as predicted; None where neither is known."""
-        seen = self.prefill_rate.tokens_per_us
-        if seen is None and self.steps is not None:
-            return self.steps.prefill_tokens_per_us
-        return seen
+        if (seen := self.prefill_rate.tokens_per_us) is not None:
+            return seen
+        return None if self.steps is None else self.steps.prefill_tokens_per_us
 
     def forget_report(self) -> None:
         """The report is too old to be believed: the books alone go on."""
         self.foreign_tokens = self._foreign_before = 0
+        self.line = None
+
+    def uncached(self, job: Job) -> int:
+        """The prompt tokens that this server would have to compute."""
+        if job.cached_on and job.cached_on != self.worker.name:
+            return job.prompt_tokens
+        return job.prompt_tokens - job.cached_tokens
 
     def add_prefill(self, tokens: int, now_us: int) -> None:
         if not self.prefills:
@@ -147,7 +159,8 @@ class Ledger:
 
     def prefilled(self, tokens: int, now_us: int) -> None:
         """The prompt is computed: what that took tells how fast the server is."""
-        self.end_prefill(tokens)
+        self.prefills -= 1
+        self.prefill_tokens -= tokens
         self.prefill_rate.done(tokens, now_us)
         if self.steps is not None:
             self.steps.prefilled(tokens)
@@ -160,6 +173,12 @@ class Ledger:
         self.decodes += 1
         self.context_tokens += context
         self.reserved_tokens += reserved
+        self.line = None
+
+    def grow_decode(self, tokens: int, reserved: int) -> None:
+        self.context_tokens += tokens
+        self.reserved_tokens += reserved
+        self.line = None
 
     def end_decode(self, context: int, reserved: int) -> None:
         self.decodes -= 1
@@ -167,6 +186,7 @@ class Ledger:
         if self.steps is not None:
             self.steps.left(context)
         self.reserved_tokens -= reserved
+        self.line = None
 
 
 def _tighter(one: int, other: int) -> int:

@@ -22,6 +22,7 @@ class Attention:
     """One layer's attention: its weights, its cache, and the work per query and key pair."""
 
     params: int
+    heads: int
     kv_heads: int
     """1 where all heads share one compressed cache (MLA)."""
     kv_values: int
@@ -122,6 +123,7 @@ def _grouped(config: Config) -> Attention:
         raise ModelError(f"{heads} attention heads cannot share {kv_heads} key-value heads")
     return Attention(
         params=hidden * size * (2 * heads + 2 * kv_heads),
+        heads=heads,
         kv_heads=kv_heads,
         kv_values=2 * kv_heads * size,
         pair_flops=4 * heads * size,
@@ -143,6 +145,7 @@ def _latent(config: Config) -> Attention:
     key_params = hidden * (rank + rope) + rank * heads * (nope + value)
     return Attention(
         params=query_params + key_params + heads * value * hidden,
+        heads=heads,
         kv_heads=1,
         kv_values=rank + rope,
         pair_flops=2 * heads * (nope + rope + value),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 K = TypeVar("K", bound="tuple[int, ...]")
+
+Item = tuple[Any, ...]
+"""A key's numbers and the id: what is flat is compared in one go."""
 
 
 class KeyedHeap(Generic[K]):
@@ -15,53 +18,55 @@ class KeyedHeap(Generic[K]):
     Equal keys leave in the order of their ids, so that no order is left to chance.
     """
 
-    __slots__ = ("_heap", "_keys")
+    __slots__ = ("_heap", "entries")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[K, str]] = []
-        self._keys: dict[str, K] = {}
+        self._heap: list[Item] = []
+        self.entries: dict[str, Item] = {}
+        """All that wait, to be read only: whether there are any costs no call."""
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.entries)
 
     def __contains__(self, entry: str) -> bool:
-        return entry in self._keys
+        return entry in self.entries
 
     def __iter__(self) -> Iterator[str]:
         """Every entry, in order; for reports, not for decisions."""
-        return (entry for _, entry in sorted((key, entry) for entry, key in self._keys.items()))
+        return (item[-1] for item in sorted(self.entries.values()))
 
     def put(self, entry: str, key: K) -> None:
         """Insert, or move to another key."""
-        self._keys[entry] = key
-        heapq.heappush(self._heap, (key, entry))
-        if len(self._heap) > 2 * len(self._keys) + 64:
+        self.entries[entry] = item = (*key, entry)
+        heapq.heappush(self._heap, item)
+        if len(self._heap) > 2 * len(self.entries) + 64:
             self._compact()
 
     def discard(self, entry: str) -> bool:
-        return self._keys.pop(entry, None) is not None
+        return self.entries.pop(entry, None) is not None
 
     def peek(self) -> str | None:
-        heap, keys = self._heap, self._keys
+        heap, entries = self._heap, self.entries
         while heap:
-            key, entry = heap[0]
-            if keys.get(entry) == key:
+            item = heap[0]
+            entry: str = item[-1]
+            if entries.get(entry) is item:
                 return entry
             heapq.heappop(heap)
         return None
 
     def first_key(self) -> K | None:
         entry = self.peek()
-        return None if entry is None else self._keys[entry]
+        return None if entry is None else cast(K, self.entries[entry][:-1])
 
     def pop(self) -> str:
         entry = self.peek()
         if entry is None:
             raise IndexError("pop from an empty heap")
         heapq.heappop(self._heap)
-        del self._keys[entry]
+        del self.entries[entry]
         return entry
 
     def _compact(self) -> None:
-        self._heap = [(key, entry) for entry, key in self._keys.items()]
+        self._heap = list(self.entries.values())
         heapq.heapify(self._heap)

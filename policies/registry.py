@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from policies.order import Edf, Fcfs, Order
+from policies.displace import ByCost, Displace, Never
+from policies.order import Edf, Fcfs, Order, Shortest
 from policies.place import LeastWork, Place, RoundRobin
 from policies.pools import ByLatency, Pools, Shared
+from policies.slack import Hrrn, Kairos, Salvage
 
-ORDER: dict[str, type[Order]] = {"fcfs": Fcfs, "edf": Edf}
+ORDER: dict[str, type[Order]] = {
+    "fcfs": Fcfs,
+    "edf": Edf,
+    "shortest": Shortest,
+    "hrrn": Hrrn,
+    "kairos": Kairos,
+    "salvage": Salvage,
+}
+DISPLACE: dict[str, type[Displace]] = {"none": Never, "by-cost": ByCost}
 PLACE: dict[str, type[Place]] = {"least-work": LeastWork, "round-robin": RoundRobin}
 POOLS: dict[str, type[Pools]] = {"none": Shared, "latency": ByLatency}

@@ -270,6 +270,8 @@ def build(
     """Works out the coefficients once; the arithmetic is in docs/cost-model.md."""
     spread = parallel or Parallel()
     tp, attention_tp, merged = spread.tp, spread.attention_tp, spread.merged
+    if model.attention.heads % attention_tp:
+        raise ValueError(f"{model.attention.heads} heads cannot be shared by tp {attention_tp}")
     shard = _shard(model, tp, attention_tp)
     flops = device.flops(model.weights) * constants.gemm_efficiency
     attention_flops = device.bf16_flops * constants.attention_efficiency / model.layers

@@ -27,6 +27,17 @@ class Pool(StrEnum):
     RELAXED = "relaxed"
 
 
+class Resume(StrEnum):
+    """What becomes of a job's answer so far when it is taken off its servers."""
+
+    EXACT = "exact"
+    """It goes on from its last token, on any server."""
+    RESTART = "restart"
+    """It is made again: nobody has seen any of it before its end."""
+    UNTIL_SHOWN = "until_shown"
+    """It is made again, but only before its first token: after that its client would notice."""
+
+
 class Job(NamedTuple):
     """One prompt and one answer as policies see them; the true output length is unknown."""
 
@@ -43,7 +54,10 @@ class Job(NamedTuple):
     tpot_us: int = 0
     """The time a token may take after the first; 0 when nobody waits for it."""
     cached_tokens: int = 0
-    """Prompt tokens that some prefill server is believed to hold."""
+    """Prompt tokens that a prefill server is believed to hold."""
+    resume: Resume = Resume.EXACT
+    cached_on: str = ""
+    """The server that holds them; empty: any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

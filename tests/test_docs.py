@@ -12,6 +12,7 @@ import pytest
 
 from backends.fleet.install import WITH_DEPENDENCIES
 from gateway.errors import STATUS, Code
+from gateway.log import LINES_WERE_LOST
 from tests.documents import ROOT, rows
 
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
@@ -51,7 +52,8 @@ def test_codes_said_to_be_kept_are_the_ones_that_nothing_answers() -> None:
 
 def test_the_log_lines_are_those_of_the_gateway() -> None:
     told = {row[0].strip("`"): row[1] for row in table("Log lines")}
-    assert told == {"request": "info", **dict(spoken())}
+    written = {"request": "info", LINES_WERE_LOST: "warning"}
+    assert told == {**written, **dict(spoken())}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import re
 import shlex
@@ -20,7 +19,6 @@ from gateway.app import Gateway
 from gateway.config import Config, load, workers_of
 from gateway.core import Core, Rules
 from gateway.metrics import Metrics
-from gateway.pages import Pages
 from gateway.settings import decode
 from policies.registry import ORDER, PLACE, POOLS
 from policies.types import Kind
@@ -93,15 +91,7 @@ async def test_the_log_fields_are_those_of_a_request() -> None:
 async def test_every_route_is_told() -> None:
     async with standing(UNIFIED) as site:
         gateway: Gateway = site.gateway
-        pages = Pages(
-            Config(),
-            gateway.front,
-            gateway.driver,
-            gateway.backend,
-            gateway.prober,
-            gateway.metrics,
-            asyncio.TaskGroup(),
-        )
+        pages = gateway.pages()
         paths = {path for _, path, _ in [*gateway.front.routes(), *pages.routes()]}
     told = set(re.findall(r"`(?:GET |POST |DELETE )?(/[a-zA-Z0-9_/]+)", section("Endpoints")))
     assert {path.removesuffix("/*") for path in paths} - told == set()

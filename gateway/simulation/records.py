@@ -58,6 +58,9 @@ class Record:
     cached_tokens: int = 0
     computed_tokens: int = 0
     """Prompt tokens that servers computed for it, those computed again included."""
+    preemptions: int = 0
+    lost_tokens: int = 0
+    """Generated, and thrown away by a preemption."""
 
     @property
     def has_finished(self) -> bool:
@@ -100,8 +103,8 @@ class Record:
         """Computed for nothing: prompts computed again, and all of what ended without an answer."""
         again = max(0, self.computed_tokens - (self.prompt_tokens - self.cached_tokens))
         if self.ended in (Ended.REJECTED, Ended.FAILED):
-            return self.computed_tokens + self.generated
-        return again
+            return self.computed_tokens + self.generated + self.lost_tokens
+        return again + self.lost_tokens
 
     def tokens_between(self, start_us: int, end_us: int) -> float:
         """Of an answer that did not fail, spread evenly from its first token to its last."""

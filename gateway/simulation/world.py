@@ -29,6 +29,7 @@ from policies.events import (
     FirstToken,
     Left,
     LoadReport,
+    Preempted,
     Reject,
     WorkerUp,
 )
@@ -118,6 +119,11 @@ class Recorder:
                 self._over(record, Ended.FINISHED, "", now_us)
             case Failed(job_id):
                 self.records[job_id].generated += event.generated
+            case Preempted(job_id, generated, lost):
+                record = self.records[job_id]
+                record.generated += generated
+                record.preemptions += 1
+                record.lost_tokens += lost
             case _:
                 pass
 

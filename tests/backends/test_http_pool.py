@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from backends.http import Answer, Call, HttpError, Reason, fetch
+from backends.fetch import Answer, fetch
+from backends.http import Call, HttpError, Reason
 from tests.backends.http_peers import (
     CHUNKED,
     CHUNKED_HEAD,

@@ -18,11 +18,13 @@ from policies.events import (
     FirstToken,
     Freed,
     Left,
+    Preempted,
     PrefillDone,
     Progress,
     Reason,
+    Recall,
 )
-from policies.types import Role
+from policies.types import Resume, Role
 from tests.gateway.talk import offline, online
 from tests.simulated_fleet import Fleet, left_over
 
@@ -135,6 +137,55 @@ def test_a_prompt_that_the_server_will_not_have_is_a_bad_request() -> None:
     fleet.run()
     assert fleet.of(Failed)[0].fault == "bad_request"
     assert isinstance(fleet.trace[-1][1], Fail)
+
+
+@pytest.mark.parametrize("after_s", [0.0002, 0.02, 0.1, 0.3, 0.6])
+@pytest.mark.parametrize("roles", [PAIR, UNIFIED])
+def test_a_preempted_job_makes_as_many_tokens_as_it_would_have(
+    roles: tuple[Role, ...], after_s: float
+) -> None:
+    fleet = Heard(*roles)
+    fleet.ask(offline("a", 2000, max_tokens=200), answer_tokens=150)
+    fleet.at(after_s, fleet.driver.post, Recall("a"))
+    fleet.run()
+    (preempted,) = fleet.of(Preempted)
+    assert fleet.of(Finished) == [Finished("a", 150 - preempted.generated)]
+    assert (left_over(fleet), preempted.lost) == ({}, 0)
+
+
+@pytest.mark.parametrize("resume", [Resume.RESTART, Resume.UNTIL_SHOWN])
+def test_a_job_that_can_not_go_on_is_made_again_or_left_alone(resume: Resume) -> None:
+    fleet = Heard(*UNIFIED)
+    fleet.ask(offline("a", max_tokens=200, resume=resume), answer_tokens=150)
+    fleet.at(0.3, fleet.driver.post, Recall("a"))
+    fleet.run()
+    told = fleet.of(Preempted)
+    assert fleet.of(Finished) == [Finished("a", 150)]
+    assert [it.lost > 5 for it in told] == ([True] if resume is Resume.RESTART else [])
+
+
+def test_an_answer_that_is_on_its_way_is_not_preempted() -> None:
+    fleet = Heard(*UNIFIED)
+    fleet.ask(offline("a", max_tokens=60), answer_tokens=40)
+    fleet.run()
+    ((end_us, _),) = [it for it in fleet.events if isinstance(it[1], Finished)]
+    again = Heard(*UNIFIED)
+    again.ask(offline("a", max_tokens=60), answer_tokens=40)
+    again.at(end_us / 1e6 - 0.0002, again.driver.post, Recall("a"))
+    again.run()
+    assert (again.of(Preempted), again.of(Finished)) == ([], [Finished("a", 40)])
+    assert left_over(again) == {}
+
+
+def test_a_preempted_job_gives_its_place_to_the_one_that_waits() -> None:
+    fleet = Heard(*PAIR)
+    for name in ("a", "b"):
+        fleet.ask(offline(name, 4000, max_tokens=900), answer_tokens=300)
+    fleet.ask(online("c", 4000, 1_000_000), answer_tokens=5)
+    fleet.at(1.1, fleet.driver.post, Recall("a"))
+    fleet.run()
+    assert next(it.job_id for it in fleet.of(Finished)) == "c"
+    assert left_over(fleet) == {}
 
 
 def test_a_backlog_of_offline_work_is_done_in_the_end() -> None:

@@ -131,6 +131,8 @@ class Site:
     """The log's lines about requests."""
     strangers: list[RawClient] = field(default_factory=list)
     sent: list[Sent] = field(default_factory=list)
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    """Every request to a server, by its name and the page."""
     complaints: list[str] = field(default_factory=list)
     """Everything that a log would show as an error: there must be none."""
 
@@ -236,6 +238,7 @@ class Spied(Upstream):
         self, method: bytes, path: bytes, body: bytes, listener: Listener, headers: bytes = b""
     ) -> Call:
         call = super().send(method, path, body, listener, headers)
+        self.site.calls.append((self.name, path.decode().partition("?")[0]))
         if path.startswith((b"/generate", b"/v1/c", b"/v1/r", b"/v1/mess")):
             note = Sent(self.name, path.decode(), json.loads(body), self.site.now_s())
             self.site.sent.append(note)

@@ -15,6 +15,8 @@ from policies.events import (
     Failed,
     Fault,
     Load,
+    Preempt,
+    Reason,
     Reject,
     WakeAt,
     Wakeup,
@@ -104,9 +106,12 @@ class Talk:
 
 def short(decision: Decision) -> tuple[Any, ...]:
     match decision:
-        case Dispatch(job, at, to, attempt, reason):
+        case Dispatch(job, at, to, _, reason):
             where = (to,) if at is None else (at, to)
-            return ("go", job.id, *where) if attempt == 1 else ("go", job.id, *where, reason.value)
+            first = reason is Reason.LEAST_WORK
+            return ("go", job.id, *where) if first else ("go", job.id, *where, reason.value)
+        case Preempt(job, reason):
+            return ("preempt", job.id, reason.value)
         case Cancel(job, reason):
             return ("cancel", job.id, reason.value)
         case Reject(job, reason):

@@ -145,8 +145,6 @@ REJECTIONS = [
     (Reason.EXPIRED, Code.DEADLINE_PASSED),
     (Reason.NO_WORKER, Code.NO_WORKER),
     (Reason.UNAVAILABLE, Code.WORKERS_UNAVAILABLE),
-    (Reason.TOO_LARGE, Code.CONTEXT_LENGTH_EXCEEDED),
-    (Reason.DRAINING, Code.GATEWAY_DRAINING),
 ]
 
 
@@ -157,6 +155,11 @@ def test_every_rejection_has_its_code_and_a_time_to_come_back(
 ) -> None:
     error = api_error(Reject(JOB, reason, after_us), None, begun=False)
     assert (error.code, error.retry_after_s) == (code, after_s)
+
+
+def test_a_prompt_that_is_too_large_is_not_asked_to_come_back() -> None:
+    error = api_error(Reject(JOB, Reason.TOO_LARGE, 1), None, begun=False)
+    assert (error.code, error.retry_after_s) == (Code.CONTEXT_LENGTH_EXCEEDED, None)
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,11 @@ from policies.events import (
     Freed,
     Left,
     LoadReport,
+    Preempt,
+    Preempted,
     PrefillDone,
     Progress,
+    Recall,
     Reject,
     WakeAt,
     Wakeup,
@@ -47,7 +50,7 @@ from policies.events import (
 from policies.order import Edf, Fcfs
 from policies.pools import ByLatency, Shared
 from policies.retry import RetryRule
-from policies.types import Kind, Pool, Role
+from policies.types import Kind, Pool, Resume, Role
 from tests.gateway.talk import load, offline, online, server
 
 ADMIT = Headroom(prefill_cap_tokens=600, output_reserve_tokens=50)
@@ -85,6 +88,7 @@ class Attempt:
         self.generated = 0
         self.prefilled = False
         self.stopped = False
+        self.preempted = False
 
 
 def alone(attempts: list[Attempt]) -> int:
@@ -114,12 +118,13 @@ class CoreMachine(RuleBasedStateMachine):
         kind=st.sampled_from(Kind),
         tokens=st.integers(1, 80) | st.integers(1, 1600),
         model=st.sampled_from(["", "", "x", "z"]),
+        resume=st.sampled_from(Resume),
     )
-    def arrive(self, kind: Kind, tokens: int, model: str) -> None:
+    def arrive(self, kind: Kind, tokens: int, model: str, resume: Resume) -> None:
         name = f"j{len(self.known)}"
         make = online if kind is Kind.ONLINE else offline
         self.known.add(name)
-        self.tell(Arrived(make(name, tokens, self.now_us, model=model)))
+        self.tell(Arrived(make(name, tokens, self.now_us, model=model, resume=resume)))
 
     @precondition(lambda self: self.alive())
     @rule(data=st.data())
@@ -166,6 +171,16 @@ class CoreMachine(RuleBasedStateMachine):
     @rule()
     def free(self) -> None:
         self.free_stopped()
+
+    @precondition(lambda self: self.alive())
+    @rule(data=st.data())
+    def recall(self, data: st.DataObject) -> None:
+        self.tell(Recall(data.draw(st.sampled_from(self.alive()))))
+
+    @precondition(lambda self: any(it.preempted for it in self.running.values()))
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        self.yield_up(data.draw(st.sampled_from(self.yielding())))
 
     @rule(data=st.data(), tokens=st.integers(0, 900))
     def report(self, data: st.DataObject, tokens: int) -> None:
@@ -226,6 +241,11 @@ class CoreMachine(RuleBasedStateMachine):
             case Dispatch():
                 assert name not in self.running, "one attempt at a time"
                 self.running[name] = Attempt(decision)
+            case Preempt():
+                assert not self.running[name].preempted, "no victim is chosen twice"
+                assert not self.running[name].stopped
+                assert decision.job.resume is not Resume.UNTIL_SHOWN or not self.shown(name)
+                self.running[name].preempted = True
             case Cancel():
                 assert not self.running[name].stopped
                 self.running[name].stopped = True
@@ -251,6 +271,20 @@ class CoreMachine(RuleBasedStateMachine):
             del self.running[name]
             self.ended[name] = "left"
             self.tell(Freed(name))
+
+    def yield_up(self, name: str) -> None:
+        """Its legs are closed; a client may have left meanwhile."""
+        attempt = self.running.pop(name)
+        kept = attempt.generated if attempt.job.resume is Resume.EXACT else 0
+        if attempt.stopped:
+            self.ended[name] = "left"
+        self.tell(Preempted(name, kept, attempt.generated - kept))
+
+    def yielding(self) -> list[str]:
+        return sorted(name for name, it in self.running.items() if it.preempted)
+
+    def shown(self, name: str) -> bool:
+        return self.running[name].generated > 0
 
     def alive(self) -> list[str]:
         return sorted(
@@ -323,7 +357,9 @@ class CoreMachine(RuleBasedStateMachine):
             self.tell(WorkerGone(name), WorkerUp(WORKERS[name]))
         for _ in range(10_000):
             self.free_stopped()
-            if self.running:
+            if names := self.yielding():
+                self.yield_up(names[0])
+            elif self.running:
                 self.end(self.running[min(self.running)])
             elif self.alarm_us is not None:
                 self.ring()

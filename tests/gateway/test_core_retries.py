@@ -282,6 +282,19 @@ def test_an_old_job_that_ends_does_not_admit_a_second_trial() -> None:
     assert talk.say(Freed("old")) == []
 
 
+def test_a_job_whose_trial_had_its_verdict_does_not_admit_a_second_trial_later() -> None:
+    talk = Talk(pair(), ONE_STRIKE)
+    open_breaker(talk)
+    talk.arrive(offline("a"))
+    talk.sleep()
+    talk.say(PrefillDone("a"), FirstToken("a"))
+    open_breaker(talk)
+    talk.arrive(offline("b"), offline("c"))
+    assert talk.sleep() == [("go", "b", "p", "d")]
+    talk.say(Left("a"))
+    assert talk.say(Freed("a")) == []
+
+
 def test_an_event_at_the_time_of_the_alarm_does_not_swallow_it() -> None:
     """The driver moves its one timer whenever it is told to: what was due must be done then."""
     talk = Talk(pair(), ONE_STRIKE)

@@ -67,6 +67,13 @@ def test_a_draining_server_that_is_announced_again_is_back() -> None:
     assert talk.say(WorkerUp(decode())) == [("go", "a", "p", "d")]
 
 
+def test_a_draining_server_that_is_wanted_back_takes_what_waits() -> None:
+    talk = Talk(pair())
+    talk.say(WorkerDraining("d"))
+    talk.arrive(offline("a"))
+    assert talk.say(WorkerDraining("d", draining=False)) == [("go", "a", "p", "d")]
+
+
 def test_when_the_last_server_is_taken_off_what_waits_is_told_so() -> None:
     talk = Talk(one_at_a_time())
     talk.arrive(online("a"), online("b"), offline("c"))

@@ -17,6 +17,8 @@ from policies.events import (
     Finished,
     Freed,
     Left,
+    Preempted,
+    Recall,
     Reject,
 )
 from policies.types import Job
@@ -35,6 +37,11 @@ class Scripted:
 
     def start(self, dispatch: Dispatch) -> None:
         self.told.append(("start", dispatch.job.id))
+
+    def preempt(self, job: Job) -> None:
+        self.told.append(("preempt", job.id))
+        if self.post is not None:
+            self.post(Preempted(job.id, 5))
 
     def stop(self, job: Job) -> None:
         self.told.append(("stop", job.id))
@@ -120,6 +127,18 @@ def test_every_decision_is_seen_with_its_time(stage: Callable[..., Stage]) -> No
     assert [(us, type(it)) for us, it in seen] == [(1_500_000, Dispatch)]
 
 
+def test_a_preempted_job_is_stopped_and_then_started_again(stage: Callable[..., Stage]) -> None:
+    clock, driver, backend, seen = stage()
+    driver.post(Arrived(online("a")))
+    clock.run(0.0)
+    driver.post(Recall("a"))
+    clock.run(0.0)
+    assert backend.told == [("start", "a"), ("preempt", "a"), ("start", "a")]
+    last = seen[-1][1]
+    assert isinstance(last, Dispatch)
+    assert (last.job.prompt_tokens, last.job.max_tokens) == (105, 95)
+
+
 class Clumsy(Scripted):
     """Cannot start one of the jobs."""
 
@@ -141,3 +160,21 @@ def test_a_decision_that_cannot_be_carried_out_leaves_no_job_behind() -> None:
     driver.post(Finished("b", 1))
     clock.run()
     assert len(core) == 0
+
+
+class Stubborn(Scripted):
+    """Cannot preempt."""
+
+    def preempt(self, job: Job) -> None:
+        raise ValueError("a bug")
+
+
+def test_a_preemption_that_cannot_be_carried_out_leaves_no_job_behind() -> None:
+    clock, backend = VirtualClock(), Stubborn()
+    core = Core(RULES, pair())
+    driver = Driver(core, clock, backend)
+    driver.post(Arrived(online("a")))
+    clock.run(0.0)
+    driver.post(Recall("a"))
+    clock.run(0.0)
+    assert backend.told == [("start", "a"), ("start", "a")]

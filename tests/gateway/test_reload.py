@@ -214,6 +214,8 @@ async def test_a_running_stream_that_is_aborted_ends_in_its_servers_words(path: 
         assert told.events[-1] == "[DONE]"
         assert "abort" in str(told.events[-2])
         assert told.took_s < 1.0
+        (line,) = site.lines
+        assert (line["rid"], line["outcome"]) == ("mine", "request_cancelled")
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])

@@ -118,18 +118,6 @@ async def test_text_becomes_tokens_and_text_again(prefix: str) -> None:
         assert text.body["text"] == "hello there"
 
 
-async def test_embeddings_come_from_a_unified_server() -> None:
-    async with standing(ALL) as site:
-        told = await site.ask("/v1/embeddings", {"input": ["a", "b"], "model": "emulated"})
-        assert [entry["index"] for entry in told.body["data"]] == [0, 1]
-
-
-async def test_embeddings_without_a_unified_server_are_refused() -> None:
-    async with standing() as site:
-        told = await site.ask("/v1/embeddings", {"input": "a"})
-        assert (told.status, told.code) == (503, "no_worker")
-
-
 async def test_metrics_can_be_parsed_and_count_what_was_served() -> None:
     async with standing() as site:
         await site.ask("/generate", generate(5))
@@ -155,8 +143,9 @@ async def test_servers_are_listed_added_drained_and_removed() -> None:
         await site.until("it is up", lambda: site.core.ledgers[name].up)
         assert await roles(site) == {"p1": "prefill", "d1": "decode", name: "unified"}
         assert (await site.ask(f"/workers/{name}/drain", b"")).status == 202
-        drained = {w["id"]: w["draining"] for w in (await site.get("/workers")).body["workers"]}
-        assert drained == {"p1": False, "d1": False, name: True}
+        assert await draining(site) == [name]
+        assert (await site.ask(f"/workers/{name}/undrain", b"")).body["status"] == "serving"
+        assert await draining(site) == []
         address = server.url.replace(":", "%3A").replace("/", "%2F")
         assert (await site.ask(f"/workers/{address}", b"", method="DELETE")).status == 202
         assert await roles(site) == {"p1": "prefill", "d1": "decode"}
@@ -170,6 +159,11 @@ async def test_a_server_that_never_answers_is_listed_and_can_be_removed() -> Non
         assert [w["is_healthy"] for w in listed if w["id"] == "typo"] == [False]
         assert (await site.ask("/workers/typo", b"", method="DELETE")).status == 202
         assert "typo" not in await roles(site)
+
+
+async def draining(site: Site) -> list[str]:
+    listed = (await site.get("/workers")).body["workers"]
+    return [worker["id"] for worker in listed if worker["draining"]]
 
 
 async def roles(site: Site) -> dict[str, str]:
@@ -314,6 +308,11 @@ async def test_the_official_client_reads_the_responses_route() -> None:
         whole = await client.responses.create(model="emulated", input="Hi", max_output_tokens=6)
         assert whole.status == "incomplete"  # its limit has cut it off
         assert whole.output_text
+        async with client.responses.stream(model="emulated", input="Hi") as events:
+            told = [event async for event in events]
+            final = await events.get_final_response()
+        text = "".join(e.delta for e in told if e.type == "response.output_text.delta")
+        assert (final.status, final.output_text) == ("completed", text)
 
 
 @pytest.mark.real_time

@@ -7,7 +7,7 @@ import pytest
 
 from gateway import serve
 from gateway.__main__ import main
-from gateway.config import Config
+from gateway.config import Config, WorkerEntry
 from gateway.settings import ConfigError
 from policies.types import Pool, Role
 
@@ -104,7 +104,7 @@ def test_two_flags_that_name_one_server_are_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[policies]\norder = 'best'", "policies.order must be one of ['edf', 'fcfs'], got 'best'"),
+        ("[policies]\norder = 'best'", "policies.order must be one of ['edf', 'fcfs', 'hrrn',"),
         ("[server]\nprot = 1", "unknown key server.prot, expected one of ['admin_key',"),
         ("[limits]\nmax_queued = 0", "limits.max_queued must be at least 1, got 0"),
     ],
@@ -129,3 +129,41 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
         main([command, "--help"])
     assert end.value.code == 0
     assert f"usage: slackwater {command}" in capsys.readouterr().out
+
+
+EMULATED = (WorkerEntry(url="http://127.0.0.1:1", name="made-up"),)
+A_SERVER = '[[worker]]\nurl = "http://file:1"\n'
+
+
+def given(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "urls", "is_emulated"),
+    [("", ["http://127.0.0.1:1"], True), (A_SERVER, ["http://file:1"], False)],
+)
+def test_the_emulated_servers_stand_in_for_as_long_as_the_file_names_none(
+    text: str, urls: list[str], *, is_emulated: bool, tmp_path: Path
+) -> None:
+    reading = serve._read_or_emulate(given("--config", written(tmp_path, text)), EMULATED)
+    assert [worker.url for worker in reading.config.worker] == urls
+    assert reading.is_emulated is is_emulated
+
+
+@pytest.mark.parametrize(("text", "hidden"), [("", False), (A_SERVER, True)])
+def test_flags_that_hide_the_files_servers_are_told_of(
+    text: str, *, hidden: bool, tmp_path: Path
+) -> None:
+    words = ("--config", written(tmp_path, text), "--worker-urls", "http://flag:1")
+    assert serve._read(given(*words)).flags_hide_workers is hidden
+
+
+def test_a_started_fleet_stands_beside_the_servers_of_the_file(tmp_path: Path) -> None:
+    reading = serve._read_beside(given("--config", written(tmp_path, A_SERVER)), EMULATED)
+    assert [worker.url for worker in reading.config.worker] == [
+        "http://127.0.0.1:1",
+        "http://file:1",
+    ]

@@ -10,7 +10,7 @@ STEPS = st.lists(st.sampled_from(["fail", "succeed", "try", "shrug", "wait"]), m
 
 
 def played(steps: list[str]) -> tuple[Breaker, int]:
-    breaker, now_us = Breaker(RULE), 1
+    breaker, now_us, trial = Breaker(RULE), 1, 0
     for step in steps:
         match step:
             case "fail":
@@ -18,9 +18,9 @@ def played(steps: list[str]) -> tuple[Breaker, int]:
             case "succeed":
                 breaker.succeeded()
             case "try" if breaker.allows(now_us):
-                breaker.try_out()
+                trial = breaker.try_out()
             case "shrug":
-                breaker.gave_no_verdict()
+                breaker.gave_no_verdict(trial)
             case _:
                 now_us += 70
     return breaker, now_us
@@ -94,3 +94,16 @@ def test_its_state_can_be_read() -> None:
     breaker.try_out()
     assert "half-open" in repr(breaker)
     assert "closed" in repr(Breaker(RULE))
+
+
+def test_a_trial_that_has_its_verdict_does_not_end_a_later_one() -> None:
+    breaker = opened()
+    first = breaker.try_out()
+    breaker.succeeded()
+    for _ in range(3):
+        breaker.failed(200)
+    second = breaker.try_out()
+    breaker.gave_no_verdict(first)
+    assert not breaker.allows(1_000)
+    breaker.gave_no_verdict(second)
+    assert breaker.allows(1_000)

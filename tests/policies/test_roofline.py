@@ -31,7 +31,7 @@ from policies.roofline import (
 )
 from policies.shipped import SHIPPED
 
-MODELS = ["Llama-3.1-8B", "Llama-3.1-70B", "Qwen3-30B-A3B", "DeepSeek-V3", "Qwen2.5-7B"]
+MODELS = ["Llama-3.1-8B", "Llama-3.1-70B", "Qwen3-30B-A3B", "DeepSeek-V3", "Qwen2.5-14B"]
 DEVICE_NAMES = sorted(DEVICES)
 
 
@@ -207,7 +207,8 @@ def test_tensor_parallelism_shards_weights_but_not_a_compressed_cache() -> None:
 
 
 def test_a_device_holds_at_least_one_head() -> None:
-    assert cost_of("Qwen2.5-7B", tp=8).kv_device_bytes_per_token == pytest.approx(28 * 2 * 128 * 2)
+    kv_bytes = cost_of("Qwen3-30B-A3B", tp=8).kv_device_bytes_per_token
+    assert kv_bytes == pytest.approx(48 * 2 * 128 * 2)
 
 
 def test_attention_by_replica_leaves_each_device_its_own_cache_and_merges_the_rest() -> None:
@@ -226,6 +227,12 @@ def test_attention_by_replica_leaves_each_device_its_own_cache_and_merges_the_re
 def test_impossible_spreads_are_refused(tp: int, dp: int, merged: bool) -> None:  # noqa: FBT001
     with pytest.raises(ValueError, match="dp"):
         Parallel(tp=tp, dp=dp, dp_attention=merged)
+
+
+def test_heads_that_a_spread_would_cut_are_refused() -> None:
+    constants = lookup(SHIPPED, "h100", ANY, 0)
+    with pytest.raises(ValueError, match="32 heads cannot be shared by tp 3"):
+        build(model_named("Llama-3.1-8B"), device_named("h100"), constants, Parallel(tp=3))
 
 
 def test_a_cache_in_fp8_is_half_as_large() -> None:

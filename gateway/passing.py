@@ -1,0 +1,259 @@
+"""The routes that servers answer: which one is asked, and what is said when none can."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+from urllib.parse import unquote
+
+import orjson
+from aiohttp import hdrs, web
+
+from backends.fetch import Answer, fetch
+from backends.http import HttpError, Reason
+from backends.sglang import Server, Sglang
+from gateway.core import Core
+from gateway.errors import ApiError, Code
+from gateway.front import Front
+from gateway.router import REQUEST_ID, Route
+from gateway.trial import Route as Way
+from gateway.trial import try_out
+from policies.clock import Clock
+from policies.types import Role
+
+_ANY_SERVER = (
+    "/v1/tokenize",
+    "/tokenize",
+    "/v1/detokenize",
+    "/detokenize",
+    "/v1/messages/count_tokens",
+    "/parse_function_call",
+    "/separate_reasoning",
+)
+_UNIFIED_SERVER = (
+    "/v1/embeddings",
+    "/v1/rerank",
+    "/v1/score",
+    "/v1/classify",
+    "/classify",
+    "/encode",
+)
+_INFO = ("/get_model_info", "/model_info", "/get_server_info", "/server_info")
+_MODELS = "/v1/models"
+_READ_TIMEOUT_S = 5.0
+_WORK_TIMEOUT_S = 120.0
+_FLUSH_TIMEOUT_S = 30.0
+_TOKEN_TIMEOUT_S = 20.0
+"""As long as SGLang's own /health_generate waits for a token."""
+_NOT_SENT = frozenset({Reason.CONNECT, Reason.CONNECT_TIMEOUT})
+
+
+class Passing:
+    """Asks servers what the gateway cannot know. A scheduler need not see these calls."""
+
+    def __init__(
+        self, front: Front, core: Core, backend: Sglang, clock: Clock, rng: Random
+    ) -> None:
+        self._front = front
+        self._core = core
+        self._backend = backend
+        self._clock = clock
+        self._rng = rng
+        self._turn = asyncio.Lock()
+        self._tried_s = 0.0
+        self._trouble = ""
+
+    def routes(self) -> list[Route]:
+        return [
+            ("GET", _MODELS, self.models),
+            ("GET", f"{_MODELS}/*", self.model),
+            *(("GET", path, self.info) for path in _INFO),
+            *(("POST", path, self.pass_any) for path in _ANY_SERVER),
+            *(("POST", path, self.pass_unified) for path in _UNIFIED_SERVER),
+        ]
+
+    # Reading.
+
+    async def models(self, _: web.BaseRequest) -> web.Response:
+        return _json({"object": "list", "data": list((await self._cards()).values())})
+
+    async def model(self, request: web.BaseRequest) -> web.Response:
+        named = unquote(request.path.removeprefix(f"{_MODELS}/"))
+        cards = await self._cards()
+        if named in cards:
+            return _json(cards[named])
+        if not cards:
+            raise _unavailable("no server is available that could name its models")
+        known = ", ".join(sorted(cards))
+        message = f"the model {named!r} is not served here; known: {known}"
+        raise ApiError(Code.UNKNOWN_MODEL, message, param="model")
+
+    async def _cards(self) -> dict[str, Any]:
+        """The models of all servers, each once, in the words of the first that has it."""
+        known: dict[str, Any] = {}
+        for server in self._usable():
+            try:
+                path = _MODELS.encode()
+                answer = await fetch(server.upstream, b"GET", path, timeout_s=_READ_TIMEOUT_S)
+                for card in orjson.loads(answer.body)["data"] if answer.status == 200 else ():
+                    known.setdefault(card["id"], card)
+            except (HttpError, ValueError, KeyError, TypeError):
+                continue
+        return known
+
+    async def info(self, request: web.BaseRequest) -> web.Response:
+        """The first server that answers: a question is asked again without harm."""
+        trouble: HttpError | None = None
+        for server in self._usable():
+            try:
+                path = request.path_qs.encode()
+                answer = await fetch(server.upstream, b"GET", path, timeout_s=_READ_TIMEOUT_S)
+            except HttpError as error:
+                trouble = error
+            else:
+                return _passed_on(request, answer)
+        raise _unavailable("no server is available") if trouble is None else _failed(trouble)
+
+    # Work.
+
+    async def pass_any(self, request: web.BaseRequest) -> web.Response:
+        body = await self._front.body_of(request)
+        return await self._pass(request, self._of_model(self._usable(), body), body)
+
+    async def pass_unified(self, request: web.BaseRequest) -> web.Response:
+        body = await self._front.body_of(request)
+        roles = {ledger.worker.role for ledger in self._core.ledgers.values()}
+        if roles and Role.UNIFIED not in roles:
+            raise ApiError(
+                Code.NEEDS_UNIFIED_SERVER,
+                f"{request.path} needs a unified server: prefill and decode servers do not "
+                "answer it, and the gateway has no other",
+            )
+        servers = [s for s in self._usable() if s.worker.role is Role.UNIFIED]
+        return await self._pass(request, self._of_model(servers, body), body)
+
+    def _of_model(self, servers: list[Server], body: bytes) -> list[Server]:
+        """Another model's server would answer with another model's tokens."""
+        try:
+            named = orjson.loads(body).get("model")
+        except (orjson.JSONDecodeError, AttributeError):
+            return servers  # whoever reads it says what is wrong with it
+        if not isinstance(named, str) or not (model := self._front.model_of(named)):
+            return servers
+        return [server for server in servers if server.worker.model in ("", model)]
+
+    async def _pass(
+        self, request: web.BaseRequest, servers: Sequence[Server], body: bytes
+    ) -> web.Response:
+        """Work that may have begun at one server is not given to another, too."""
+        trouble: HttpError | None = None
+        for server in servers:
+            try:
+                path = request.path.encode()
+                answer = await fetch(
+                    server.upstream, b"POST", path, body, timeout_s=_WORK_TIMEOUT_S
+                )
+            except HttpError as error:
+                if error.reason not in _NOT_SENT:
+                    raise _failed(error) from None
+                trouble = error
+            else:
+                return _passed_on(request, answer)
+        if trouble is None:
+            raise _unavailable(f"no server that could answer {request.path} is available")
+        raise _failed(trouble)
+
+    # What operators and load balancers ask for.
+
+    async def flush(self, request: web.BaseRequest) -> web.Response:
+        """All servers forget their cached prefixes; SGLang refuses while something runs there."""
+        servers = sorted(self._backend.servers(), key=lambda server: server.name)
+        refused = [
+            f"{server.name}: {trouble}"
+            for server in servers
+            if (trouble := await self._flush(server, request.path_qs.encode()))
+        ]
+        if refused:
+            done = len(servers) - len(refused)
+            message = f"{done} of {len(servers)} servers flushed; {'; '.join(refused)}"
+            raise ApiError(Code.UPSTREAM_REJECTED, message)
+        if not servers:
+            raise _unavailable("there is no server to flush")
+        return web.Response(text=f"Cache flushed on {len(servers)} servers.\n")
+
+    @staticmethod
+    async def _flush(server: Server, path: bytes) -> str:
+        """What is in the way; nothing, if it is done."""
+        try:
+            answer = await fetch(server.upstream, b"POST", path, timeout_s=_FLUSH_TIMEOUT_S)
+        except HttpError as error:
+            return str(error)
+        said = answer.body.decode(errors="replace").strip()
+        return "" if answer.status == 200 else said or f"status {answer.status}"
+
+    async def generates(self, _: web.BaseRequest) -> web.Response:
+        """Whether a token comes out, as SGLang's page of this name tells.
+
+        Many may ask at once: those that wait for a trial share the next one.
+        """
+        asked_s = self._clock.time()
+        async with self._turn:
+            if self._tried_s < asked_s:
+                self._tried_s = self._clock.time()
+                self._trouble = await self._try_out()
+            trouble = self._trouble
+        return web.Response(status=503 if trouble else 200, text=trouble or "OK")
+
+    async def _try_out(self) -> str:
+        way = self._way()
+        if way is None:
+            return "no server is available"
+        rid, room = f"health-{self._rng.getrandbits(64):016x}", self._rng.getrandbits(62) + 1
+        return (await try_out(way, rid, room, _TOKEN_TIMEOUT_S, self._clock)).error
+
+    def _way(self) -> Way | None:
+        """The least busy pair, or unified server."""
+        usable = self._usable()
+        for server in usable:
+            if server.worker.role is Role.UNIFIED:
+                return Way(prefill=None, decode=server)
+            if server.worker.role is Role.PREFILL:
+                models = ("", server.worker.model)
+                for other in usable:
+                    is_decode = other.worker.role is Role.DECODE
+                    if is_decode and (other.worker.model in models or not server.worker.model):
+                        return Way(prefill=server, decode=other)
+        return None
+
+    def _usable(self) -> list[Server]:
+        """Least busy first."""
+        now_us, ledgers = self._backend.now_us(), self._core.ledgers
+        # The core hears a little later than the backend that a server has come or gone.
+        known = [(ledgers[s.name], s) for s in self._backend.servers() if s.name in ledgers]
+        usable = [(ledger, server) for ledger, server in known if ledger.usable(now_us)]
+        usable.sort(key=lambda pair: (pair[0].decodes + pair[0].prefills, pair[1].name))
+        return [server for _, server in usable]
+
+
+def _passed_on(request: web.BaseRequest, answer: Answer) -> web.Response:
+    headers: dict[str, str] = {hdrs.CONTENT_TYPE: answer.content_type or "application/json"}
+    request_id = request.headers.get(REQUEST_ID, "")
+    if request_id.isascii() and request_id.isprintable() and request_id:
+        headers[REQUEST_ID] = request_id
+    return web.Response(body=answer.body, status=answer.status, headers=headers)
+
+
+def _failed(trouble: HttpError) -> ApiError:
+    late = trouble.reason is Reason.TIMEOUT
+    code = Code.UPSTREAM_TIMEOUT if late else Code.UPSTREAM_FAILED
+    return ApiError(code, str(trouble), retry_after_s=1)
+
+
+def _unavailable(message: str) -> ApiError:
+    return ApiError(Code.WORKERS_UNAVAILABLE, message, retry_after_s=1)
+
+
+def _json(value: object) -> web.Response:
+    return web.Response(body=orjson.dumps(value), content_type="application/json")

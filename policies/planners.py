@@ -1,0 +1,105 @@
+"""Dynamo's two planners as they are printed: what a ratio policy is measured against."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from policies.demand import Demand, Fleet
+from policies.ratio import (
+    Memory,
+    Plan,
+    Why,
+    holds,
+    tpot_correction,
+    ttft_correction,
+    within_budget,
+)
+from policies.sizing import largest_batch
+
+AHEAD = 3
+"""Intervals that the trend looks ahead, and that a new decode server is spared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DynLoad:
+    """Thresholds on queues and memory, one step at a time."""
+
+    queue_low: float = 0.2
+    queue_high: float = 5.0
+    kv_low: float = 0.5
+    kv_high: float = 0.9
+    waiting_kv: float = 0.02
+    """What each prompt that waits adds to the use of memory."""
+
+    def next(
+        self, memory: Memory, demand: Demand, fleet: Fleet, now_us: int
+    ) -> tuple[Memory, Plan]:
+        queue = demand.waiting / max(1, fleet.prefills)
+        kv_use = demand.kv_use + self.waiting_kv * demand.waiting / max(1, fleet.decodes)
+        series = (*memory.series, (queue, kv_use))[-AHEAD:]
+        grace = max(0, memory.grace - 1)
+        prefills = fleet.prefills + self._prefill_step(series, queue)
+        decodes = fleet.decodes
+        if kv_use > self.kv_high:
+            decodes, grace = decodes + 1, AHEAD
+        elif kv_use < self.kv_low and not grace:
+            decodes -= 1
+        terms = {"queue": queue, "kv_use": kv_use}
+        plan = self._clamped(prefills, decodes, fleet, terms)
+        return replace(memory, series=series, grace=grace), plan
+
+    def _prefill_step(self, series: tuple[tuple[float, float], ...], queue: float) -> int:
+        if queue < self.queue_low:
+            return -1
+        trend = (series[-1][0] - series[0][0]) / max(1, len(series) - 1)
+        return 1 if queue > self.queue_high and queue + AHEAD * trend > self.queue_high else 0
+
+    @staticmethod
+    def _clamped(prefills: int, decodes: int, fleet: Fleet, terms: dict[str, float]) -> Plan:
+        """What the budget has no room for is left; a fixed fleet only exchanges."""
+        prefills, decodes = max(1, prefills), max(1, decodes)
+        if not fleet.is_elastic:
+            up = prefills - fleet.prefills
+            down = decodes - fleet.decodes
+            if up * down >= 0:
+                return holds(fleet, Why.TREND, terms)
+            return Plan(prefills=prefills, decodes=decodes, why=Why.TREND, terms=terms)
+        limit = fleet.limit_gpus
+        if prefills * fleet.prefill.gpus + decodes * fleet.decode.gpus > limit:
+            decodes = min(decodes, fleet.decodes)
+        if prefills * fleet.prefill.gpus + decodes * fleet.decode.gpus > limit:
+            prefills = min(prefills, fleet.prefills)
+        return Plan(prefills=prefills, decodes=decodes, why=Why.TREND, terms=terms)
+
+
+@dataclass(frozen=True, slots=True)
+class DynSla:
+    """Throughput of a profile at the forecast load, corrected by what was seen."""
+
+    def next(
+        self, memory: Memory, demand: Demand, fleet: Fleet, now_us: int
+    ) -> tuple[Memory, Plan]:
+        flow = demand.expected
+        if not flow.prompt.mean or not flow.answer.mean:
+            return memory, holds(fleet, Why.UNKNOWN)
+        isl, osl = flow.prompt.mean, flow.answer.mean
+        context = max(1, round(isl + osl / 2))
+        prefill_time_s = fleet.prefill.cost.prefill_one(max(1, round(isl))).seconds
+        prefill_each = isl / prefill_time_s / fleet.prefill.gpus
+        late, slow = ttft_correction(demand, fleet), tpot_correction(demand, fleet, context)
+        allowed_s = demand.targets.tpot_s / slow
+        limit = largest_batch(fleet.decode.cost, context, allowed_s, fleet.decode.kv_tokens)
+        count = max(1, min(limit.count, fleet.decode.max_running))
+        step_time_s = fleet.decode.cost.decode(count, count * context).seconds
+        decode_each = count / step_time_s / fleet.decode.gpus
+        prompts, answers = flow.rate_per_s * isl * min(1.0, late), flow.rate_per_s * osl
+        terms = {
+            "prefill_tokens_per_s_per_gpu": prefill_each,
+            "decode_tokens_per_s_per_gpu": decode_each,
+            "ttft_factor": late,
+            "tpot_factor": slow,
+        }
+        prefills = math.ceil(prompts / prefill_each / fleet.prefill.gpus)
+        decodes = math.ceil(answers / decode_each / fleet.decode.gpus)
+        return memory, within_budget(prefills, decodes, fleet, Why.RATIO, terms)

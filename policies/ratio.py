@@ -1,0 +1,355 @@
+"""How many servers prefill and how many decode: the ratio policies, and the plan they return."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Protocol
+
+from policies.capacity import (
+    FULLEST,
+    Prefilling,
+    decode_rate,
+    mean_context,
+    prefill_rate,
+    prefill_share_s,
+)
+from policies.demand import Demand, Fleet
+from policies.sizing import greatest
+
+DOPD_KV_BLOCKS, DOPD_BLOCK_TOKENS = 2040, 128
+"""Constants of the published code: Llama-70B FP8, tp 2 on H100, 96 % of the memory."""
+DOPD_IDLE_S = 50.0
+
+
+class Why(StrEnum):
+    """Why a plan is as it is; it reaches the log and the metrics."""
+
+    FIXED = "fixed"
+    HOLDS = "holds"
+    MOVING = "moves_under_way"
+    DWELL = "dwell"
+    IDLE = "idle"
+    UNKNOWN = "nothing_known"
+    CHANGED = "fleet_changed"
+    SHORT_OF_PREFILL = "short_of_prefill"
+    SHORT_OF_DECODE = "short_of_decode"
+    SHORT_OF_BOTH = "short_of_both"
+    SPARE = "spare"
+    RATIO = "ratio"
+    TREND = "trend"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The servers of each role that are wanted, never none."""
+
+    prefills: int
+    decodes: int
+    why: Why
+    terms: Mapping[str, float] = field(default_factory=dict)
+    """What the decision was computed from, for whoever asks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What a policy keeps between two looks."""
+
+    changed_us: int | None = None
+    """When it last wanted another fleet."""
+    calm_since_us: int | None = None
+    """Since when fewer servers would have been enough."""
+    calm: tuple[int, int] = (0, 0)
+    """The most servers of each role that were needed in that time."""
+    seen: tuple[int, int] = (0, 0)
+    """The fleet at the last look."""
+    series: tuple[tuple[float, float], ...] = ()
+    """Loads of the last looks, for trends."""
+    grace: int = 0
+    """Looks for which a new decode server is spared."""
+
+
+class Ratio(Protocol):
+    """Asked at every look; it returns what it wants to remember."""
+
+    def next(
+        self, memory: Memory, demand: Demand, fleet: Fleet, now_us: int
+    ) -> tuple[Memory, Plan]: ...
+
+
+def holds(fleet: Fleet, why: Why, terms: Mapping[str, float] | None = None) -> Plan:
+    return Plan(
+        prefills=max(1, fleet.prefills),
+        decodes=max(1, fleet.decodes),
+        why=why,
+        terms=terms or {},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Static:
+    """The fleet as it is."""
+
+    def next(
+        self, memory: Memory, demand: Demand, fleet: Fleet, now_us: int
+    ) -> tuple[Memory, Plan]:
+        return memory, holds(fleet, Why.FIXED)
+
+
+@dataclass(frozen=True, slots=True)
+class Dopd:
+    """DOPD as its code has it: a count of one interval stands for concurrency, N_P ignores N_D."""
+
+    def next(
+        self, memory: Memory, demand: Demand, fleet: Fleet, now_us: int
+    ) -> tuple[Memory, Plan]:
+        seen = (fleet.prefills, fleet.decodes)
+        changed = memory.seen not in ((0, 0), seen)
+        memory = replace(memory, seen=seen)
+        if changed:
+            return memory, holds(fleet, Why.CHANGED)
+        if demand.idle_s > DOPD_IDLE_S and fleet.is_elastic:
+            return memory, Plan(prefills=1, decodes=1, why=Why.IDLE)
+        flow = demand.expected
+        if not flow.rate_per_s or not flow.answer.mean or not flow.prompt.mean:
+            return memory, holds(fleet, Why.UNKNOWN)
+        prefills, decodes, terms = self._wanted(demand, fleet)
+        return memory, within_budget(prefills, decodes, fleet, Why.RATIO, terms)
+
+    def _wanted(self, demand: Demand, fleet: Fleet) -> tuple[int, int, dict[str, float]]:
+        flow = demand.expected
+        isl, osl = flow.prompt.mean, flow.answer.mean
+        context = isl + osl / 2
+        most = max(1, DOPD_KV_BLOCKS // math.ceil(context / DOPD_BLOCK_TOKENS))
+        prefill_time_s = fleet.prefill.cost.prefill_one(max(1, round(isl))).seconds
+        corrected = tpot_correction(demand, fleet, context)
+        step_time_s = fleet.decode.cost.decode(most, round(most * context)).seconds * corrected
+        ratio = most * prefill_time_s / (osl * step_time_s)
+        requests = flow.rate_per_s * demand.interval_s
+        terms = {"ratio": ratio, "batch": most, "requests": requests, "tpot_factor": corrected}
+        return math.ceil(ratio), math.ceil(requests / most), terms
+
+
+def tpot_correction(demand: Demand, fleet: Fleet, context: float) -> float:
+    """Dynamo's factor: the step as seen beside the one of the profile at that concurrency."""
+    if demand.tpot_s is None or demand.stay_s is None:
+        return 1.0
+    each = demand.expected.rate_per_s / max(1, fleet.decodes) * demand.stay_s
+    count = max(1, round(each))
+    profile_s = fleet.decode.cost.decode(count, round(count * context)).seconds
+    return demand.tpot_s / profile_s
+
+
+def ttft_correction(demand: Demand, fleet: Fleet) -> float:
+    if demand.ttft_s is None:
+        return 1.0
+    tokens = max(1, round(demand.expected.prompt.mean))
+    return demand.ttft_s / fleet.prefill.cost.prefill_one(tokens).seconds
+
+
+def within_budget(
+    prefills: int, decodes: int, fleet: Fleet, why: Why, terms: Mapping[str, float]
+) -> Plan:
+    """Scaled down as DOPD and Dynamo do; a fleet that cannot shrink gives the rest to decode."""
+    prefills, decodes = max(1, prefills), max(1, decodes)
+    each_p, each_d, limit = fleet.prefill.gpus, fleet.decode.gpus, fleet.limit_gpus
+    required = prefills * each_p + decodes * each_d
+    if required > limit or not fleet.is_elastic:
+        prefills = max(1, int(prefills * limit / required))
+        prefills = max(1, min(prefills, (limit - each_d) // each_p))
+        decodes = max(1, (limit - prefills * each_p) // each_d)
+    return Plan(prefills=prefills, decodes=decodes, why=why, terms=terms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """The fewest servers of each role that keep the targets, and what they follow from.
+
+    A role that no fleet within the budget has enough of needs one more than the budget has.
+    """
+
+    prefills: int
+    decodes: int
+    terms: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DopdPlus:
+    """DOPD repaired: Little's law, the cost model, both targets at the forecast's upper quantile.
+
+    Capacity is added as soon as it will be missing. It is taken away, or given to the other role,
+    only where the rest would bear `band` more than is expected, and has for `dwell_s`.
+    """
+
+    band: float = 0.2
+    """What another fleet must be better by."""
+    ahead: float = 0.05
+    """What is added bears so much more than is missing, so that noise does not add one by one."""
+    dwell_s: float = 300.0
+    """For so long fewer servers must have been enough."""
+    fullest_kv: float = 0.95
+    """Decode is short at once from here on."""
+    late_wait: float = 0.5
+    """Prefill is short at once when a prompt has waited this share of the TTFT target."""
+
+    def next(
+        self, memory: Memory, demand: Demand, fleet: Fleet, now_us: int
+    ) -> tuple[Memory, Plan]:
+        need = self.need(demand, fleet)
+        if need is None:
+            return replace(memory, calm_since_us=None), holds(fleet, Why.UNKNOWN)
+        if fleet.moving:
+            return replace(memory, calm_since_us=None), holds(fleet, Why.MOVING, need.terms)
+        memory, calm = self._calm(memory, demand, fleet, now_us)
+        plan = self._plan(memory, need, calm, demand, fleet, now_us)
+        if (plan.prefills, plan.decodes) != (fleet.prefills, fleet.decodes):
+            memory = replace(memory, changed_us=now_us, calm_since_us=None)
+        return memory, plan
+
+    def is_urgent(self, demand: Demand) -> bool:
+        """Whether to look again before the period is over."""
+        waits = demand.oldest_wait_s > self.late_wait * demand.targets.ttft_s
+        return waits or demand.kv_use > self.fullest_kv
+
+    def need(self, demand: Demand, fleet: Fleet, more: float = 1.0) -> Need | None:
+        """At `more` times the rate; None while nothing is known that could be reckoned with."""
+        flow = demand.online if demand.online.prompt.mean else demand.offline
+        if not flow.prompt.mean or not flow.answer.mean:
+            return None
+        rate = demand.online.rate_per_s * more
+        targets = demand.targets
+        prefilling = Prefilling.of(fleet.prefill, flow, targets)
+        decode_each = decode_rate(1, fleet.decode, flow, targets)
+        besides = self._besides_s(demand, fleet, prefilling.share_s)
+        most = max(fleet.prefills, fleet.limit_gpus // fleet.prefill.gpus)
+        prefills = least(
+            lambda n: (
+                prefilling.bears(n, rate) and rate * prefilling.share_s + besides <= FULLEST * n
+            ),
+            most,
+        )
+        wanted = rate / decode_each
+        if demand.offline.rate_per_s:
+            wanted += demand.offline.rate_per_s / decode_rate(
+                1, fleet.decode, demand.offline, targets
+            )
+        most = max(fleet.decodes, fleet.limit_gpus // fleet.decode.gpus)
+        decodes = max(1, math.ceil(min(wanted, most + 1)))
+        if demand.kv_use > self.fullest_kv and more == 1.0:
+            decodes = max(decodes, fleet.decodes + 1)
+        terms = {
+            "rate_per_s": rate,
+            "prefill_ms": 1e3 * prefilling.alone_s,
+            "prefill_rate_each": prefilling.rate(1),
+            "decode_rate_each": decode_each,
+            "context_tokens": mean_context(flow),
+            "need_prefills": prefills,
+            "need_decodes": decodes,
+        }
+        return Need(prefills=prefills, decodes=decodes, terms=terms)
+
+    @staticmethod
+    def _besides_s(demand: Demand, fleet: Fleet, share_s: float) -> float:
+        """Prefill servers that other work keeps busy: offline prompts, and what waits already.
+
+        What waits is worth more servers only where it is not done before they serve.
+        """
+        lead_s = fleet.switch_s + demand.interval_s
+        waiting = demand.waiting_tokens / max(1.0, demand.online.prompt.mean)
+        busy = waiting * share_s / lead_s
+        if demand.offline.rate_per_s and demand.offline.prompt.mean:
+            busy += demand.offline.rate_per_s * prefill_share_s(fleet.prefill, demand.offline)
+        return busy
+
+    def _calm(
+        self, memory: Memory, demand: Demand, fleet: Fleet, now_us: int
+    ) -> tuple[Memory, Need | None]:
+        """What would be enough for `band` more, and since when that has been less than there is."""
+        calm = self.need(demand, fleet, 1.0 + self.band)
+        if calm is None:
+            return memory, None
+        most = (calm.prefills, calm.decodes)
+        if memory.calm_since_us is not None:
+            most = (max(most[0], memory.calm[0]), max(most[1], memory.calm[1]))
+        if most[0] >= fleet.prefills and most[1] >= fleet.decodes:
+            return replace(memory, calm_since_us=None, calm=(0, 0)), calm
+        since_us = now_us if memory.calm_since_us is None else memory.calm_since_us
+        return replace(memory, calm_since_us=since_us, calm=most), calm
+
+    def _plan(
+        self,
+        memory: Memory,
+        need: Need,
+        calm: Need | None,
+        demand: Demand,
+        fleet: Fleet,
+        now_us: int,
+    ) -> Plan:
+        short_p, short_d = need.prefills - fleet.prefills, need.decodes - fleet.decodes
+        if short_p <= 0 and short_d <= 0:
+            return self._without_spare(memory, need, fleet, now_us)
+        why = Why.SHORT_OF_PREFILL if short_d <= 0 else Why.SHORT_OF_DECODE
+        why = Why.SHORT_OF_BOTH if short_p > 0 and short_d > 0 else why
+        need = self.need(demand, fleet, 1.0 + self.ahead) or need
+        prefills = fleet.prefills if short_p <= 0 else need.prefills
+        decodes = fleet.decodes if short_d <= 0 else need.decodes
+        short_p, short_d = prefills - fleet.prefills, decodes - fleet.decodes
+        if calm is not None and short_d <= 0:
+            decodes -= min(short_p, max(0, fleet.decodes - calm.decodes))
+        if calm is not None and short_p <= 0:
+            prefills -= min(short_d, max(0, fleet.prefills - calm.prefills))
+        wanted = prefills * fleet.prefill.gpus + decodes * fleet.decode.gpus
+        if wanted <= fleet.limit_gpus:
+            return Plan(prefills=max(1, prefills), decodes=max(1, decodes), why=why,
+                        terms=need.terms)  # fmt: skip
+        return self._best_split(need, demand, fleet, why)
+
+    def _without_spare(self, memory: Memory, need: Need, fleet: Fleet, now_us: int) -> Plan:
+        since_us = memory.calm_since_us
+        if not fleet.is_elastic or since_us is None:
+            return holds(fleet, Why.HOLDS, need.terms)
+        if now_us - since_us < self.dwell_s * 1e6:
+            return holds(fleet, Why.DWELL, need.terms)
+        return Plan(
+            prefills=max(1, min(fleet.prefills, memory.calm[0])),
+            decodes=max(1, min(fleet.decodes, memory.calm[1])),
+            why=Why.SPARE,
+            terms=need.terms,
+        )
+
+    def _best_split(self, need: Need, demand: Demand, fleet: Fleet, why: Why) -> Plan:
+        """Not enough for all: the split whose fuller role is least full, if it is worth a move."""
+        present = self.pressure(fleet.prefills, fleet.decodes, demand, fleet)
+        best, found = (present, 0, 0), (fleet.prefills, fleet.decodes)
+        for prefills in range(1, fleet.limit_gpus // fleet.prefill.gpus + 1):
+            left = fleet.limit_gpus - prefills * fleet.prefill.gpus
+            decodes = left // fleet.decode.gpus
+            if decodes < 1:
+                break
+            moves = abs(prefills - fleet.prefills)
+            pressure = self.pressure(prefills, decodes, demand, fleet)
+            if (pressure, moves, prefills) < best:
+                best, found = (pressure, moves, prefills), (prefills, decodes)
+        terms = {**need.terms, "pressure": present, "pressure_after": best[0]}
+        grows = sum(found) > fleet.prefills + fleet.decodes
+        if not grows and best[0] * (1 + self.band) > present:
+            return holds(fleet, Why.HOLDS, terms)
+        return Plan(prefills=found[0], decodes=found[1], why=why, terms=terms)
+
+    def pressure(self, prefills: int, decodes: int, demand: Demand, fleet: Fleet) -> float:
+        """The load of the fuller role beside what it bears; above 1 targets are missed."""
+        flow, targets = demand.online, demand.targets
+        rate = max(flow.rate_per_s, 1e-9)
+        lead_s = fleet.switch_s + demand.interval_s
+        waiting = demand.waiting_tokens / max(1.0, flow.prompt.mean) / lead_s
+        return max(
+            (rate + waiting) / max(prefill_rate(prefills, fleet.prefill, flow, targets), 1e-9),
+            rate / decode_rate(decodes, fleet.decode, flow, targets),
+        )
+
+
+def least(bears: Callable[[int], bool], most: int) -> int:
+    """The fewest servers that bear it, `most` + 1 where none do; whatever some bear, more do."""
+    return greatest(lambda count: not bears(count), 1, most) + 1
