@@ -29,6 +29,8 @@ from policies.events import (
 from policies.types import Job, Kind, Resume, Role, Worker
 
 _OVERLOADED = frozenset({429, 503})
+_PRIORITY = {Kind.ONLINE: 1, Kind.OFFLINE: 0}
+"""Read by servers that order by priority, and ignored by the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +278,7 @@ class SimulatedBackend:
             prompt=work.prompt,
             max_new_tokens=job.max_tokens,
             true_tokens=work.answer_tokens,
+            priority=_PRIORITY[job.kind],
             is_online=job.kind is Kind.ONLINE,
             arrived_s=job.arrival_us / 1e6,
             ttft_s=(job.deadline_us - job.arrival_us) / 1e6 if job.kind is Kind.ONLINE else 0.0,

@@ -572,9 +572,8 @@ class Core:
         return outlook_of(self._candidates(lane, kind, now_us), before, now_us)
 
     def _predicted_wait_us(self, lane: Lane, kind: Kind, now_us: int) -> int:
-        return predicted_wait_us(
-            self._candidates(lane, kind, now_us), lane.tokens_before(kind), now_us
-        )
+        candidates = self._candidates(lane, kind, now_us)
+        return predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
 
     def _reject(self, ticket: Ticket, reason: Reason, now_us: int) -> None:
         lane = self._lane(ticket.job.model)
