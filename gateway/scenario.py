@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -23,8 +22,18 @@ from backends.workload import (
     read_lengths,
     read_trace,
 )
-from gateway.config import Admission, BreakerSettings, Config, Limits, Policies, Retry
-from gateway.settings import ConfigError, bounded, decode, one_of
+from gateway.config import (
+    Admission,
+    BreakerSettings,
+    Classes,
+    Colocation,
+    Config,
+    Cost,
+    Limits,
+    Policies,
+    Retry,
+)
+from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
 from policies.packing import PACKING
 from policies.types import Kind, Pool, Role
 from policies.urgency import PREFILL_ORDER
@@ -225,6 +234,9 @@ class PolicyEntry:
     limits: Limits = field(default_factory=Limits)
     retry: Retry = field(default_factory=Retry)
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
+    cost: Cost = field(default_factory=Cost)
+    classes: Classes = field(default_factory=Classes)
+    colocation: Colocation = field(default_factory=Colocation)
 
     def config(self) -> Config:
         return Config(
@@ -233,6 +245,9 @@ class PolicyEntry:
             limits=self.limits,
             retry=self.retry,
             breaker=self.breaker,
+            cost=self.cost,
+            classes=self.classes,
+            colocation=self.colocation,
         )
 
 
@@ -340,13 +355,7 @@ class Plan:
 
 def load(path: Path, data: Path | None = None) -> Plan:
     """Reads the scenario, and with it every trace that it names."""
-    try:
-        table = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    scenario = decode(Scenario, table)
+    scenario = decode(Scenario, read_toml(path))
     return planned(scenario, data or path.parent / scenario.data)
 
 

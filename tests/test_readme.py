@@ -20,7 +20,7 @@ from gateway.config import Config, load, workers_of
 from gateway.core import Core, Rules
 from gateway.metrics import Metrics
 from gateway.settings import decode
-from policies.registry import ORDER, PLACE, POOLS
+from policies.registry import DISPLACE, ORDER, PLACE, POOLS
 from policies.types import Kind
 from tests import documents
 from tests.documents import CONFIG, EXAMPLE, README, ROOT, between, rows
@@ -71,7 +71,12 @@ def test_the_example_in_config_toml_is_a_fleet_once_its_comments_are_taken_away(
 
 def test_the_policies_are_those_of_the_registries() -> None:
     told = {tuple(code_names(" ".join(row[:2]))) for row in rows(section("Policies"))}
-    known: dict[str, Iterable[str]] = {"order": ORDER, "place": PLACE, "pools": POOLS}
+    known: dict[str, Iterable[str]] = {
+        "order": ORDER,
+        "displace": DISPLACE,
+        "place": PLACE,
+        "pools": POOLS,
+    }
     assert told == {(f"policies.{key}", name) for key, names in known.items() for name in names}
 
 
