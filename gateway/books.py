@@ -29,7 +29,9 @@ class Ticket:
         "displaced",
         "generated",
         "job",
+        "leaves",
         "looked_us",
+        "made",
         "preemptions",
         "prefill",
         "resumes",
@@ -51,6 +53,10 @@ class Ticket:
         self.preemptions = 0
         self.displaced = 0
         """How many of them were for a more urgent prompt."""
+        self.leaves = ""
+        """The server that it was pulled from: others with room come first."""
+        self.made = 0
+        """Tokens of its preempted attempts that were kept."""
         self.took = 0
         """Others that were taken off their servers for this one."""
         self.sent_us = self.told_us = self.looked_us = 0
@@ -93,6 +99,7 @@ class Ticket:
         self.release()
         self.job = continued(self.job, generated, now_us)
         self.resumes = self.resumes or generated > 0
+        self.made += generated
         self.preemptions += 1
         self.attempt -= 1
 
@@ -102,6 +109,7 @@ class Ticket:
         self.booked_prefill = prefill.uncached(job)
         self.booked_context, self.booked_reserved = job.prompt_tokens, reserved
         self.generated = self.told_us = 0
+        self.leaves = ""
         prefill.add_prefill(self.booked_prefill, now_us)
         decode.add_decode(self.booked_context, reserved)
         if job.kind is _OFFLINE:

@@ -14,7 +14,7 @@ from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
 from policies.colocation import Colocated
 from policies.pools import ByLatency, Pools, WithoutRelaxed
-from policies.preempt import AbortRule, ForSlack, GiveWay, Never
+from policies.preempt import AbortRule, ForSlack, GiveWay, Stay
 from policies.registry import DISPLACE, ORDER, PLACE, POOLS, PREEMPT
 from policies.retry import RetryRule
 from policies.steps import Costs
@@ -419,7 +419,7 @@ def _admit(config: Config) -> Admit:
 
 def _give_way(config: Config) -> GiveWay:
     if not _is_colocated(config) or PREEMPT[config.policies.preempt] is not ForSlack:
-        return Never()
+        return Stay()
     colocation = config.colocation
     return ForSlack(
         tpot_us=_us(config.classes.online.tpot_ms),

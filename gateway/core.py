@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from gateway.accounts import Accounts
 from gateway.agenda import Agenda, passed
 from gateway.books import Lane, Ticket
 from gateway.choice import (
@@ -13,7 +14,7 @@ from gateway.choice import (
     is_worth_a_wait,
     outlook_of,
     predicted_wait_us,
-    reopens_in_us,
+    unserved,
     without_failed,
 )
 from gateway.lifecycle import State, Step
@@ -51,8 +52,9 @@ from policies.events import (
 )
 from policies.ledger import Ledger
 from policies.order import NO_OUTLOOK, Outlook
+from policies.preempt import AbortBudget
 from policies.retry import RetryBudget, continued
-from policies.types import Job, Kind, Role, Worker
+from policies.types import Job, Kind, Pool, Role, Worker
 
 __all__ = ["Core", "Rules"]
 
@@ -83,6 +85,7 @@ class Core:
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
         self._all_look = False
+        self.accounts = Accounts()
         self._preemptor = Preemptor(rules.give_way, rules.aborts, self._take_off)
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
             Arrived: self._arrived,
@@ -128,6 +131,10 @@ class Core:
     @property
     def ledgers(self) -> dict[str, Ledger]:
         return self._fleet.ledgers
+
+    @property
+    def abort_budget(self) -> AbortBudget:
+        return self._preemptor.budget
 
     @property
     def retry_budget_tokens(self) -> float:
@@ -195,7 +202,7 @@ class Core:
         """What can be answered at once, before the job costs anything."""
         kind, candidates = job.kind, self._candidates(lane, job.kind, now_us)
         if not is_worth_a_wait(job, candidates, self._rules.admit, now_us):
-            refusal = self._unserved(job, candidates, now_us)
+            refusal = unserved(job, candidates, self._rules, now_us)
             if refusal is not None:
                 return refusal
         if not (queued := lane.queued(kind)):
@@ -208,16 +215,6 @@ class Core:
         wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
         late_us = now_us + wait_us - job.give_up_us
         return Reject(job, Reason.HOPELESS, late_us) if late_us > 0 else None
-
-    def _unserved(self, job: Job, candidates: Candidates, now_us: int) -> Reject | None:
-        """Nobody in rotation could ever take it: offline work waits for those that could."""
-        if not candidates.can_serve:
-            return None if self._holds(job.kind) else Reject(job, Reason.NO_WORKER)
-        if not fits_ever(job, candidates, self._rules.admit):
-            return Reject(job, Reason.TOO_LARGE)
-        if job.kind is _OFFLINE:
-            return None
-        return Reject(job, Reason.UNAVAILABLE, reopens_in_us(candidates, now_us))
 
     def _left(self, event: Left, now_us: int) -> None:
         ticket = self._tickets.get(event.job_id)
@@ -256,12 +253,7 @@ class Core:
         for job_id, generated in event.tokens:
             if (ticket := tickets.get(job_id)) is not None:
                 ticket.grow(generated, now_us)
-        self._shorten_steps(now_us)
-
-    def _shorten_steps(self, now_us: int) -> None:
-        for ledger in self._fleet.ledgers.values():
-            if ledger.offline.decodes and ledger.online.count:
-                self._preemptor.shorten(ledger, now_us)
+        self._preemptor.shorten_all(self._fleet.ledgers.values(), now_us)
 
     def _finished(self, event: Finished, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is None:
@@ -272,6 +264,8 @@ class Core:
             self._succeeded(ticket.prefill)
         if ticket.decode is not None:
             self._succeeded(ticket.decode)
+        if ticket.job.kind is _OFFLINE:
+            self._preemptor.ended(ticket, event.generated)
         self._end(ticket)
 
     def _failed(self, event: Failed, now_us: int) -> None:
@@ -322,9 +316,10 @@ class Core:
         if (ticket := self._tickets.get(event.job_id)) is not None and ticket.may_yield:
             self._take_off(ticket, event.reason)
 
-    def _take_off(self, ticket: Ticket, reason: Reason) -> None:
+    def _take_off(self, ticket: Ticket, reason: Reason, ledger: Ledger | None = None) -> None:
         ticket.step(Step.PREEMPTED)
-        self._out.append(Preempt(ticket.job, reason))
+        worker = self.accounts.took(ticket, ledger, reason)
+        self._out.append(Preempt(ticket.job, reason, worker))
 
     def _preempted(self, event: Preempted, now_us: int) -> None:
         """Its place is free. Whatever ended the job meanwhile came first and stands."""
@@ -334,6 +329,7 @@ class Core:
             self._freed(Freed(event.job_id), now_us)
         elif ticket.state is State.YIELDING:
             self._end_trials(ticket)
+            self.accounts.returned(ticket, event)
             ticket.returned(event.generated, now_us)
             self._touch_all()
             self._enqueue(ticket, self._lane(ticket.job.model), now_us)
@@ -361,6 +357,8 @@ class Core:
         self._agenda.mind(stale_us)
         if ledger.worker.role is Role.UNIFIED and ledger.prefills:
             self._free_computed(ledger, event.load)
+        if ledger.worker.pool is Pool.STRICT and not any(e.offline for e in self._lanes.values()):
+            self._preemptor.pull(ledger, self._fleet.ledgers.values(), self._rules.admit, now_us)
         if ledger.kv_tokens == capacity_tokens:
             self._touch_all()
         else:
@@ -477,9 +475,9 @@ class Core:
                 self._place(ticket, *pair, now_us)
             elif is_worth_a_wait(job, candidates, admit, now_us):
                 if kind is _ONLINE:
-                    self._make_way(ticket, lane, candidates, now_us)
+                    self._make_room(ticket, lane, candidates, now_us)
                 return
-            elif not candidates.can_serve and self._holds(kind):
+            elif not candidates.can_serve and self._rules.holds(kind):
                 return
             elif not candidates.can_serve:
                 self._reject(ticket, Reason.NO_WORKER, now_us)
@@ -490,18 +488,19 @@ class Core:
             else:
                 return
 
-    def _make_way(self, first: Ticket, lane: Lane, candidates: Candidates, now_us: int) -> None:
-        """The first of the queue has to wait: for offline work, or for a long prompt, perhaps."""
+    def _make_room(self, ticket: Ticket, lane: Lane, candidates: Candidates, now_us: int) -> None:
+        """The first of the queue has to wait: for offline work, or for a long prompt behind it."""
         rules = self._rules
-        self._preemptor.make_room(first, candidates, rules.admit, now_us)
+        self._preemptor.make_room(ticket, candidates, rules.admit, now_us)
         if not rules.displace.least_chunks:
             return
         outlook = self._outlook(lane, _ONLINE, now_us)
-        found = self._underway.victim(first.job, candidates, rules.displace, rules.order, outlook)
+        found = self._underway.victim(ticket.job, candidates, rules.displace, rules.order, outlook)
         if found is not None:
-            ticket, job = found
-            ticket.makes_way(job)
-            self._out.append(Preempt(job, Reason.DISPLACED))
+            victim, job = found
+            worker = self.accounts.took(victim, victim.prefill, Reason.DISPLACED)
+            victim.makes_way(job)
+            self._out.append(Preempt(job, Reason.DISPLACED, worker))
 
     def _choose(
         self, ticket: Ticket, candidates: Candidates, now_us: int
@@ -509,6 +508,10 @@ class Core:
         job, admit = ticket.job, self._rules.admit
         if ticket.avoid:
             candidates = without_failed(job, candidates, ticket.avoid, admit, now_us)
+        if ticket.leaves:
+            others = candidates.without((ticket.leaves,))
+            if pair := choose(job, others, admit, self._rules.place, now_us):
+                return pair
         return choose(job, candidates, admit, self._rules.place, now_us)
 
     def _place(self, ticket: Ticket, prefill: Ledger, decode: Ledger, now_us: int) -> None:
@@ -562,9 +565,6 @@ class Core:
             return own
         shared = self._fleet.candidates(lane.model, kind, shared=True)
         return shared if shared.has_usable(now_us) else own
-
-    def _holds(self, kind: Kind) -> bool:
-        return kind is _OFFLINE and self._rules.holds_offline
 
     def _outlook(self, lane: Lane, kind: Kind, now_us: int) -> Outlook:
         """What lies before the first of the queue; online work lies before all offline work."""

@@ -20,11 +20,13 @@ from policies.preempt import (
     Victim,
     Victims,
 )
+from policies.retry import continued
+from policies.types import Job, Pool
 
+_WEIGHT = 0.05
 LOOK_AGAIN_US = 5_000
 """Room for one online job is sought no more often than this."""
 _FLOWS, _YIELDING = State.DECODE, State.YIELDING
-
 Residents = dict[str, Ticket]
 
 
@@ -32,12 +34,13 @@ class Preemptor:
     """Knows the offline jobs of each server, and has them taken off by `take`."""
 
     def __init__(
-        self, rule: GiveWay, aborts: AbortRule, take: Callable[[Ticket, Reason], None]
+        self, rule: GiveWay, aborts: AbortRule, take: Callable[[Ticket, Reason, Ledger], None]
     ) -> None:
         self._rule = rule
         self._aborts = aborts
         self._take = take
         self._residents: dict[Ledger, Residents] = {}
+        self._answer_tokens = 0.0
         self.budget = AbortBudget(aborts)
 
     def adopt(self, rule: GiveWay, aborts: AbortRule) -> None:
@@ -78,6 +81,11 @@ class Preemptor:
         if decodes and not any(admit.decode(job, e) for e in decodes):
             self._vacate(ticket, [e for e in decodes if e.offline.decodes], admit, now_us)
 
+    def shorten_all(self, ledgers: Iterable[Ledger], now_us: int) -> None:
+        for ledger in ledgers:
+            if ledger.offline.decodes and ledger.online.count:
+                self.shorten(ledger, now_us)
+
     def shorten(self, ledger: Ledger, now_us: int) -> None:
         """Where the steps are too long for the online jobs of a server."""
         victims, leaving = self._at(ledger)
@@ -85,6 +93,25 @@ class Preemptor:
         if chosen:
             ledger.online.forget_pace()
             self._take_all(ledger, chosen[: self._aborts.per_request], Reason.STEP_TIME, now_us)
+
+    def pull(self, strict: Ledger, others: Iterable[Ledger], admit: Admit, now_us: int) -> None:
+        """For a strict server with room while no offline job waits for it: one at a time."""
+        for relaxed in others:
+            if relaxed.offline.decodes < 2 or not _may_take_over(strict, relaxed):
+                continue
+            victims, _ = self._at(relaxed)
+            best = self._rule.pull(strict, relaxed, victims)
+            ticket = None if best is None else self._residents[relaxed][best.job_id]
+            if ticket is not None and best is not None and admit.decode(_as_is(ticket), strict):
+                ticket.leaves = relaxed.worker.name
+                self._take_all(relaxed, [best], Reason.PULLED, now_us)
+                return
+
+    def ended(self, ticket: Ticket, generated: int) -> None:
+        """How long answers of offline jobs turn out to be, for those that run."""
+        tokens = max(generated, ticket.made + ticket.generated)
+        known = self._answer_tokens or tokens
+        self._answer_tokens = known + _WEIGHT * (tokens - known)
 
     # How.
 
@@ -127,7 +154,7 @@ class Preemptor:
     def _take_all(self, ledger: Ledger, chosen: Victims, reason: Reason, now_us: int) -> int:
         chosen = chosen[: self.budget.left(now_us)] if chosen else chosen
         for victim in chosen:
-            self._take(self._residents[ledger][victim.job_id], reason)
+            self._take(self._residents[ledger][victim.job_id], reason, ledger)
         if chosen:
             self.budget.spend(len(chosen))
         return len(chosen)
@@ -148,7 +175,7 @@ class Preemptor:
                 context_tokens += ticket.booked_context
                 reserved_tokens += ticket.booked_reserved
             elif ticket.may_yield:
-                victims.append(_seen(ticket))
+                victims.append(_seen(ticket, self._answer_tokens))
         return victims, Leaving(jobs, prefill_tokens, context_tokens, reserved_tokens)
 
 
@@ -160,7 +187,18 @@ def _present(ledger: Ledger, here: Residents) -> Residents:
     }
 
 
-def _seen(ticket: Ticket) -> Victim:
+def _as_is(ticket: Ticket) -> Job:
+    """As it would have to be sent now."""
+    return continued(ticket.job, ticket.generated, 0)
+
+
+def _may_take_over(strict: Ledger, relaxed: Ledger) -> bool:
+    one, other = strict.worker, relaxed.worker
+    return other.pool is Pool.RELAXED and (one.model == other.model or not one.model)
+
+
+def _seen(ticket: Ticket, answer_tokens: float) -> Victim:
+    left_tokens = min(answer_tokens - ticket.made, ticket.job.max_tokens) - ticket.generated
     return Victim(
         job_id=ticket.job.id,
         prefill_tokens=ticket.booked_prefill if ticket.prefill is not None else 0,
@@ -170,6 +208,7 @@ def _seen(ticket: Ticket) -> Victim:
         flows=ticket.state is _FLOWS,
         preemptions=ticket.preemptions,
         resume=ticket.job.resume,
+        left_tokens=max(0.0, left_tokens),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from policies.admit import Headroom
@@ -35,13 +36,20 @@ class Colocated(Headroom):
         if job.kind is _ONLINE or not self.gate or not ledger.prefills:
             return True
         rate = ledger.prefill_tokens_per_us
-        tokens = ledger.prefill_tokens + job.prompt_tokens - job.cached_tokens
+        tokens = ledger.prefill_tokens + ledger.uncached(job)
         return rate is not None and tokens <= rate * self.gate_share * self.ttft_us
+
+    def prefills(self, job: Job, ledgers: Sequence[Ledger]) -> list[Ledger]:
+        if job.kind is _ONLINE:
+            return Headroom.prefills(self, job, ledgers)
+        return [ledger for ledger in ledgers if self.prefill(job, ledger)]
 
     def decode(self, job: Job, ledger: Ledger) -> bool:
         if not Headroom.decode(self, job, ledger):
             return False
         if job.kind is _ONLINE or ledger.steps is None:
+            return True
+        if not ledger.decodes and not (self.headroom and ledger.online.expected):
             return True
         if ledger.worker.pool is Pool.RELAXED:
             return not self.gate or ledger.offline.decodes < ledger.steps.saturation

@@ -36,7 +36,7 @@ class Displace(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Nobody:
+class Never:
     """A prompt that has begun is computed to its end."""
 
     least_chunks: int = 0

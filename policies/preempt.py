@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from policies.ledger import Ledger
+from policies.sizing import preferred_length
 from policies.types import Job, Resume
 
 
@@ -23,6 +24,8 @@ class Victim(NamedTuple):
     """Tokens come. Before that its KV is on its way, and breaking a transfer costs two servers."""
     preemptions: int = 0
     resume: Resume = Resume.EXACT
+    left_tokens: float = 0.0
+    """What it will yet generate, if it is like those before it."""
 
 
 Victims = Sequence[Victim]
@@ -42,6 +45,10 @@ class GiveWay(Protocol):
 
     def over(self, ledger: Ledger, leaving: Leaving, victims: Victims) -> Victims:
         """Who makes the steps of this server too long."""
+        ...
+
+    def pull(self, strict: Ledger, relaxed: Ledger, victims: Victims) -> Victim | None:
+        """Which job of a relaxed server is better off at a strict one that has room."""
         ...
 
 
@@ -71,7 +78,7 @@ class Leaving(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Never:
+class Stay:
     """Whoever runs may end."""
 
     def for_prefill(self, job: Job, ahead: Ahead, victims: Victims, now_us: int) -> Victims:
@@ -82,6 +89,9 @@ class Never:
 
     def over(self, ledger: Ledger, leaving: Leaving, victims: Victims) -> Victims:
         return ()
+
+    def pull(self, strict: Ledger, relaxed: Ledger, victims: Victims) -> Victim | None:
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +182,35 @@ class ForSlack:
             chosen.append(victim)
             count, context = count - 1, context - victim.context_tokens
         return chosen
+
+    def pull(self, strict: Ledger, relaxed: Ledger, victims: Victims) -> Victim | None:
+        """The one whose length fills the strict server best, if what its steps are shorter there
+        for the rest of its answer is more than its prompt costs again."""
+        if not self.pulls or strict.steps is None or relaxed.steps is None:
+            return None
+        fit = [v for v in victims if self._may_move(v)]
+        if not fit:
+            return None
+        target_us = strict.online.tightest_us(self.tpot_us)
+        wanted = preferred_length(
+            strict.steps.cost,
+            strict.decodes,
+            strict.context_tokens,
+            saturation=strict.steps.saturation,
+            step_s=target_us / strict.steps.decode.factor * 1e-6,
+            free_tokens=max(0, strict.kv_tokens - strict.reserved_tokens),
+        )
+        best = min(fit, key=lambda v: (abs(v.context_tokens - wanted), v.job_id))
+        there_us = strict.steps.decode_us(
+            strict.decodes + 1, strict.context_tokens + best.context_tokens
+        )
+        here_us = relaxed.steps.decode_us(relaxed.decodes, relaxed.context_tokens)
+        again_us = best.context_tokens / relaxed.steps.prefill_tokens_per_us
+        return best if best.left_tokens * (here_us - there_us) > again_us else None
+
+    def _may_move(self, victim: Victim) -> bool:
+        is_free = victim.preemptions < self.protect_after
+        return victim.flows and is_free and victim.resume is Resume.EXACT
 
     def _ranked(self, victims: Iterable[Victim], *, longest: bool = False) -> list[Victim]:
         """Who loses least first: not yet protected, resumed without loss, not in transfer, new."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from policies.displace import ByCost, Displace, Nobody
+from policies.displace import ByCost, Displace, Never
 from policies.order import Edf, Fcfs, Order, Shortest
 from policies.place import LeastWork, Place, RoundRobin
 from policies.pools import ByLatency, Pools, Shared
-from policies.preempt import ForSlack, GiveWay, Never
+from policies.preempt import ForSlack, GiveWay, Stay
 from policies.slack import Hrrn, Kairos, Salvage
 
 ORDER: dict[str, type[Order]] = {
@@ -17,7 +17,7 @@ ORDER: dict[str, type[Order]] = {
     "kairos": Kairos,
     "salvage": Salvage,
 }
-DISPLACE: dict[str, type[Displace]] = {"none": Nobody, "by-cost": ByCost}
+DISPLACE: dict[str, type[Displace]] = {"none": Never, "by-cost": ByCost}
 PLACE: dict[str, type[Place]] = {"least-work": LeastWork, "round-robin": RoundRobin}
 POOLS: dict[str, type[Pools]] = {"none": Shared, "latency": ByLatency}
-PREEMPT: dict[str, type[GiveWay]] = {"none": Never, "slack": ForSlack}
+PREEMPT: dict[str, type[GiveWay]] = {"none": Stay, "slack": ForSlack}

@@ -20,7 +20,7 @@ from gateway.config import Config, load, workers_of
 from gateway.core import Core, Rules
 from gateway.metrics import Metrics
 from gateway.settings import decode
-from policies.registry import DISPLACE, ORDER, PLACE, POOLS
+from policies.registry import DISPLACE, ORDER, PLACE, POOLS, PREEMPT
 from policies.types import Kind
 from tests import documents
 from tests.documents import CONFIG, EXAMPLE, README, ROOT, between, rows
@@ -76,6 +76,7 @@ def test_the_policies_are_those_of_the_registries() -> None:
         "displace": DISPLACE,
         "place": PLACE,
         "pools": POOLS,
+        "preempt": PREEMPT,
     }
     assert told == {(f"policies.{key}", name) for key, names in known.items() for name in names}
 
