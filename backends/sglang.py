@@ -284,11 +284,14 @@ class Sglang:
     def failed(self, attempt: Attempt, fault: Fault, blamed: tuple[str, ...]) -> None:
         exchange = attempt.exchange
         self._live.pop(exchange.job_id, None)
-        exchange.tokens += attempt.tokens
+        generated = attempt.tokens
+        if exchange.transcript is not None:
+            # A new attempt goes on from what is kept: events may hold more tokens than one.
+            generated = max(0, exchange.kept_tokens - exchange.tokens)
+        exchange.tokens += generated
         if fault in _LOST_PAIR and attempt.prefill is not None and not attempt.flowing:
             attempt.prefill.spelling += attempt.prefill.name in blamed
-        failed = Failed(exchange.job_id, fault, blamed, attempt.tokens, exchange.is_restartable)
-        self._post(failed)
+        self._post(Failed(exchange.job_id, fault, blamed, generated, exchange.is_restartable))
 
     def client_stalled(self, exchange: Exchange) -> None:
         exchange.client.drop()
@@ -318,7 +321,7 @@ class Sglang:
         now_s = self.now_s()
         self._ticking = False
         moved = tuple(
-            (job_id, attempt.tokens)
+            (job_id, attempt.made())
             for job_id, attempt in self._live.items()
             if attempt.progress(now_s)
         )
