@@ -23,7 +23,17 @@ from backends.workload import (
     read_lengths,
     read_trace,
 )
-from gateway.config import Admission, BreakerSettings, Config, Cost, Limits, Policies, Retry
+from gateway.config import (
+    Admission,
+    BreakerSettings,
+    Classes,
+    Colocation,
+    Config,
+    Cost,
+    Limits,
+    Policies,
+    Retry,
+)
 from gateway.settings import ConfigError, bounded, decode, one_of
 from gateway.simulation.doors import DOORS
 from policies.packing import PACKING
@@ -231,6 +241,8 @@ class PolicyEntry:
     retry: Retry = field(default_factory=Retry)
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
     cost: Cost = field(default_factory=Cost)
+    classes: Classes = field(default_factory=Classes)
+    colocation: Colocation = field(default_factory=Colocation)
     door: str = one_of("open", DOORS)
     """What stands before the gateway; all but `open` are other people's rules, to compare with."""
     tells_classes: bool = True
@@ -244,6 +256,8 @@ class PolicyEntry:
             retry=self.retry,
             breaker=self.breaker,
             cost=self.cost,
+            classes=self.classes,
+            colocation=self.colocation,
         )
 
 
