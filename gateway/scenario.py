@@ -33,9 +33,8 @@ from gateway.config import (
     Policies,
     Retry,
 )
-from gateway.settings import ConfigError, bounded, decode, one_of
-from gateway.simulation.doors import DOORS
 from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
+from gateway.simulation.doors import DOORS
 from policies.packing import PACKING
 from policies.types import Kind, Pool, Role
 from policies.urgency import PREFILL_ORDER
