@@ -96,6 +96,8 @@ class Ticket:
         self.booked_context, self.booked_reserved = job.prompt_tokens, reserved
         self.generated = 0
         prefill.add_prefill(self.booked_prefill, now_us)
+        if job.prefixes:
+            prefill.prefixes.add(job.prefixes)
         decode.add_decode(self.booked_context, reserved)
         self.sent_us = now_us
         self.trials = ()
