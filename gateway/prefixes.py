@@ -58,7 +58,7 @@ def _parts(dialect: Dialect, body: dict[str, Any]) -> Iterator[bytes]:
             yield _bytes(message.get("content"))
     else:
         yield _bytes(body.get("instructions"))
-        prompt = body.get(_FIELD[dialect])
+        prompt: Any = body.get(_FIELD[dialect])
         is_ids = type(prompt) is list and type(prompt[0]) is int
         yield _packed(prompt) if is_ids else _bytes(prompt)
 
