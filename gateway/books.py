@@ -198,10 +198,10 @@ class Lane:
         self._moving = {kind: Moving() for kind in Kind}
         self.candidates: dict[Kind, Candidates] = {}
 
-    @property
-    def is_quiet(self) -> bool:
-        """Nobody waits for a server."""
-        return not (self.online.entries or self.offline.entries)
+    def would_be_first(self, job: Job, order: Order) -> bool:
+        """Of its kind; a key that moves is not known before its time."""
+        first = self.waiting[job.kind].first_key()
+        return first is None or (not order.moves and order.key(job) < first)
 
     def __len__(self) -> int:
         return sum(self.queued(kind) for kind in Kind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,7 +9,7 @@ from urllib.parse import urlsplit
 from backends.sglang import Patience
 from gateway.core import Rules
 from gateway.costs import Hardware, beside, costs_of
-from gateway.settings import ConfigError, bounded, decode, one_of
+from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
 from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
 from policies.colocation import Colocated
@@ -261,13 +260,7 @@ class Config:
 
 
 def load(path: Path) -> Config:
-    try:
-        table = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return check(_with_paths(decode(Config, table), path.parent))
+    return check(_with_paths(decode(Config, read_toml(path)), path.parent))
 
 
 def _with_paths(config: Config, folder: Path) -> Config:
@@ -313,6 +306,20 @@ def workers_of(config: Config) -> list[Worker]:
     return [worker_of(entry, f"worker[{i}]") for i, entry in enumerate(config.worker)]
 
 
+_IN_HEADERS = frozenset({"name", "api_key"})
+_MOST_CHARS = 512
+_HERE = frozenset({"127.0.0.1", "localhost", "::1"})
+_ANYWHERE = frozenset({"0.0.0.0", "::", ""})
+
+
+def refuse_itself(worker: Worker, host: str, port: int) -> None:
+    """A gateway that listens there would send requests to itself."""
+    url = urlsplit(worker.url)
+    same = url.hostname == host or (url.hostname in _HERE and host in _HERE | _ANYWHERE)
+    if same and url.port == port:
+        raise ConfigError(f"worker.url {worker.url} is the gateway's own address")
+
+
 def worker_of(entry: WorkerEntry, where: str) -> Worker:
     try:
         url = urlsplit(entry.url)
@@ -322,10 +329,12 @@ def worker_of(entry: WorkerEntry, where: str) -> Worker:
     plain = entry.url.isascii() and entry.url.isprintable() and not {*" ?#@"} & {*entry.url}
     if url.scheme not in ("http", "https") or not address[0] or not plain:
         raise ConfigError(f"{where}.url must be http://HOST:PORT, got {entry.url!r}")
-    for key in ("name", "api_key"):
+    for key in ("name", "api_key", "bootstrap_host", "model", "host"):
         value = getattr(entry, key)
-        if not (value.isascii() and value.isprintable()):
-            raise ConfigError(f"{where}.{key} stands in headers: printable ASCII only")
+        if not value.isprintable() or (key in _IN_HEADERS and not value.isascii()):
+            raise ConfigError(f"{where}.{key} stands in headers and logs: printable ASCII only")
+        if len(value) > _MOST_CHARS:
+            raise ConfigError(f"{where}.{key} must not be longer than {_MOST_CHARS} letters")
     hostname = f"[{address[0]}]" if ":" in address[0] else address[0]
     return Worker(
         name=entry.name or url.netloc,

@@ -64,8 +64,7 @@ _REPORT_LAG_US = 500_000
 _ONLINE, _OFFLINE = Kind.ONLINE, Kind.OFFLINE
 _QUEUED, _PREFILL, _CANCELLED = State.QUEUED, State.PREFILL, State.CANCELLED
 _DISPATCHED, _FIRST_TOKEN, _LAST_TOKEN = Step.DISPATCHED, Step.FIRST_TOKEN, Step.LAST_TOKEN
-_LEAST_WORK = Reason.LEAST_WORK
-_ENDED_UNPLACED = (State.REJECTED, State.CANCELLED)
+_LEAST_WORK, _ENDED_UNPLACED = Reason.LEAST_WORK, (State.REJECTED, State.CANCELLED)
 _MAX_LANES = 64
 """Beyond this, lanes without jobs are dropped: clients may make model names up."""
 
@@ -168,7 +167,7 @@ class Core:
         self._fresh.append(ticket)
 
     def _take_in(self, now_us: int) -> None:
-        """Those of one instant in their order. Where nobody waits, the queue is spared."""
+        """Those of one instant in their order. Who would be first in the queue is spared it."""
         fresh, self._fresh = self._fresh, []
         if len(fresh) > 1:
             key = self._rules.order.key
@@ -177,7 +176,8 @@ class Core:
             if ticket.state is not _QUEUED:  # its client left in the same instant
                 continue
             lane = self._lane(ticket.job.model)
-            if lane.is_quiet and self._goes_at_once(ticket, lane, now_us):
+            is_first = lane.would_be_first(ticket.job, self._rules.order)
+            if is_first and self._goes_at_once(ticket, lane, now_us):
                 self._budget.earn(ticket.job)
             elif (refusal := self._refusal(ticket.job, lane, now_us)) is not None:
                 ticket.step(Step.REFUSED)
@@ -571,9 +571,8 @@ class Core:
         return outlook_of(self._candidates(lane, kind, now_us), before, now_us)
 
     def _predicted_wait_us(self, lane: Lane, kind: Kind, now_us: int) -> int:
-        return predicted_wait_us(
-            self._candidates(lane, kind, now_us), lane.tokens_before(kind), now_us
-        )
+        candidates = self._candidates(lane, kind, now_us)
+        return predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
 
     def _reject(self, ticket: Ticket, reason: Reason, now_us: int) -> None:
         lane = self._lane(ticket.job.model)

@@ -21,6 +21,7 @@ from gateway.core import Core, Rules
 from policies.admit import Headroom
 from policies.breaker import BreakerRule
 from policies.colocation import Colocated
+from policies.displace import ByCost, Never
 from policies.events import (
     Arrived,
     Cancel,
@@ -52,6 +53,7 @@ from policies.order import Edf, Fcfs
 from policies.pools import ByLatency, Shared, WithoutRelaxed
 from policies.preempt import AbortRule, ForSlack
 from policies.retry import RetryRule
+from policies.slack import Salvage
 from policies.steps import Costs
 from policies.types import Kind, Pool, Resume, Role
 from tests.gateway.talk import load, offline, online, server
@@ -61,6 +63,7 @@ ADMIT = Headroom(prefill_cap_tokens=600, output_reserve_tokens=50)
 RULES = [
     Rules(
         order=order,
+        displace=displace,
         pools=pools,
         admit=ADMIT,
         max_queued=12,
@@ -68,7 +71,11 @@ RULES = [
         breaker=BreakerRule(failures=2, cooldown_us=500_000),
         retry=RetryRule(burst_tokens=2_000, offline_attempts=4),
     )
-    for order in (Fcfs(), Edf())
+    for order, displace in (
+        (Fcfs(), Never()),
+        (Edf(), ByCost()),
+        (Salvage(), ByCost(least_chunks=1, margin=0)),
+    )
     for pools in (Shared(), ByLatency())
 ]
 COLOCATED = Rules(
@@ -91,7 +98,7 @@ RULES += [
 ]
 WORKERS = {
     "p1": server("p1", Role.PREFILL),
-    "p2": server("p2", Role.PREFILL, chunk_tokens=200, pool=Pool.RELAXED),
+    "p2": server("p2", Role.PREFILL, chunk_tokens=100, pool=Pool.RELAXED),
     "d1": server("d1", Role.DECODE, kv_tokens=1500, model="x"),
     "d2": server("d2", Role.DECODE, kv_tokens=700, max_running=2, pool=Pool.RELAXED),
     "u1": server("u1", Role.UNIFIED, kv_tokens=900, model="y"),
@@ -133,6 +140,8 @@ class CoreMachine(RuleBasedStateMachine):
     def begin(self, rules: Rules, fleet: tuple[str, ...]) -> None:
         self.fleet = fleet
         self.core = Core(rules, [WORKERS[name] for name in fleet])
+        for ledger in self.core.ledgers.values():  # each has shown its rate: 1,000 tokens a second
+            ledger.prefill_rate.done(4_000, 4_000_000)
 
     # What may happen.
 
