@@ -95,9 +95,14 @@ async def _run_embedded(given: argparse.Namespace, clock: Clock, rng: random.Ran
             )
             for name, server in fleet.servers.items()
         )
-        server = configuration(given).server
-        sys.stderr.write(_WELCOME.format(host=server.host, port=server.port))
-        await run(lambda: _read_or_emulate(given, entries), given.config, clock, rng)
+        host = configuration(given).server.host
+        await run(
+            lambda: _read_or_emulate(given, entries),
+            given.config,
+            clock,
+            rng,
+            greet=lambda port: sys.stderr.write(_WELCOME.format(host=host, port=port)),
+        )
 
 
 def _read(given: argparse.Namespace) -> Reading:

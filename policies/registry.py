@@ -6,6 +6,7 @@ from policies.displace import ByCost, Displace, Never
 from policies.order import Edf, Fcfs, Order, Shortest
 from policies.place import LeastWork, Place, RoundRobin
 from policies.pools import ByLatency, Pools, Shared
+from policies.preempt import ForSlack, GiveWay, Stay
 from policies.slack import Hrrn, Kairos, Salvage
 
 ORDER: dict[str, type[Order]] = {
@@ -19,3 +20,4 @@ ORDER: dict[str, type[Order]] = {
 DISPLACE: dict[str, type[Displace]] = {"none": Never, "by-cost": ByCost}
 PLACE: dict[str, type[Place]] = {"least-work": LeastWork, "round-robin": RoundRobin}
 POOLS: dict[str, type[Pools]] = {"none": Shared, "latency": ByLatency}
+PREEMPT: dict[str, type[GiveWay]] = {"none": Stay, "slack": ForSlack}
