@@ -153,7 +153,9 @@ class Attempt:
         if self.prefill is not None:
             leg = PrefillLeg(self)
             self._prefill_call = self.prefill.upstream.send(b"POST", path, body, leg)
-        self._decode_call = self.decode.upstream.send(b"POST", path, body, self)
+        self._decode_call = call = self.decode.upstream.send(b"POST", path, body, self)
+        if self.exchange.stream:
+            call.trickles()
 
     # The decode leg.
 
@@ -165,8 +167,10 @@ class Attempt:
         if not self._relays or piece[-3:] != b"}\n\n" or self._torn:
             self._on_rare_body(piece)
             return
-        # An escaped quote never looks like these, so text cannot raise a false alarm here.
-        if (b'"error":' in piece or b'"abort"' in piece) and self._judge(piece):
+        # An escaped quote never looks like these, so text cannot raise a false alarm here. `in`
+        # takes twice as long: before it searches, it tries whether the other bytes are a number.
+        find = piece.find
+        if (find(b'"error":') >= 0 or find(b'"abort"') >= 0) and self._judge(piece):
             return
         self._moved = True
         self._last = piece

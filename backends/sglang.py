@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from backends.addresses import respelled
 from backends.attempt import Attempt
 from backends.base import Post
 from backends.exchange import Exchange
@@ -38,6 +39,8 @@ _RID_PREFIX = {"chat": "chatcmpl-", "completions": "cmpl-"}
 """What clients of the OpenAI routes expect their ids to begin with."""
 
 _ROOM_BITS = 62
+_LOST_PAIR = frozenset({Fault.TIMEOUT, Fault.PAIRING})
+"""How a pair ends whose legs have not found each other."""
 _NATIVE_KIND = {True: Kind.INCREMENTAL, False: Kind.CUMULATIVE, None: None}
 
 
@@ -62,6 +65,9 @@ class Server:
 
     worker: Worker
     upstream: Upstream
+    spelling: int = 0
+    """Of its bootstrap address: another one where decode servers may hold a dead connection."""
+    is_met: bool = False
 
     @property
     def name(self) -> str:
@@ -120,12 +126,17 @@ class Sglang:
             if known.worker.url == worker.url:
                 worker = known.worker  # until it has been asked again
         self._servers[worker.name] = server = Server(worker, self._connect(worker, api_key))
+        if known is not None:
+            server.spelling, server.is_met = known.spelling, known.is_met
         self._note_models()
         return server
 
     def update(self, worker: Worker) -> None:
-        """The same server, better known."""
-        self._servers[worker.name].worker = worker
+        """The same server, better known; met again, it has been away or has changed its role."""
+        server = self._servers[worker.name]
+        server.worker = worker
+        server.spelling += server.is_met
+        server.is_met = True
         self._note_models()
 
     def remove(self, name: str) -> None:
@@ -234,7 +245,7 @@ class Sglang:
         if exchange.priority is not None and attempt.decode.worker.orders_by_priority:
             body["priority"] = exchange.priority
         if prefill is not None:
-            body["bootstrap_host"] = prefill.worker.bootstrap_host
+            body["bootstrap_host"] = respelled(prefill.worker.bootstrap_host, prefill.spelling)
             body["bootstrap_port"] = prefill.worker.bootstrap_port
             body["bootstrap_room"] = self._rng.getrandbits(_ROOM_BITS) + 1
         return body
@@ -267,6 +278,8 @@ class Sglang:
         exchange = attempt.exchange
         self._live.pop(exchange.job_id, None)
         exchange.tokens += attempt.tokens
+        if fault in _LOST_PAIR and attempt.prefill is not None and not attempt.flowing:
+            attempt.prefill.spelling += attempt.prefill.name in blamed
         failed = Failed(exchange.job_id, fault, blamed, attempt.tokens, exchange.is_restartable)
         self._post(failed)
 

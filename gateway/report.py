@@ -17,7 +17,14 @@ def header_lines(visit: Visit) -> str:
         f"server-timing: {_server_timing(exchange)}\r\n"
         f"x-slackwater-class: {visit.kind}\r\n"
         f"x-slackwater-worker: {pair}\r\n"
+        f"{_preemption_line(visit)}"
     )
+
+
+def _preemption_line(visit: Visit) -> str:
+    """A stream's head goes out with its first token: it tells of those before that."""
+    count = sum(part.exchange.preemptions for part in visit.parts)
+    return f"x-slackwater-preemptions: {count}\r\n" if count else ""
 
 
 def _told_of(visit: Visit) -> Exchange:

@@ -9,9 +9,12 @@ from zlib import crc32
 
 from policies.ledger import Ledger
 from policies.prefixes import prefix_tokens
-from policies.types import Job
+from policies.types import Job, Kind, Pool
 
 Ledgers = Sequence[Ledger]
+_OFFLINE, _STRICT = Kind.OFFLINE, Pool.STRICT
+_LENT_US = 1e12
+"""Offline work takes what strict servers lend only when no relaxed one has room."""
 
 
 class Place(Protocol):
@@ -53,7 +56,13 @@ class LeastWork:
     def decode(self, job: Job, ledgers: Ledgers) -> list[float]:
         prompt_tokens, draw = float(job.prompt_tokens), self._draw
         lines = [ledger.line or draw(ledger) for ledger in ledgers]
-        return [alone_us + token_us * prompt_tokens for alone_us, token_us in lines]
+        steps_us = [alone_us + token_us * prompt_tokens for alone_us, token_us in lines]
+        if job.kind is _OFFLINE:
+            return [
+                step_us + _LENT_US * (ledger.worker.pool is _STRICT)
+                for step_us, ledger in zip(steps_us, ledgers, strict=True)
+            ]
+        return steps_us
 
     def _draw(self, ledger: Ledger) -> tuple[float, float]:
         """Few books change between two decisions: what the others add up to is kept."""

@@ -6,6 +6,7 @@ from policies.displace import ByCost, Displace, Never
 from policies.order import Edf, Fcfs, Order, Shortest
 from policies.place import CacheAware, LeastWork, Place, PowerOfTwo, RoundRobin
 from policies.pools import ByLatency, Pools, Shared
+from policies.preempt import ForSlack, GiveWay, Stay
 from policies.slack import Hrrn, Kairos, Salvage
 
 ORDER: dict[str, type[Order]] = {
@@ -24,3 +25,4 @@ PLACE: dict[str, type[Place]] = {
     "cache-aware": CacheAware,
 }
 POOLS: dict[str, type[Pools]] = {"none": Shared, "latency": ByLatency}
+PREEMPT: dict[str, type[GiveWay]] = {"none": Stay, "slack": ForSlack}

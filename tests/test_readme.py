@@ -20,7 +20,7 @@ from gateway.config import Config, load, workers_of
 from gateway.core import Core, Rules
 from gateway.metrics import Metrics
 from gateway.settings import decode
-from policies.registry import DISPLACE, ORDER, PLACE, POOLS
+from policies.registry import DISPLACE, ORDER, PLACE, POOLS, PREEMPT
 from policies.types import Kind
 from tests import documents
 from tests.documents import CONFIG, EXAMPLE, README, ROOT, between, rows
@@ -76,6 +76,7 @@ def test_the_policies_are_those_of_the_registries() -> None:
         "displace": DISPLACE,
         "place": PLACE,
         "pools": POOLS,
+        "preempt": PREEMPT,
     }
     assert told == {(f"policies.{key}", name) for key, names in known.items() for name in names}
 
@@ -170,7 +171,7 @@ def test_curl_and_the_official_client_get_what_the_readme_promises() -> None:
 
 
 def test_a_policy_changed_in_the_file_acts_at_once(tmp_path: Path) -> None:
-    block = blocks("", section("Policies"))[0]
+    block = blocks("", section("Policies"))[1]
     commands = [line.split("  #")[0].strip() for line in block.splitlines()]
     before, after = (line for line in commands if line.startswith("curl"))
     edit = next(line for line in commands if line.startswith("sed"))

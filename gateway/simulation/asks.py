@@ -96,8 +96,11 @@ def prepared(plan: Plan, load: float, seed: int) -> Asks:
 def _drawn(source: Source, scale: float, until_s: float, random: Random) -> Iterable[Ask]:
     entry = source.entry
     if source.is_replayed and source.trace is not None:
+        rows: Iterable[Ask] = source.trace.rows
+        if entry.keep_share < 1.0:
+            rows = [row for row in rows if random.random() < entry.keep_share]
         return replayed(
-            source.trace.rows,
+            rows,
             from_s=entry.from_s,
             until_s=until_s,
             rate_scale=entry.rate_scale * scale,
