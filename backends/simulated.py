@@ -21,6 +21,7 @@ from policies.events import (
     FirstToken,
     Freed,
     Load,
+    Preempt,
     Preempted,
     PrefillDone,
     Progress,
@@ -290,7 +291,8 @@ class SimulatedBackend:
         self.after(self.delays.request_s, attempt.send, request)
         self._tick_on()
 
-    def preempt(self, job: Job) -> None:
+    def preempt(self, decision: Preempt) -> None:
+        job = decision.job
         attempt = self._live.get(job.id)
         if attempt is None or attempt.is_complete or attempt.is_shown:
             return

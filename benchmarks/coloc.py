@@ -215,7 +215,7 @@ def describe(found: Sequence[Found], report: Report) -> None:
     for it in found:
         grounds = list(it.grounds.values())
         alone = Spread.of(ground.alone.violations * 100 for ground in grounds)
-        tpot_ms = it.traffic.online.tpot_ms
+        tpot_ms = it.traffic.tpot_ms
         pace = Spread.of(ground.median_tpot_ms / tpot_ms * 100 for ground in grounds)
         report.notes.append(
             f"({it.traffic.key}) online alone: {alone} % out of target, median time of a token "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -9,7 +11,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.coloc_systems import DECODES, PREFILLS, System, Traffic, fleets, offline
+import structlog
+
+from benchmarks.coloc_systems import (
+    DECODES,
+    PREFILLS,
+    TTFT_MS,
+    System,
+    Traffic,
+    fleets,
+    offline,
+    told,
+)
 from benchmarks.fluid import Bound, Mix, Servers, Targets, bound
 from gateway.scenario import Plan, PolicyEntry, Scenario, planned
 from gateway.simulation.asks import prepared
@@ -80,7 +93,7 @@ class Task:
 
 
 def scenario_of(traffic: Traffic, policy: PolicyEntry, rate: float) -> Scenario:
-    workload = (traffic.online, offline(rate)) if rate else (traffic.online,)
+    workload = (*traffic.online, offline(rate)) if rate else traffic.online
     return Scenario(
         name=traffic.key,
         warm_up_s=traffic.warm_up_s,
@@ -88,7 +101,7 @@ def scenario_of(traffic: Traffic, policy: PolicyEntry, rate: float) -> Scenario:
         drain_s=DRAIN_S,
         fleet=fleets(traffic.strict),
         workload=workload,
-        policy=(policy,),
+        policy=(told(policy, traffic),),
     )
 
 
@@ -96,19 +109,16 @@ def point(
     traffic: Traffic, policy: PolicyEntry, seed: int, load: float, rate: float, data: Path
 ) -> Point:
     plan = planned(scenario_of(traffic, policy, rate), data)
-    ran = World(plan, Case(policy=policy, load=1.0, seed=seed)).run()
+    case = Case(policy=plan.scenario.policy[0], load=1.0, seed=seed)
+    ran = World(plan, case).run()
     return measured(ran.facts, ran.records, load, rate)
 
 
 def measured(facts: RunFacts, records: Sequence[Record], load: float, rate: float) -> Point:
     online = [it for it in records if it.kind is Kind.ONLINE and it.arrival_us >= facts.from_us]
     batch = [it for it in records if it.kind is Kind.OFFLINE]
-    seconds = (facts.until_us - facts.from_us) / 1e6
-    ended = [
-        it
-        for it in batch
-        if it.has_finished and facts.from_us <= (it.last_us or 0) < facts.until_us
-    ]
+    seconds = facts.until_us / 1e6
+    ended = [it for it in batch if it.has_finished and (it.last_us or 0) < facts.until_us]
     useful = sum(it.computed_tokens + it.generated for it in batch)
     wasted = sum(it.wasted_tokens for it in batch)
     return Point(
@@ -117,10 +127,10 @@ def measured(facts: RunFacts, records: Sequence[Record], load: float, rate: floa
         violations=_missed(it.keeps_all for it in online),
         ttft_violations=_missed(it.keeps_ttft for it in online),
         tpot_violations=_missed(it.keeps_tpot for it in online),
-        tokens_per_s=sum(it.tokens_between(facts.from_us, facts.until_us) for it in batch)
-        / seconds,
+        tokens_per_s=sum(it.tokens_between(0, facts.until_us) for it in batch) / seconds,
         requests_per_s=len(ended) / seconds,
         wasted=wasted / (useful - wasted) if useful > wasted else 0.0,
+        preemptions=sum(it.preemptions for it in batch),
     )
 
 
@@ -193,7 +203,6 @@ def ground(traffic: Traffic, reference: PolicyEntry, seed: int, data: Path) -> G
     plan = planned(scenario_of(traffic, reference, 0.0), data)
     ran = World(plan, Case(policy=reference, load=1.0, seed=seed)).run()
     alone = measured(ran.facts, ran.records, 0.0, 0.0)
-    paces = sorted(it.tpot_us / 1e3 for it in ran.records if it.tpot_us is not None)
     limits = (alone.violations + STRICTER, max(AUTHORS, alone.violations))
     return Ground(
         traffic=traffic.key,
@@ -201,14 +210,25 @@ def ground(traffic: Traffic, reference: PolicyEntry, seed: int, data: Path) -> G
         alone=alone,
         online=len(ran.records),
         bounds={limit: fluid(traffic, reference, seed, limit, data) for limit in limits},
-        median_tpot_ms=paces[len(paces) // 2],
+        median_tpot_ms=usual_tpot_ms(ran.records),
         source=ran.sources[0],
     )
 
 
+def usual_tpot_ms(records: Sequence[Record]) -> float:
+    """The median over time: of each second's mean over the answers that came then."""
+    paces: dict[int, list[float]] = {}
+    for it in records:
+        if it.tpot_us is not None and it.first_us is not None and it.last_us is not None:
+            for second in range(it.first_us // 1_000_000, it.last_us // 1_000_000 + 1):
+                paces.setdefault(second, []).append(it.tpot_us / 1e3)
+    return statistics.median(statistics.fmean(of_one) for of_one in paces.values())
+
+
 def fluid(traffic: Traffic, reference: PolicyEntry, seed: int, missing: float, data: Path) -> Bound:
     plan: Plan = planned(scenario_of(traffic, reference, 20.0), data)
-    online, batch = (list(it.asks) for it in prepared(plan, 1.0, seed).streams)
+    *chats, batch = (list(it.asks) for it in prepared(plan, 1.0, seed).streams)
+    online = sorted(ask for chat in chats for ask in chat)
     decode = servers_of(plan.scenario.fleet[0], data)[-1]
     servers = Servers(
         prefills=PREFILLS,
@@ -221,11 +241,16 @@ def fluid(traffic: Traffic, reference: PolicyEntry, seed: int, missing: float, d
         servers,
         online,
         Mix.of(batch, servers),
-        Targets(ttft_s=traffic.online.ttft_ms / 1e3, tpot_s=traffic.online.tpot_ms / 1e3),
-        from_s=traffic.warm_up_s,
+        Targets(ttft_s=TTFT_MS / 1e3, tpot_s=traffic.tpot_ms / 1e3),
+        from_s=0.0,
         until_s=traffic.duration_s,
         missing=round(missing * len(online)),
     )
+
+
+def quiet() -> None:
+    """A gateway tells of each preemption: thousands in a run that nobody reads."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
 
 
 def grounds(
@@ -241,8 +266,9 @@ def in_turn(tasks: Sequence[Task], processes: int) -> Iterator[Curve]:
 def _each(work: Callable[..., T], given: Sequence[tuple[Any, ...]], processes: int) -> Iterator[T]:
     """In the order in which they end."""
     if processes < 2:
+        quiet()
         yield from (work(*it) for it in given)
         return
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=quiet) as pool:
         for done in as_completed([pool.submit(work, *it) for it in given]):
             yield done.result()

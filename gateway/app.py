@@ -17,8 +17,8 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from backends.http import Upstream
+from backends.pause import pause
 from backends.sglang import Sglang
-from gateway.clock import pause
 from gateway.config import (
     Config,
     ConfigError,

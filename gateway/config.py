@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,7 +9,7 @@ from urllib.parse import urlsplit
 from backends.sglang import Patience
 from gateway.core import Rules
 from gateway.costs import Hardware, beside, costs_of
-from gateway.settings import ConfigError, bounded, decode, one_of
+from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
 from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
 from policies.colocation import Colocated
@@ -261,13 +260,7 @@ class Config:
 
 
 def load(path: Path) -> Config:
-    try:
-        table = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return check(_with_paths(decode(Config, table), path.parent))
+    return check(_with_paths(decode(Config, read_toml(path)), path.parent))
 
 
 def _with_paths(config: Config, folder: Path) -> Config:

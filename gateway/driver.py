@@ -75,25 +75,13 @@ class Driver:
             case Dispatch():
                 self._backend.start(decision)
             case Preempt():
-                self._preempt(decision)
+                self._backend.preempt(decision)
             case Cancel(job, _):
                 self._backend.stop(job)
             case Reject() | Fail():
                 self._backend.refuse(decision)
             case WakeAt(us):
                 self._wake_at(us)
-
-    def _preempt(self, decision: Preempt) -> None:
-        job = decision.job
-        log.info(
-            "preempted",
-            job=job.id,
-            **{"class": job.kind.value},
-            reason=decision.reason.value,
-            worker=decision.worker,
-            prompt_tokens=job.prompt_tokens,
-        )
-        self._backend.preempt(job)
 
     def _wake_at(self, us: int) -> None:
         if self._alarm is not None:

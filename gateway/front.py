@@ -10,11 +10,11 @@ from random import Random
 from aiohttp import ClientPayloadError, hdrs, web
 
 from backends.exchange import Client, Exchange
+from backends.pause import pause
 from backends.sglang import Sglang
 from backends.transcript import Transcript
 from gateway.asking import Caller, Keyring, job_of, kind_of
 from gateway.clients import StreamClient, UnaryClient
-from gateway.clock import pause
 from gateway.config import Config
 from gateway.dialects import ROUTES, Ask, Dialect, Limits, read
 from gateway.driver import Driver

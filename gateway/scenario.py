@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -34,7 +33,7 @@ from gateway.config import (
     Policies,
     Retry,
 )
-from gateway.settings import ConfigError, bounded, decode, one_of
+from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
 from gateway.simulation.doors import DOORS
 from policies.packing import PACKING
 from policies.types import Kind, Pool, Role
@@ -365,13 +364,7 @@ class Plan:
 
 def load(path: Path, data: Path | None = None) -> Plan:
     """Reads the scenario, and with it every trace that it names."""
-    try:
-        table = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    scenario = decode(Scenario, table)
+    scenario = decode(Scenario, read_toml(path))
     return planned(scenario, data or path.parent / scenario.data)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from math import ceil
 
 _SECOND_US = 1_000_000
 _WEIGHT = 0.05
@@ -69,7 +70,7 @@ class Tide:
         self._peaks.extend([self.count] * missed)
         self._second = second
         ranked = sorted(self._peaks)
-        self._level = ranked[int(self.QUANTILE * (len(ranked) - 1))]
+        self._level = ranked[ceil(self.QUANTILE * len(ranked)) - 1]
 
     def paced(self, us: int, tokens: int) -> None:
         """A job got so many tokens in that time."""

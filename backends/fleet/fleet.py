@@ -22,6 +22,8 @@ POLL_S = 0.2
 ANSWER_TIMEOUT_S = 5.0
 LOG_LINES = 12
 PORT_TAKEN = "address already in use"
+GAVE_UP = "kill_process_tree called"
+"""SGLang kills itself with all its processes when one of them has failed, and says so before."""
 RESTART_DELAY_S = 1.0
 LONGEST_RESTART_DELAY_S = 60.0
 STEADY_S = 60.0
@@ -125,7 +127,7 @@ class Fleet:
             case {"event": "started", "name": name}:
                 self._report(name, "starting")
             case {"event": "ended", "name": name, "code": code}:
-                self._report(name, how_it_ended(code))
+                self._report(name, how_it_ended(code, last_lines(self.logs / f"{name}.log")))
                 self._ended[name].set_result(code)
             case _:
                 raise ValueError(f"unknown event {event}")
@@ -146,7 +148,7 @@ class Fleet:
                 raise self._lost()
             words = last_lines(log, earlier)
             if ended.done():
-                raise FleetError(f"{name} {how_it_ended(ended.result())}{words}")
+                raise FleetError(f"{name} {how_it_ended(ended.result(), words)}{words}")
             if PORT_TAKEN in words:  # the server itself would wait for ever
                 await self.kill(name)
                 raise FleetError(f"{name} found its port taken{words}")
@@ -230,7 +232,9 @@ async def first_of(*futures: asyncio.Future[Any], timeout_s: float | None = None
     return bool(done)
 
 
-def how_it_ended(code: int) -> str:
+def how_it_ended(code: int, words: str = "") -> str:
+    if code == -signal.SIGKILL and GAVE_UP in words:
+        return "gave up"
     if code == -signal.SIGKILL:
         return "was killed (SIGKILL; the system does that when memory runs out)"
     if code < 0:

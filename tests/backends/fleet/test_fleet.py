@@ -299,6 +299,19 @@ def test_the_estimate_grows_with_servers_tokens_and_weights() -> None:
     assert all(estimate() > least for estimate in larger)
 
 
+@pytest.mark.parametrize(
+    ("code", "words", "told"),
+    [
+        (3, "", "ended with exit status 3"),
+        (-signal.SIGTERM, "", "was ended by SIGTERM"),
+        (-signal.SIGKILL, "no weights\nkill_process_tree called: parent_pid=7", "gave up"),
+        (-signal.SIGKILL, "", "was killed (SIGKILL; the system does that when memory runs out)"),
+    ],
+)
+def test_an_end_is_told_by_who_ended_it(code: int, words: str, told: str) -> None:
+    assert how_it_ended(code, words) == told
+
+
 def test_only_the_end_of_a_long_log_is_shown(tmp_path: Path) -> None:
     log = tmp_path / "server.log"
     log.write_text("".join(f"line {i}\n" for i in range(100)))
