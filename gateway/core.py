@@ -18,6 +18,7 @@ from gateway.choice import (
 )
 from gateway.lifecycle import State, Step
 from gateway.servers import Candidates, Fleet
+from gateway.switching import Switching, SwitchRule
 from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
 from policies.events import (
@@ -41,6 +42,8 @@ from policies.events import (
     Reason,
     Recall,
     Reject,
+    RoleSwitched,
+    SwitchWanted,
     WakeAt,
     Wakeup,
     WorkerDown,
@@ -68,6 +71,7 @@ class Rules:
     costs: Costs = field(default_factory=Costs)
     breaker: BreakerRule = field(default_factory=BreakerRule)
     retry: RetryRule = field(default_factory=RetryRule)
+    switch: SwitchRule = field(default_factory=SwitchRule)
     max_queued: int = 10_000
     """Jobs of one kind that may wait for one model."""
     load_stale_us: int = 5_000_000
@@ -92,6 +96,7 @@ class Core:
         self._rules = rules
         self._fleet = Fleet(rules.breaker, rules.pools, rules.costs)
         self._budget = RetryBudget(rules.retry)
+        self._switching = Switching(self._fleet, rules.switch)
         self._tickets: dict[str, Ticket] = {}
         self._lanes: dict[str, Lane] = {}
         self._agenda = Agenda()
@@ -115,6 +120,8 @@ class Core:
             WorkerDown: self._worker_down,
             WorkerDraining: self._worker_draining,
             WorkerGone: self._worker_gone,
+            SwitchWanted: self._switch_wanted,
+            RoleSwitched: self._role_switched,
             Wakeup: self._wakeup,
         }
         for worker in workers:
@@ -125,6 +132,8 @@ class Core:
             self._touch_all()
         for event in events:
             self._on[type(event)](event, now_us)
+        if self._switching.moves:
+            self._advance_switches(now_us)
         if self._fresh:
             self._take_in(now_us)
         agenda = self._agenda
@@ -163,6 +172,7 @@ class Core:
         self._rules = rules
         self._fleet.adopt(rules.breaker, rules.pools, rules.costs)
         self._budget.adopt(rules.retry)
+        self._switching.rule = rules.switch
         for lane in self._lanes.values():
             for kind in Kind:
                 self._queue_anew(lane, kind, lane.jobs(kind))
@@ -395,6 +405,20 @@ class Core:
         """What runs there keeps its own reference to the ledger and ends as it would have."""
         if self._fleet.remove(event.name):
             self._fleet_changed()
+
+    def _switch_wanted(self, event: SwitchWanted, now_us: int) -> None:
+        self._out += self._switching.begin(event, now_us)
+        self._reconsider()
+
+    def _role_switched(self, event: RoleSwitched, now_us: int) -> None:
+        self._out += self._switching.ended(event, now_us)
+        self._fleet_changed()
+
+    def _advance_switches(self, now_us: int) -> None:
+        decisions = self._switching.advance(self._tickets.values(), self._recall, now_us)
+        if found := list(decisions):
+            self._out += found
+            self._reconsider()
 
     def _fleet_changed(self) -> None:
         for lane in self._lanes.values():
