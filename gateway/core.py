@@ -96,7 +96,7 @@ class Core:
         self._rules = rules
         self._fleet = Fleet(rules.breaker, rules.pools, rules.costs)
         self._budget = RetryBudget(rules.retry)
-        self._switching = Switching(self._fleet, rules.switch)
+        self.switching = Switching(self._fleet, rules.switch)
         self._tickets: dict[str, Ticket] = {}
         self._lanes: dict[str, Lane] = {}
         self._agenda = Agenda()
@@ -132,7 +132,7 @@ class Core:
             self._touch_all()
         for event in events:
             self._on[type(event)](event, now_us)
-        if self._switching.moves:
+        if self.switching.moves:
             self._advance_switches(now_us)
         if self._fresh:
             self._take_in(now_us)
@@ -172,7 +172,7 @@ class Core:
         self._rules = rules
         self._fleet.adopt(rules.breaker, rules.pools, rules.costs)
         self._budget.adopt(rules.retry)
-        self._switching.rule = rules.switch
+        self.switching.rule = rules.switch
         for lane in self._lanes.values():
             for kind in Kind:
                 self._queue_anew(lane, kind, lane.jobs(kind))
@@ -407,15 +407,15 @@ class Core:
             self._fleet_changed()
 
     def _switch_wanted(self, event: SwitchWanted, now_us: int) -> None:
-        self._out += self._switching.begin(event, now_us)
+        self._out += self.switching.begin(event, now_us)
         self._reconsider()
 
     def _role_switched(self, event: RoleSwitched, now_us: int) -> None:
-        self._out += self._switching.ended(event, now_us)
+        self._out += self.switching.ended(event, now_us)
         self._fleet_changed()
 
     def _advance_switches(self, now_us: int) -> None:
-        decisions = self._switching.advance(self._tickets.values(), self._recall, now_us)
+        decisions = self.switching.advance(self._tickets.values(), self._recall, now_us)
         if found := list(decisions):
             self._out += found
             self._reconsider()

@@ -22,7 +22,15 @@ from backends.workload import (
     read_lengths,
     read_trace,
 )
-from gateway.config import Admission, BreakerSettings, Config, Limits, Policies, Retry
+from gateway.config import (
+    Admission,
+    BreakerSettings,
+    Config,
+    Limits,
+    Policies,
+    RatioSettings,
+    Retry,
+)
 from gateway.settings import ConfigError, bounded, decode, one_of
 from policies.types import Kind, Pool, Role
 
@@ -77,6 +85,8 @@ class ServerEntry:
     start_up_s: float = bounded(60.0, low=0)
     """From its start until it serves, where it joins later; it is paid for meanwhile."""
     role_switch_s: float = bounded(0.4, low=0)
+    parked: bool = False
+    """It does not run at the beginning: a ratio policy may start it, in either role."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +103,8 @@ class FleetEntry:
     table_model: str = "meta-llama/Meta-Llama-3.1-8B"
     noise: float = bounded(0.05, low=0, high=1)
     """Sigma of the log-normal noise on each step."""
+    launch_s: float = bounded(45.0, low=0)
+    """From the decision to start a parked server until it serves."""
     server: tuple[ServerEntry, ...] = ()
 
 
@@ -189,6 +201,7 @@ class PolicyEntry:
     limits: Limits = field(default_factory=Limits)
     retry: Retry = field(default_factory=Retry)
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
+    ratio: RatioSettings = field(default_factory=RatioSettings)
 
     def config(self) -> Config:
         return Config(
@@ -197,6 +210,7 @@ class PolicyEntry:
             limits=self.limits,
             retry=self.retry,
             breaker=self.breaker,
+            ratio=self.ratio,
         )
 
 
@@ -356,7 +370,7 @@ def _distinct(names: Sequence[str], what: str) -> None:
 
 
 def _check_roles(fleet: FleetEntry, where: str) -> None:
-    roles = {server.role for server in fleet.server if not server.joins_s}
+    roles = {it.role for it in fleet.server if not (it.joins_s or it.parked)}
     if Role.UNIFIED not in roles and not {Role.PREFILL, Role.DECODE} <= roles:
         raise ConfigError(
             f"{where} can serve nothing at the beginning: it needs a unified server, or a prefill "

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from policies.order import Edf, Fcfs, Order
 from policies.place import LeastWork, Place, RoundRobin
+from policies.planners import DynLoad, DynSla
 from policies.pools import ByLatency, Pools, Shared
+from policies.ratio import Dopd, DopdPlus, Ratio, Static
 
 ORDER: dict[str, type[Order]] = {"fcfs": Fcfs, "edf": Edf}
 PLACE: dict[str, type[Place]] = {"least-work": LeastWork, "round-robin": RoundRobin}
 POOLS: dict[str, type[Pools]] = {"none": Shared, "latency": ByLatency}
+RATIO: dict[str, type[Ratio]] = {
+    "static": Static,
+    "dopd": Dopd,
+    "dopd+": DopdPlus,
+    "dyn-load": DynLoad,
+    "dyn-sla": DynSla,
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from backends.base import Post
@@ -27,6 +27,9 @@ class _Slot:
     used_s: float = 0.0
     is_starting: bool = False
 
+    def running_s(self, now_s: float) -> float:
+        return 0.0 if self.since_s is None else max(0.0, now_s - self.since_s)
+
 
 class SimulatedActuator:
     """Switches engines, stops them and starts them again in any role."""
@@ -37,20 +40,21 @@ class SimulatedActuator:
         clock: Clock,
         describe: Callable[[Engine], Worker],
         *,
-        gpus: Callable[[Engine], int] = lambda _: 1,
-        parked: frozenset[str] = frozenset(),
+        gpus: Mapping[str, int] | None = None,
+        paid_from_s: Mapping[str, float | None] | None = None,
         launch_s: float = 45.0,
     ) -> None:
         self._clock = clock
         self._describe = describe
         self._post: Post = _nobody
         self._launch_s = launch_s
-        self._slots = {
-            engine.name: _Slot(engine, gpus(engine), None if engine.name in parked else 0.0)
-            for engine in engines
-        }
-        for name in sorted(parked):
-            self._slots[name].engine.kill()
+        self._slots = {}
+        for engine in engines:
+            since_s = (paid_from_s or {}).get(engine.name, 0.0)
+            self._slots[engine.name] = _Slot(engine, (gpus or {}).get(engine.name, 1), since_s)
+            if since_s is None:
+                engine.kill()
+        self.switched = self.launched = self.released = 0
 
     def connect(self, post: Post) -> None:
         self._post = post
@@ -74,6 +78,7 @@ class SimulatedActuator:
             engine.switch_role(role, lambda: self._switched(engine))
 
     def _switched(self, engine: Engine) -> None:
+        self.switched += 1
         # What a probe would have found out comes first: the role alone does not make a worker.
         self._post(WorkerUp(self._describe(engine)))
         self._post(RoleSwitched(engine.name, engine.role))
@@ -94,6 +99,7 @@ class SimulatedActuator:
         slot = next((it for it in self._slots.values() if it.since_s is None), None)
         if slot is None:
             return False
+        self.launched += 1
         slot.since_s, slot.is_starting = self._clock.time(), True
         slot.engine.machine.take_role(role)
         self._later(self._launch_s, self._launched, slot, role)
@@ -108,6 +114,7 @@ class SimulatedActuator:
     def _stop(self, engine: Engine) -> None:
         """It is off the list first: nothing is sent to a server that is about to end."""
         slot = self._slots[engine.name]
+        self.released += 1
         self._post(WorkerGone(engine.name))
         engine.kill()
         if slot.since_s is not None:
@@ -117,8 +124,7 @@ class SimulatedActuator:
     def gpu_s(self, now_s: float) -> float:
         """What was paid for so far, starting and switching included."""
         return sum(
-            slot.gpus * (slot.used_s + (0.0 if slot.since_s is None else now_s - slot.since_s))
-            for slot in self._slots.values()
+            slot.gpus * (slot.used_s + slot.running_s(now_s)) for slot in self._slots.values()
         )
 
     def _later(self, seconds: float, callback: Callable[..., object], *args: object) -> None:

@@ -37,6 +37,11 @@ class ServerPlan:
     gpus: int
 
     @property
+    def paid_from_s(self) -> float | None:
+        """None: it is not started."""
+        return None if self.entry.parked else self.entry.joins_s
+
+    @property
     def serves_from_s(self) -> float:
         return self.entry.joins_s + self.entry.start_up_s if self.entry.joins_s else 0.0
 

@@ -40,6 +40,9 @@ from policies.events import (
     Progress,
     Recall,
     Reject,
+    Release,
+    SwitchOver,
+    SwitchRole,
     WakeAt,
     Wakeup,
     WorkerDown,
@@ -234,6 +237,8 @@ class CoreMachine(RuleBasedStateMachine):
             assert decision.us > self.now_us
             self.alarm_us = decision.us
             return
+        if isinstance(decision, SwitchRole | Release | SwitchOver):
+            raise AssertionError("nobody asked for a switch")
         name = decision.job.id
         assert name in self.known
         assert name not in self.ended, "a job that has ended is never mentioned again"
