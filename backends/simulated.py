@@ -25,7 +25,7 @@ from policies.events import (
     Progress,
     Reject,
 )
-from policies.types import Job, Resume, Role, Worker
+from policies.types import Job, Kind, Resume, Role, Worker
 
 _OVERLOADED = frozenset({429, 503})
 
@@ -275,6 +275,10 @@ class SimulatedBackend:
             prompt=work.prompt,
             max_new_tokens=job.max_tokens,
             true_tokens=work.answer_tokens,
+            is_online=job.kind is Kind.ONLINE,
+            arrived_s=job.arrival_us / 1e6,
+            ttft_s=(job.deadline_us - job.arrival_us) / 1e6 if job.kind is Kind.ONLINE else 0.0,
+            tpot_s=job.tpot_us / 1e6,
             bootstrap_host=prefill.config.bootstrap_host if prefill else "",
             bootstrap_port=prefill.config.bootstrap_port if prefill else None,
             bootstrap_room=serial if prefill else None,

@@ -61,6 +61,41 @@ class LinearStepTimes:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedStepTimes:
+    """Constants fitted to one machine; experts are read as they are met.
+
+    Tokens choose experts evenly and independently: a step of b sequences meets the share
+    1 - (1 - k/n)^b of n experts where each token takes k.
+    """
+
+    prefill_token_s: float
+    prefill_pair_s: float
+    decode_base_s: float
+    """Of one sequence without context."""
+    decode_context_token_s: float
+    decode_sequence_s: float = 0.0
+    decode_experts_s: float = 0.0
+    """What a step takes longer once every expert is met."""
+    experts: int = 256
+    experts_per_token: int = 8
+
+    def prefill_s(self, chunks: Sequence[tuple[int, int]]) -> float:
+        tokens = sum(new for new, _ in chunks)
+        pairs = sum(new * (cached + new / 2) for new, cached in chunks)
+        return self.prefill_token_s * tokens + self.prefill_pair_s * pairs
+
+    def decode_s(self, batch: int, context_tokens: int) -> float:
+        missed = 1 - self.experts_per_token / self.experts
+        more = missed - missed**batch  # than one sequence meets
+        return (
+            self.decode_base_s
+            + self.decode_context_token_s * context_tokens
+            + self.decode_sequence_s * (batch - 1)
+            + self.decode_experts_s * more / missed
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Noisy:
     """Log-normal noise with mean 1 around another source."""

@@ -7,7 +7,8 @@ from gateway.servers import Candidates
 from policies.breaker import Breaker
 from policies.events import Reason
 from policies.ledger import Ledger
-from policies.order import Key
+from policies.moving import Moving
+from policies.order import Key, Order, Outlook
 from policies.queue import KeyedHeap
 from policies.retry import continued
 from policies.types import Job, Kind, Resume
@@ -115,11 +116,13 @@ class Ticket:
         if decode is None or fresh <= 0:
             return
         self.generated = generated
-        decode.context_tokens += fresh
         self.booked_context += fresh
-        if (outgrown := self.booked_context - self.booked_reserved) > 0:
-            decode.reserved_tokens += outgrown
+        outgrown = self.booked_context - self.booked_reserved
+        if outgrown <= 0:
+            decode.grow_decode(fresh, 0)
+        else:
             self.booked_reserved += outgrown
+            decode.grow_decode(fresh, outgrown)
 
     def free_prefill(self) -> None:
         if self.prefill is not None:
@@ -145,6 +148,7 @@ class Lane:
         """Jobs that no server in rotation could take: they must not block those that can go."""
         self.waiting_tokens = dict.fromkeys(Kind, 0)
         self.last_key: dict[Kind, Key] = {}
+        self._moving = {kind: Moving() for kind in Kind}
         self.candidates: dict[Kind, Candidates] = {}
 
     @property
@@ -163,18 +167,36 @@ class Lane:
         online = self.waiting_tokens[Kind.ONLINE]
         return online if kind is Kind.ONLINE else online + self.waiting_tokens[Kind.OFFLINE]
 
-    def put(self, job: Job, key: Key) -> None:
+    def put(self, job: Job, order: Order, outlook: Outlook) -> None:
         kind = job.kind
         heap = self.waiting[kind]
+        if order.moves:
+            self._moving[kind].add(job)
+            key = self._moving[kind].key(job, order, outlook)
+        else:
+            key = order.key(job)
         if not heap.entries or key > self.last_key[kind]:
             self.last_key[kind] = key
         heap.put(job.id, key)
         self.waiting_tokens[kind] += job.prompt_tokens
 
+    def is_last(self, job: Job, order: Order) -> bool:
+        """Whether it would go after all that wait; where keys move, that is not said."""
+        return not order.moves and order.key(job) >= self.last_key[job.kind]
+
+    def rekey(self, kind: Kind, order: Order, outlook: Outlook) -> None:
+        """Some of the keys that have moved, in turn."""
+        self._moving[kind].turn(self.waiting[kind], order, outlook)
+
+    def first(self, kind: Kind, order: Order, outlook: Outlook) -> str | None:
+        heap = self.waiting[kind]
+        return self._moving[kind].first(heap, order, outlook) if order.moves else heap.peek()
+
     def take(self, job: Job) -> bool:
         kind = job.kind
         if not self.waiting[kind].discard(job.id):
             return self.aside[kind].pop(job.id, job) is None
+        self._moving[kind].discard(job)
         self.waiting_tokens[kind] -= job.prompt_tokens
         return True
 

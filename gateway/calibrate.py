@@ -19,6 +19,7 @@ from backends.calibration_run import CannotMeasure
 from backends.ceilings import Ceilings, CeilingsError, constants_from, measure
 from backends.constants_file import dump_constants, load_constants
 from backends.step_tables import Origin, TableError, read_table
+from gateway import terminal
 from gateway.calibrate_live import Asked, Measured, measure_servers
 from gateway.clock import LiveClock
 from gateway.predict import read_model
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_calibrate(arguments: argparse.Namespace, console: Console | None = None) -> int:
     """0 with constants; 1 when the measurements make none, 2 when what was asked makes no sense."""
-    out = console or Console()
+    out = console or terminal.console()
     try:
         setup, constants = _calibrated(arguments, out)
         text = _merged(arguments.out, setup, constants)
@@ -166,7 +167,7 @@ def _show_fit(out: Console, found: Fit, halves: Mapping[Phase, Errors]) -> None:
             )
         else:
             grid.add_row(phase.value, "0", "as shipped", "", "", "")
-    out.print(grid)
+    out.print(terminal.whole(grid))
 
 
 def _from_servers(arguments: argparse.Namespace, out: Console) -> tuple[Setup, Constants]:
@@ -233,7 +234,7 @@ def _from_torch(setup: Setup, out: Console) -> Constants:
     grid = Grid("ceiling", "measured", "of the peak")
     for name, value, share in _ceiling_rows(ceilings, setup.device):
         grid.add_row(name, value, share)
-    out.print(grid)
+    out.print(terminal.whole(grid))
     return constants_from(ceilings, setup.device, _prior(setup))
 
 

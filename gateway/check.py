@@ -18,7 +18,7 @@ from rich.table import Table
 
 from backends.http import Upstream
 from backends.sglang import Server
-from gateway import serve
+from gateway import serve, terminal
 from gateway.clock import LiveClock
 from gateway.config import Config, WorkerEntry, worker_of
 from gateway.facts import Facts, learn, load_age_s
@@ -74,7 +74,7 @@ def run_check(given: argparse.Namespace) -> int:
     if given.json:
         sys.stdout.write(orjson.dumps(_as_json(report), option=orjson.OPT_INDENT_2).decode() + "\n")
     else:
-        show(report, Console(emoji=False))
+        show(report, terminal.console())
     return 0 if report.ok else 1
 
 
@@ -148,12 +148,12 @@ async def _try_all(
 
 
 def show(report: Report, console: Console) -> None:
-    console.print(_server_table(report))
+    console.print(terminal.whole(_server_table(report)))
     if report.trials:
-        console.print(_trial_table(report))
+        console.print(terminal.whole(_trial_table(report)))
     for (level, text), subjects in _together(report.findings).items():
         words = escape(f"{', '.join(subjects)}: {text}")
-        console.print(f"[{_STYLES[level]}]{level}[/] {words}", highlight=False)
+        console.print(f"[{_STYLES[level]}]{level}[/] {words}", highlight=False, soft_wrap=True)
     verdict = "all of them can serve" if report.ok else "some requests would fail"
     console.print(f"{len(report.servers)} servers, {len(report.trials)} routes: {verdict}")
 
@@ -169,7 +169,7 @@ def _together(found: Sequence[Finding]) -> dict[tuple[Level, str], list[str]]:
 def _server_table(report: Report) -> Table:
     table = Table()
     for title in ("server", "role", "pool", "model", "page", "dp", "KV", "version", "state"):
-        table.add_column(title, no_wrap=title in ("server", "role", "state"))
+        table.add_column(title)
     for facts in report.servers:
         worker, told = facts.worker, facts.info
         table.add_row(

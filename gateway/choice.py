@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from math import inf
 from operator import itemgetter
 
 from gateway.servers import Candidates
 from policies.admit import Admit
 from policies.ledger import Ledger
+from policies.order import Outlook
 from policies.place import Place
 from policies.types import Job
 
-May = Callable[[Job, Ledger], bool]
 Pair = tuple[Ledger, Ledger]
 """A prefill and a decode server, or one unified server as both."""
 
@@ -38,10 +38,10 @@ def _pair(job: Job, candidates: Candidates, admit: Admit, place: Place, now_us: 
     """Prefill first: while none is free, which is most of the time, decode is not looked at."""
     if not (ledgers := candidates.prefills):
         return None
-    prefill = _best(job, ledgers, place.prefill(job, ledgers), admit.prefill, now_us)
+    prefill = _best_prefill(job, ledgers, place.prefill(job, ledgers), admit, now_us)
     if prefill is None or not (ledgers := candidates.decodes):
         return None
-    decode = _best(job, ledgers, place.decode(job, ledgers), admit.decode, now_us)
+    decode = _best_decode(job, ledgers, place.decode(job, ledgers), admit, now_us)
     return None if decode is None else (prefill, decode)
 
 
@@ -53,19 +53,35 @@ def _shortest(job: Job, options: list[Pair], place: Place) -> Pair:
     return min(zip(firsts, others, names, options, strict=True), key=itemgetter(0, 1, 2))[3]
 
 
-def _best(
-    job: Job, ledgers: list[Ledger], ranks: list[float], may: May, now_us: int
+# The first by rank, then by name, that may take the job; the lists are in order of names. One
+# function for both would have to call `may(job, ledger)`, which costs three times as much as a
+# method that is called by its name.
+
+
+def _best_prefill(
+    job: Job, ledgers: list[Ledger], ranks: list[float], admit: Admit, now_us: int
 ) -> Ledger | None:
-    """The first by rank, then by name, that may take the job; the list is in order of names."""
     first = ledgers[ranks.index(min(ranks))]
-    if first.usable(now_us) and may(job, first):
+    if first.usable(now_us) and admit.prefill(job, first):
         return first
-    free = [
-        (rank, index)
-        for index, rank in enumerate(ranks)
-        if may(job, ledger := ledgers[index]) and ledger.usable(now_us)
-    ]
-    return ledgers[min(free)[1]] if free else None
+    best, least = None, inf
+    for ledger, rank in zip(ledgers, ranks, strict=True):
+        if rank < least and admit.prefill(job, ledger) and ledger.usable(now_us):
+            best, least = ledger, rank
+    return best
+
+
+def _best_decode(
+    job: Job, ledgers: list[Ledger], ranks: list[float], admit: Admit, now_us: int
+) -> Ledger | None:
+    first = ledgers[ranks.index(min(ranks))]
+    if first.usable(now_us) and admit.decode(job, first):
+        return first
+    best, least = None, inf
+    for ledger, rank in zip(ledgers, ranks, strict=True):
+        if rank < least and admit.decode(job, ledger) and ledger.usable(now_us):
+            best, least = ledger, rank
+    return best
 
 
 def fits_ever(job: Job, candidates: Candidates, admit: Admit) -> bool:
@@ -100,6 +116,19 @@ def without_failed(
     """Those that have just failed this job are out, unless nothing else could ever take it."""
     others = candidates.without(avoid)
     return others if is_worth_a_wait(job, others, admit, now_us) else candidates
+
+
+def outlook_of(candidates: Candidates, waiting_tokens: int, now_us: int) -> Outlook:
+    """The pace of the servers in rotation, and what they and others have to do first."""
+    servers, known, tokens_per_us = 0, 0, 0.0
+    for ledger in candidates.prefills + candidates.unified:
+        if ledger.usable(now_us):
+            servers += 1
+            waiting_tokens += ledger.prefill_tokens
+            if (rate := ledger.prefill_tokens_per_us) is not None:
+                known += 1
+                tokens_per_us += rate
+    return Outlook(now_us, tokens_per_us / max(1, known), max(1, servers), waiting_tokens)
 
 
 def predicted_wait_us(candidates: Candidates, waiting_tokens: int, now_us: int) -> int:

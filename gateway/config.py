@@ -204,8 +204,9 @@ class RatioSettings:
     """How many servers prefill and how many decode; all but `static` need `[cost]`."""
     mode: Mode = Mode.ADVISE
     """advise: what would be done is logged. act: servers are switched."""
-    interval_s: float = bounded(10.0, low=1)
-    """How often it is looked at, and how far ahead it is planned."""
+    interval_s: float = bounded(30.0, low=1)
+    """How often it is looked at, and how far ahead it is planned. Bursts shorter than this are
+    the business of queues, not of the ratio."""
     quantile: float = bounded(0.9, low=0.5, high=0.999)
     """The share of intervals whose load the fleet is to be ready for."""
     attained: float = bounded(0.99, low=0.5, high=0.9999)
@@ -280,7 +281,12 @@ def check(config: Config) -> Config:
     secrets = [key.key for key in config.key]
     if "" in secrets or len(set(secrets)) < len(secrets):
         raise ConfigError("each [[key]] needs a key of its own")
-    _costs(config)
+    costs = _costs(config)
+    if config.ratio.policy != "static" and costs.default is None and not costs.by_name:
+        raise ConfigError(
+            f"ratio.policy {config.ratio.policy!r} reckons with step times: cost.model and "
+            "cost.device are missing"
+        )
     return config
 
 

@@ -12,6 +12,7 @@ from gateway.choice import (
     choose,
     fits_ever,
     is_worth_a_wait,
+    outlook_of,
     predicted_wait_us,
     reopens_in_us,
     without_failed,
@@ -52,7 +53,7 @@ from policies.events import (
     WorkerUp,
 )
 from policies.ledger import Ledger
-from policies.order import Edf, Order
+from policies.order import NO_OUTLOOK, Edf, Order, Outlook
 from policies.place import LeastWork, Place
 from policies.pools import Pools, Shared
 from policies.retry import RetryBudget, RetryRule, continued
@@ -96,7 +97,6 @@ class Core:
         self._rules = rules
         self._fleet = Fleet(rules.breaker, rules.pools, rules.costs)
         self._budget = RetryBudget(rules.retry)
-        self.switching = Switching(self._fleet, rules.switch)
         self._tickets: dict[str, Ticket] = {}
         self._lanes: dict[str, Lane] = {}
         self._agenda = Agenda()
@@ -104,6 +104,9 @@ class Core:
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
         self._all_look = False
+        self.switching = Switching(
+            self._fleet, rules.switch, self._recall, self._fleet_changed, self._say
+        )
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
             Arrived: self._arrived,
             Left: self._left,
@@ -120,8 +123,8 @@ class Core:
             WorkerDown: self._worker_down,
             WorkerDraining: self._worker_draining,
             WorkerGone: self._worker_gone,
-            SwitchWanted: self._switch_wanted,
-            RoleSwitched: self._role_switched,
+            SwitchWanted: self.switching.begin,
+            RoleSwitched: self.switching.ended,
             Wakeup: self._wakeup,
         }
         for worker in workers:
@@ -133,7 +136,7 @@ class Core:
         for event in events:
             self._on[type(event)](event, now_us)
         if self.switching.moves:
-            self._advance_switches(now_us)
+            self.switching.advance(self._tickets.values(), now_us)
         if self._fresh:
             self._take_in(now_us)
         agenda = self._agenda
@@ -202,7 +205,7 @@ class Core:
                 del self._tickets[ticket.job.id]
             else:
                 self._budget.earn(ticket.job)
-                self._enqueue(ticket, lane)
+                self._enqueue(ticket, lane, now_us)
 
     def _goes_at_once(self, ticket: Ticket, lane: Lane, now_us: int) -> bool:
         kind = ticket.job.kind
@@ -226,7 +229,7 @@ class Core:
         if queued >= self._rules.max_queued:
             wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
             return Reject(job, Reason.QUEUE_FULL, wait_us)
-        if kind is _OFFLINE or self._rules.order.key(job) < lane.last_key[kind]:
+        if kind is _OFFLINE or not lane.is_last(job, self._rules.order):
             return None
         wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
         late_us = now_us + wait_us - job.give_up_us
@@ -328,7 +331,7 @@ class Core:
             self._agenda.put(self._agenda.later, job.id, now_us + delay_us)
             self._agenda.put(self._agenda.give_up, job.id, job.give_up_us)
         else:
-            self._enqueue(ticket, self._lane(job.model))
+            self._enqueue(ticket, self._lane(job.model), now_us)
 
     def _freed(self, event: Freed, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is not None:
@@ -350,7 +353,7 @@ class Core:
             self._end_trials(ticket)
             ticket.returned(event.generated, now_us)
             self._touch_all()
-            self._enqueue(ticket, self._lane(ticket.job.model))
+            self._enqueue(ticket, self._lane(ticket.job.model), now_us)
 
     def _end_trials(self, ticket: Ticket) -> None:
         if ticket.trials:
@@ -406,19 +409,8 @@ class Core:
         if self._fleet.remove(event.name):
             self._fleet_changed()
 
-    def _switch_wanted(self, event: SwitchWanted, now_us: int) -> None:
-        self._out += self.switching.begin(event, now_us)
-        self._reconsider()
-
-    def _role_switched(self, event: RoleSwitched, now_us: int) -> None:
-        self._out += self.switching.ended(event, now_us)
-        self._fleet_changed()
-
-    def _advance_switches(self, now_us: int) -> None:
-        decisions = self.switching.advance(self._tickets.values(), self._recall, now_us)
-        if found := list(decisions):
-            self._out += found
-            self._reconsider()
+    def _say(self, decision: Decision) -> None:
+        self._out.append(decision)
 
     def _fleet_changed(self) -> None:
         for lane in self._lanes.values():
@@ -437,7 +429,7 @@ class Core:
         for job in jobs:
             lane.take(job)
         for job in jobs:
-            lane.put(job, self._rules.order.key(job))
+            lane.put(job, self._rules.order, NO_OUTLOOK)
 
     # Time.
 
@@ -457,7 +449,7 @@ class Core:
             self._look_again()
         for job_id in passed(self._agenda.later, now_us):
             ticket = self._tickets[job_id]
-            self._enqueue(ticket, self._lane(ticket.job.model))
+            self._enqueue(ticket, self._lane(ticket.job.model), now_us)
         for job_id in passed(self._agenda.give_up, now_us):
             self._reject(self._tickets[job_id], Reason.EXPIRED, now_us)
             self._touch_all()
@@ -490,9 +482,12 @@ class Core:
 
     def _fill(self, lane: Lane, kind: Kind, now_us: int) -> None:
         """Until the first job has to wait for what runs; the order is kept."""
-        waiting, admit = lane.waiting[kind], self._rules.admit
-        candidates = self._candidates(lane, kind, now_us)
-        while (job_id := waiting.peek()) is not None:
+        order, admit = self._rules.order, self._rules.admit
+        candidates, outlook = self._candidates(lane, kind, now_us), NO_OUTLOOK
+        if order.moves:
+            outlook = self._outlook(lane, kind, now_us)
+            lane.rekey(kind, order, outlook)
+        while (job_id := lane.first(kind, order, outlook)) is not None:
             ticket = self._tickets[job_id]
             job = ticket.job
             pair = self._choose(ticket, candidates, now_us)
@@ -537,9 +532,10 @@ class Core:
             )
         )
 
-    def _enqueue(self, ticket: Ticket, lane: Lane) -> None:
-        job, agenda = ticket.job, self._agenda
-        lane.put(job, self._rules.order.key(job))
+    def _enqueue(self, ticket: Ticket, lane: Lane, now_us: int) -> None:
+        job, agenda, order = ticket.job, self._agenda, self._rules.order
+        outlook = self._outlook(lane, job.kind, now_us) if order.moves else NO_OUTLOOK
+        lane.put(job, order, outlook)
         agenda.put(agenda.give_up, job.id, job.give_up_us)
         if lane.waiting[job.kind].peek() == job.id:
             # Behind another it changes nothing: whoever is first was looked at already.
@@ -564,6 +560,11 @@ class Core:
             return own
         shared = self._fleet.candidates(lane.model, kind, shared=True)
         return shared if shared.has_usable(now_us) else own
+
+    def _outlook(self, lane: Lane, kind: Kind, now_us: int) -> Outlook:
+        """What lies before the first of the queue; online work lies before all offline work."""
+        before = lane.waiting_tokens[Kind.ONLINE] if kind is Kind.OFFLINE else 0
+        return outlook_of(self._candidates(lane, kind, now_us), before, now_us)
 
     def _predicted_wait_us(self, lane: Lane, kind: Kind, now_us: int) -> int:
         return predicted_wait_us(

@@ -53,7 +53,7 @@ class Driver:
         self._backend = backend
         self._observe = observe
         self._actuator = actuator
-        self._listen = listen
+        self.listen = listen
         self._inbox: list[Event] = []
         self._alarm: Timer | None = None
         backend.connect(self.post)
@@ -68,9 +68,9 @@ class Driver:
     def _drain(self) -> None:
         now_us = round(self._clock.time() * 1e6)
         events, self._inbox = self._inbox, []
-        if self._listen is not None:
+        if self.listen is not None:
             for event in events:
-                self._listen(now_us, event)
+                self.listen(now_us, event)
         for decision in self.core.handle(events, now_us):
             if self._observe is not None:
                 self._observe(now_us, decision)
@@ -104,7 +104,7 @@ class Driver:
             case SwitchRole() | Release():
                 self._move(decision)
             case SwitchOver():
-                log.info("role switch", **_fields(decision))
+                pass  # for those who observe
             case WakeAt(us):
                 self._wake_at(us)
 
@@ -119,14 +119,3 @@ class Driver:
         if self._alarm is not None:
             self._alarm.cancel()
         self._alarm = self._clock.call_at(us / 1e6, self.post, Wakeup())
-
-
-def _fields(over: SwitchOver) -> dict[str, str | float]:
-    return {
-        "worker": over.worker,
-        "role": "none" if over.role is None else over.role.value,
-        "outcome": over.outcome.value,
-        "drained_s": over.drained_us / 1e6,
-        "took_s": over.took_us / 1e6,
-        "why": over.why,
-    }

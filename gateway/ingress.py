@@ -24,7 +24,7 @@ from policies.types import Job, Kind
 
 SPANS_S = (30.0, 60.0, 120.0, 300.0)
 """Lengths are taken from the shortest of these with enough arrivals in it."""
-ENOUGH = 64
+ENOUGH = 200
 
 
 @dataclass(slots=True)
@@ -153,8 +153,8 @@ class Ingress:
         count, made = last[1] - first[1], last[2] - first[2]
         if count and made > 0:
             mean = max(1.0, made / count)
-        elif live:
-            mean = max(1.0, 2.0 * sum(it.before + it.generated for it in live) / len(live))
+        elif begun := [so_far for it in live if (so_far := it.before + it.generated)]:
+            mean = max(1.0, 2.0 * sum(begun) / len(begun))
         else:
             return ended
         factor = mean / ended.mean if ended.mean else 1.0

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
-import structlog
-
 from backends.base import Post
 from gateway.core import Core
 from gateway.ingress import Ingress
@@ -20,8 +18,6 @@ from policies.ledger import Ledger
 from policies.monitor import Seen
 from policies.ratio import DopdPlus, Memory, Plan, Ratio
 from policies.types import Kind, Role, Worker
-
-log = structlog.get_logger("slackwater.ratio")
 
 URGENT_S = 1.0
 """How often it is asked whether something is urgent between two looks."""
@@ -101,6 +97,14 @@ class Planner:
         self.control = control
         self.last: Look | None = None
 
+    def adopt(self, control: Control) -> None:
+        """Other rules from here on; what was seen of the load stays."""
+        if control.policy != self.control.policy:
+            self._memory = Memory()
+        for outlook in self._rates.values():
+            outlook.quantile = control.quantile
+        self.control = control
+
     def hear(self, now_us: int, event: Event) -> None:
         self.ingress.hear(now_us, event)
 
@@ -146,10 +150,8 @@ class Planner:
             now_us=now_us, demand=demand, fleet=fleet, plan=plan, forecast=forecast
         )
         self._told(look)
-        if look.wants_change:
-            self._say(look)
-            if self.control.mode is Mode.ACT:
-                self._act(look)
+        if look.wants_change and self.control.mode is Mode.ACT:
+            self._act(look)
 
     # What is known.
 
@@ -230,18 +232,6 @@ class Planner:
         return None
 
     # What is done.
-
-    def _say(self, look: Look) -> None:
-        log.info(
-            "ratio",
-            mode=self.control.mode.value,
-            have=f"{look.fleet.prefills}P{look.fleet.decodes}D",
-            wanted=f"{look.plan.prefills}P{look.plan.decodes}D",
-            why=look.plan.why.value,
-            forecast=round(look.forecast.upper, 3),
-            by=look.forecast.by,
-            terms={name: round(value, 4) for name, value in look.plan.terms.items()},
-        )
 
     def _act(self, look: Look) -> None:
         more = {

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from backends.constants_file import load_constants
+from gateway import terminal
 from policies.constants import Constants, ConstantsError, Key, lookup
 from policies.devices import Device, Precision, UnknownDevice, device_named
 from policies.models import Model, ModelError, model_named, parse_config
@@ -182,7 +183,7 @@ class Report:
 
 def run_predict(arguments: argparse.Namespace, console: Console | None = None) -> int:
     """0 with a prediction, 2 with the reason why there is none."""
-    out = console or Console(soft_wrap=True)
+    out = console or terminal.console()
     try:
         model = read_model(arguments.model, arguments.weights)
         device = device_named(arguments.gpu)
@@ -193,7 +194,8 @@ def run_predict(arguments: argparse.Namespace, console: Console | None = None) -
     except (
         ConstantsError, DoesNotFit, ModelError, OSError, UnknownDevice, ValueError
     ) as error:  # fmt: skip
-        out.print(f"predict: {error}", style="red", markup=False, highlight=False)
+        complaints = console or Console(stderr=True, soft_wrap=True)
+        complaints.print(f"predict: {error}", style="red", markup=False, highlight=False)
         return 2
     if arguments.json:
         out.file.write(json.dumps(asdict(report)) + "\n")
@@ -255,7 +257,7 @@ def _show(out: Console, report: Report, *, plot: bool) -> None:
         f"longest prompt within the TTFT target on an idle server: "
         f"{report.longest_prompt_tokens:,} tokens",
     )
-    out.print("\n".join(lines), markup=False, highlight=False)
+    out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     _show_lines(out, "prompt tokens", report.prefill, plot=plot)
     _show_lines(
         out, f"sequences of {report.decode_context_tokens} tokens", report.decode, plot=plot
@@ -265,7 +267,7 @@ def _show(out: Console, report: Report, *, plot: bool) -> None:
         grid.add_row(
             name.replace("_", " "), f"{value:.2f}" if isinstance(value, float) else str(value)
         )
-    out.print(grid)
+    out.print(terminal.whole(grid))
     if plot:
         out.print("bars: c compute, b bandwidth, l link, o overhead", highlight=False)
 
@@ -277,7 +279,7 @@ def _show_lines(out: Console, title: str, lines: Sequence[Line], *, plot: bool) 
     for line in lines:
         rest = [_bar(line, longest)] if plot else [f"{v:.2f}" for v in line.terms_ms.values()]
         grid.add_row(str(line.size), f"{line.milliseconds:.2f}", line.bottleneck.value, *rest)
-    out.print(grid)
+    out.print(terminal.whole(grid))
 
 
 def _bar(line: Line, longest: float, width: int = 48) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from backends.engine import SCHEDULE
 from backends.workload import (
     Arrivals,
     Bursts,
@@ -32,9 +33,14 @@ from gateway.config import (
     Retry,
 )
 from gateway.settings import ConfigError, bounded, decode, one_of
+from policies.packing import PACKING
 from policies.types import Kind, Pool, Role
+from policies.urgency import PREFILL_ORDER
 
-MODES = {"stock": "what SGLang 0.5.23 can be made to do from outside"}
+MODES = {
+    "stock": "what SGLang 0.5.23 can be made to do from outside",
+    "patched": "with a choice of the requests of each decode step and of the order of each chunk",
+}
 """How far the engine goes along: each mode is a kind of engine that gateway.simulation builds."""
 
 
@@ -72,6 +78,8 @@ class ServerEntry:
     max_running: int = bounded(256, low=1)
     chunk_tokens: int = bounded(8192, low=1)
     page_tokens: int = bounded(1, low=1)
+    schedule_policy: str = one_of("fcfs", SCHEDULE)
+    """SGLang's own setting: in which order its waiting prompts are taken in."""
     context_tokens: int = bounded(131_072, low=16)
     link_gb_s: float = bounded(25.0, low=0.001)
     """How fast a prompt's KV goes from this prefill server to a decode server."""
@@ -90,9 +98,37 @@ class ServerEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FitEntry:
+    """Constants of step times, where somebody has fitted them."""
+
+    prefill_token_us: float = bounded(0.0, low=0)
+    """0: there are none; a table or the cost model is used."""
+    prefill_pair_ns: float = bounded(0.0, low=0)
+    """For each pair of tokens that attention brings together."""
+    decode_ms: float = bounded(0.0, low=0)
+    """A step of one sequence without context."""
+    decode_token_us: float = bounded(0.0, low=0)
+    """For each token of context."""
+    decode_sequence_us: float = bounded(0.0, low=0)
+    decode_experts_ms: float = bounded(0.0, low=0)
+    """What a step takes longer once it meets every expert."""
+    experts: int = bounded(256, low=1)
+    experts_per_token: int = bounded(8, low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FleetEntry:
     name: str = "fleet"
     mode: str = one_of("stock", MODES)
+    packing: str = one_of("all", PACKING)
+    """patched: which of the running requests take a decode step."""
+    prefill_order: str = one_of("fcfs", PREFILL_ORDER)
+    """patched: in which order prompts are taken into each chunk."""
+    interrupt: bool = False
+    """patched: an offline prefill ends with a layer where an online prompt has come."""
+    straggler: bool = False
+    """A decode step takes as long as if only its longest context were attended to."""
+    fit: FitEntry = field(default_factory=FitEntry)
     model: str = "Llama-3.1-8B"
     device: str = "h100"
     tp: int = bounded(1, low=1, high=64)
@@ -103,6 +139,9 @@ class FleetEntry:
     table_model: str = "meta-llama/Meta-Llama-3.1-8B"
     noise: float = bounded(0.05, low=0, high=1)
     """Sigma of the log-normal noise on each step."""
+    predicts: bool = False
+    """The gateway knows the hardware, as `[cost]` tells it; every ratio policy but static needs
+    that."""
     launch_s: float = bounded(45.0, low=0)
     """From the decision to start a parked server until it serves."""
     server: tuple[ServerEntry, ...] = ()
@@ -360,6 +399,8 @@ def check(scenario: Scenario) -> None:
     for i, policy in enumerate(scenario.policy):
         if policy.fleet and policy.fleet not in fleets:
             raise ConfigError(f"policy[{i}].fleet must be one of {fleets}, got {policy.fleet!r}")
+        if policy.ratio.policy != "static" and not scenario.fleet_of(policy).predicts:
+            raise ConfigError(f"policy[{i}].ratio needs a fleet that predicts")
     for i, fleet in enumerate(scenario.fleet):
         _check_roles(fleet, f"fleet[{i}]")
 

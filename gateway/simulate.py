@@ -13,6 +13,7 @@ import orjson
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gateway import terminal
 from gateway.scenario import Plan, load
 from gateway.settings import ConfigError
 from gateway.simulation.asks import prepared
@@ -21,8 +22,6 @@ from gateway.simulation.records import LogWriter
 from gateway.simulation.runs import Outcome, cases_of, run_all
 from gateway.simulation.show import show_outcome
 from gateway.simulation.summary import Row, left_out, notes_of, rows_of
-
-PIPE_COLUMNS = 220
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_simulate(given: argparse.Namespace, console: Console | None = None) -> int:
-    out = console or _console()
+    out = console or terminal.console()
     try:
         plan = load(given.scenario, given.data)
         if given.html is not None and not given.html.parent.is_dir():
@@ -106,8 +105,3 @@ def _refuse(why: str, status: int) -> int:
     console = Console(stderr=True, soft_wrap=True)
     console.print(f"slackwater simulate: {why}", style="red", markup=False, highlight=False)
     return status
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=PIPE_COLUMNS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from gateway.books import Ticket
@@ -20,8 +20,6 @@ from policies.events import (
 )
 from policies.ledger import Ledger
 from policies.types import Kind, Role
-
-Recalls = Callable[[Recall, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,19 +53,30 @@ class Switching:
     taken, and where the others fail meanwhile, the one that drains comes back.
     """
 
-    def __init__(self, fleet: Fleet, rule: SwitchRule) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        rule: SwitchRule,
+        recall: Callable[[Recall, int], None],
+        changed: Callable[[], None],
+        say: Callable[[Decision], None],
+    ) -> None:
         self._fleet = fleet
+        self._recall = recall
+        self._changed = changed
+        self._say = say
         self.moves: dict[str, _Move] = {}
         self.rule = rule
 
-    def begin(self, wanted: SwitchWanted, now_us: int) -> Iterator[Decision]:
+    def begin(self, wanted: SwitchWanted, now_us: int) -> None:
         ledger = self._fleet.ledgers.get(wanted.worker)
         refusal = self._refusal(wanted, ledger)
         if ledger is None or refusal is not None:
-            yield SwitchOver(wanted.worker, wanted.role, refusal or Outcome.UNKNOWN, 0)
+            self._say(SwitchOver(wanted.worker, wanted.role, refusal or Outcome.UNKNOWN, 0))
             return
         ledger.draining = True
         self.moves[wanted.worker] = _Move(wanted, now_us, set())
+        self._changed()
 
     def _refusal(self, wanted: SwitchWanted, ledger: Ledger | None) -> Outcome | None:
         if ledger is None or not ledger.up:
@@ -93,33 +102,28 @@ class Switching:
             if name != mine.name
         )
 
-    def advance(
-        self, tickets: Iterable[Ticket], recall: Recalls, now_us: int
-    ) -> Iterator[Decision]:
+    def advance(self, tickets: Iterable[Ticket], now_us: int) -> None:
         for name, move in list(self.moves.items()):
             ledger = self._fleet.ledgers.get(name)
             if ledger is None:
-                yield self._over(move, Outcome.GONE, now_us)
+                leaves = move.wanted.role is None and move.asked_us is not None
+                self._over(move, Outcome.DONE if leaves else Outcome.GONE, now_us)
             elif move.asked_us is not None:
-                yield from self._await(move, now_us)
+                self._await(move, move.asked_us, now_us)
             elif not self._has_others(ledger):
-                ledger.draining = False
-                yield self._over(move, Outcome.LAST, now_us)
+                self._back(move, ledger, Outcome.LAST, now_us)
             elif now_us - move.began_us > self.rule.drain_us:
-                ledger.draining = False
-                yield self._over(move, Outcome.BUSY, now_us)
+                self._back(move, ledger, Outcome.BUSY, now_us)
             else:
                 ledger.draining = True
-                yield from self._drain(move, ledger, tickets, recall, now_us)
+                self._drain(move, ledger, tickets, now_us)
 
-    def _drain(
-        self,
-        move: _Move,
-        ledger: Ledger,
-        tickets: Iterable[Ticket],
-        recall: Recalls,
-        now_us: int,
-    ) -> Iterator[Decision]:
+    def _back(self, move: _Move, ledger: Ledger, outcome: Outcome, now_us: int) -> None:
+        ledger.draining = False
+        self._over(move, outcome, now_us)
+        self._changed()
+
+    def _drain(self, move: _Move, ledger: Ledger, tickets: Iterable[Ticket], now_us: int) -> None:
         """Offline work gives way at once, online work when it takes too long."""
         kinds = {Kind.OFFLINE}
         if now_us - move.began_us >= self.rule.hand_over_us:
@@ -129,45 +133,44 @@ class Switching:
                 if ledger in (ticket.prefill, ticket.decode) and (
                     ticket.job.kind in kinds - move.recalled
                 ):
-                    recall(Recall(ticket.job.id, Reason.ROLE_SWITCH), now_us)
+                    self._recall(Recall(ticket.job.id, Reason.ROLE_SWITCH), now_us)
             move.recalled |= kinds
         if ledger.is_empty:
             move.asked_us = now_us
             wanted = move.wanted
             if wanted.role is None:
-                yield Release(wanted.worker, wanted.why)
+                self._say(Release(wanted.worker, wanted.why))
             else:
-                yield SwitchRole(wanted.worker, wanted.role, wanted.why)
+                self._say(SwitchRole(wanted.worker, wanted.role, wanted.why))
 
-    def _await(self, move: _Move, now_us: int) -> Iterator[Decision]:
+    def _await(self, move: _Move, asked_us: int, now_us: int) -> None:
         """It may still come: until it does, nobody is sent there."""
-        if not move.is_told and now_us - (move.asked_us or 0) > self.rule.switch_us:
+        if not move.is_told and now_us - asked_us > self.rule.switch_us:
             move.is_told = True
-            yield self._told(move, Outcome.HANGS, now_us)
+            self._tell(move, Outcome.HANGS, now_us)
 
-    def ended(self, event: RoleSwitched, now_us: int) -> Iterator[Decision]:
+    def ended(self, event: RoleSwitched, now_us: int) -> None:
         """The server is what it says it is, whatever was wanted; one that is silent stays out."""
         ledger = self._fleet.ledgers.get(event.worker)
         if ledger is not None and event.role is not None:
             self._fleet.add(replace(ledger.worker, role=event.role))
             ledger.draining = False
+        self._changed()
         if (move := self.moves.get(event.worker)) is None:
             return
         if event.role is None:
-            yield self._over(move, Outcome.LOST, now_us, event.why)
+            self._over(move, Outcome.LOST, now_us, event.why)
         elif event.role is move.wanted.role:
-            yield self._over(move, Outcome.DONE, now_us)
+            self._over(move, Outcome.DONE, now_us)
         else:
-            yield self._over(move, Outcome.FAILED, now_us, event.why)
+            self._over(move, Outcome.FAILED, now_us, event.why)
 
-    def _over(self, move: _Move, outcome: Outcome, now_us: int, why: str = "") -> SwitchOver:
+    def _over(self, move: _Move, outcome: Outcome, now_us: int, why: str = "") -> None:
         del self.moves[move.wanted.worker]
-        return self._told(move, outcome, now_us, why)
+        self._tell(move, outcome, now_us, why)
 
-    @staticmethod
-    def _told(move: _Move, outcome: Outcome, now_us: int, why: str = "") -> SwitchOver:
+    def _tell(self, move: _Move, outcome: Outcome, now_us: int, why: str = "") -> None:
         wanted, asked_us = move.wanted, move.asked_us
         drained_us = (now_us if asked_us is None else asked_us) - move.began_us
-        return SwitchOver(
-            wanted.worker, wanted.role, outcome, drained_us, now_us - move.began_us, why
-        )
+        took_us = now_us - move.began_us
+        self._say(SwitchOver(wanted.worker, wanted.role, outcome, drained_us, took_us, why))

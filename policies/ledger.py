@@ -57,6 +57,7 @@ class Ledger:
         "draining",
         "foreign_tokens",
         "kv_tokens",
+        "line",
         "load",
         "max_running",
         "prefill_rate",
@@ -87,6 +88,9 @@ class Ledger:
         self.max_running = worker.max_running
         self.steps: Steps | None = None
         """Predicted step times, where the hardware is known."""
+        self.line: tuple[float, float] | None = None
+        """What placement last made of these books, a step's time and what a token of one more
+        prompt adds to it; none once they have changed."""
         self._foreign_before = 0
 
     def __repr__(self) -> str:
@@ -116,11 +120,13 @@ class Ledger:
         foreign = max(0, load.total_tokens - self.context_tokens - self.prefill_tokens)
         self.foreign_tokens = min(foreign, self._foreign_before)
         self._foreign_before = foreign
+        self.line = None
         if self.steps is not None and load.counters is not None:
             self.steps.observe(load.counters, self.decodes, self.context_tokens, load.seen_us)
 
     def predict_by(self, cost: CostModel | None) -> None:
         """What was learnt stays for as long as the hardware does."""
+        self.line = None
         chunk_tokens, replicas = self.worker.chunk_tokens, self.worker.dp_size
         if cost is None:
             self.steps = None
@@ -137,6 +143,7 @@ class Ledger:
     def forget_report(self) -> None:
         """The report is too old to be believed: the books alone go on."""
         self.foreign_tokens = self._foreign_before = 0
+        self.line = None
 
     def add_prefill(self, tokens: int, now_us: int) -> None:
         if not self.prefills:
@@ -146,7 +153,8 @@ class Ledger:
 
     def prefilled(self, tokens: int, now_us: int) -> None:
         """The prompt is computed: what that took tells how fast the server is."""
-        self.end_prefill(tokens)
+        self.prefills -= 1
+        self.prefill_tokens -= tokens
         self.prefill_rate.done(tokens, now_us)
         if self.steps is not None:
             self.steps.prefilled(tokens)
@@ -159,6 +167,12 @@ class Ledger:
         self.decodes += 1
         self.context_tokens += context
         self.reserved_tokens += reserved
+        self.line = None
+
+    def grow_decode(self, tokens: int, reserved: int) -> None:
+        self.context_tokens += tokens
+        self.reserved_tokens += reserved
+        self.line = None
 
     def end_decode(self, context: int, reserved: int) -> None:
         self.decodes -= 1
@@ -166,6 +180,7 @@ class Ledger:
         if self.steps is not None:
             self.steps.left(context)
         self.reserved_tokens -= reserved
+        self.line = None
 
 
 def _tighter(one: int, other: int) -> int:

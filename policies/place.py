@@ -40,19 +40,20 @@ class LeastWork:
         return [ledger.prefill_tokens for ledger in ledgers]
 
     def decode(self, job: Job, ledgers: Ledgers) -> list[float]:
-        token_us, sequence_us = self.step_per_token_us, self.step_per_sequence_us
-        alone_us = self.step_fixed_us + sequence_us + token_us * job.prompt_tokens
-        return [
-            alone_us
-            + sequence_us * ledger.decodes
-            + token_us * (ledger.context_tokens + ledger.foreign_tokens)
-            if ledger.steps is None
-            else ledger.steps.decode_us(
-                ledger.decodes + 1,
-                ledger.context_tokens + ledger.foreign_tokens + job.prompt_tokens,
-            )
-            for ledger in ledgers
-        ]
+        prompt_tokens, draw = job.prompt_tokens, self._draw
+        lines = [ledger.line or draw(ledger) for ledger in ledgers]
+        return [alone_us + token_us * prompt_tokens for alone_us, token_us in lines]
+
+    def _draw(self, ledger: Ledger) -> tuple[float, float]:
+        """Few books change between two decisions: what the others add up to is kept."""
+        held_tokens = ledger.context_tokens + ledger.foreign_tokens
+        if ledger.steps is not None:
+            ledger.line = ledger.steps.line(ledger.decodes + 1, held_tokens)
+        else:
+            token_us, sequence_us = self.step_per_token_us, self.step_per_sequence_us
+            step_us = self.step_fixed_us + sequence_us * (ledger.decodes + 1)
+            ledger.line = (step_us + token_us * held_tokens, token_us)
+        return ledger.line
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 K = TypeVar("K", bound="tuple[int, ...]")
+
+Item = tuple[Any, ...]
+"""A key's numbers and the id: what is flat is compared in one go."""
 
 
 class KeyedHeap(Generic[K]):
@@ -18,9 +21,9 @@ class KeyedHeap(Generic[K]):
     __slots__ = ("_heap", "entries")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[K, str]] = []
-        self.entries: dict[str, K] = {}
-        """Every entry with its key, to be read only: whether there is any costs no call."""
+        self._heap: list[Item] = []
+        self.entries: dict[str, Item] = {}
+        """All that wait, to be read only: whether there are any costs no call."""
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -30,12 +33,12 @@ class KeyedHeap(Generic[K]):
 
     def __iter__(self) -> Iterator[str]:
         """Every entry, in order; for reports, not for decisions."""
-        return (entry for _, entry in sorted((key, entry) for entry, key in self.entries.items()))
+        return (item[-1] for item in sorted(self.entries.values()))
 
     def put(self, entry: str, key: K) -> None:
         """Insert, or move to another key."""
-        self.entries[entry] = key
-        heapq.heappush(self._heap, (key, entry))
+        self.entries[entry] = item = (*key, entry)
+        heapq.heappush(self._heap, item)
         if len(self._heap) > 2 * len(self.entries) + 64:
             self._compact()
 
@@ -45,15 +48,16 @@ class KeyedHeap(Generic[K]):
     def peek(self) -> str | None:
         heap, entries = self._heap, self.entries
         while heap:
-            key, entry = heap[0]
-            if entries.get(entry) is key:
+            item = heap[0]
+            entry: str = item[-1]
+            if entries.get(entry) is item:
                 return entry
             heapq.heappop(heap)
         return None
 
     def first_key(self) -> K | None:
         entry = self.peek()
-        return None if entry is None else self.entries[entry]
+        return None if entry is None else cast(K, self.entries[entry][:-1])
 
     def pop(self) -> str:
         entry = self.peek()
@@ -64,5 +68,5 @@ class KeyedHeap(Generic[K]):
         return entry
 
     def _compact(self) -> None:
-        self._heap = [(key, entry) for entry, key in self.entries.items()]
+        self._heap = list(self.entries.values())
         heapq.heapify(self._heap)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from policies.order import Edf, Fcfs, Order
+from policies.order import Edf, Fcfs, Order, Shortest
 from policies.place import LeastWork, Place, RoundRobin
 from policies.planners import DynLoad, DynSla
 from policies.pools import ByLatency, Pools, Shared
 from policies.ratio import Dopd, DopdPlus, Ratio, Static
+from policies.slack import Hrrn, Kairos, Salvage
 
-ORDER: dict[str, type[Order]] = {"fcfs": Fcfs, "edf": Edf}
+ORDER: dict[str, type[Order]] = {
+    "fcfs": Fcfs,
+    "edf": Edf,
+    "shortest": Shortest,
+    "hrrn": Hrrn,
+    "kairos": Kairos,
+    "salvage": Salvage,
+}
 PLACE: dict[str, type[Place]] = {"least-work": LeastWork, "round-robin": RoundRobin}
 POOLS: dict[str, type[Pools]] = {"none": Shared, "latency": ByLatency}
 RATIO: dict[str, type[Ratio]] = {

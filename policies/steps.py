@@ -94,11 +94,16 @@ class Steps:
 
     def decode_us(self, count: int, context_tokens: float) -> float:
         """Of a step of `count` sequences that hold so many tokens together, as corrected."""
-        if self.replicas > 1:
-            count, context_tokens = -(-count // self.replicas), context_tokens / self.replicas
+        return self.line(count, context_tokens)[0]
+
+    def line(self, count: int, context_tokens: float) -> tuple[float, float]:
+        """The same, and what each further token of context adds to it."""
+        count = -(-count // self.replicas)
         if count >= len(self._base_us):
             self._tabulate(count)
-        return (self._base_us[count] + context_tokens * self._token_us[count]) * self.decode.factor
+        factor = self.decode.factor
+        token_us = self._token_us[count] * factor / self.replicas
+        return self._base_us[count] * factor + context_tokens * token_us, token_us
 
     @property
     def prefill_tokens_per_us(self) -> float:

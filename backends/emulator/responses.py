@@ -32,23 +32,39 @@ STATUSES = {"length": "incomplete", "abort": "failed"}
 
 
 class Responses(OpenAi):
-    """/v1/responses: numbered events."""
+    """/v1/responses, one answer of it: its events are numbered."""
+
+    def __init__(self) -> None:
+        self._told = 0
 
     def event(self, call: Call, piece: Piece) -> bytes:
-        where = {"item_id": f"msg_{piece.resident.request.rid}", "output_index": 0}
-        spot = {**where, "content_index": 0}
+        place = {"item_id": f"msg_{piece.resident.request.rid}", "output_index": 0}
+        spot = {**place, "content_index": 0}
         parts = []
         if piece.first:
-            begun = self.envelope(call, piece.resident)
-            parts.append(named("response.created", {"response": begun}))
-            parts.append(named("response.in_progress", {"response": begun}))
+            begun, item = self.envelope(call, piece.resident), _item(piece, "in_progress")
+            parts += [
+                self._named("response.created", response=begun),
+                self._named("response.in_progress", response=begun),
+                self._named("response.output_item.added", output_index=0, item=item),
+                self._named("response.content_part.added", **spot, part=_text("")),
+            ]
         if piece.new_text:
-            parts.append(named("response.output_text.delta", {**spot, "delta": piece.new_text}))
+            delta = {"delta": piece.new_text, "logprobs": []}
+            parts.append(self._named("response.output_text.delta", **spot, **delta))
         if piece.reason is not None:
-            parts.append(named("response.output_text.done", {**spot, "text": piece.text}))
-            whole = self.whole(call, [piece])
-            parts.append(named(f"response.{whole['status']}", {"response": whole}))
+            whole, item = self.whole(call, [piece]), _item(piece, "completed")
+            parts += [
+                self._named("response.output_text.done", **spot, text=piece.text, logprobs=[]),
+                self._named("response.content_part.done", **spot, part=_text(piece.text)),
+                self._named("response.output_item.done", output_index=0, item=item),
+                self._named(f"response.{whole['status']}", response=whole),
+            ]
         return b"".join(parts)
+
+    def _named(self, kind: str, **fields: Any) -> bytes:
+        number, self._told = self._told, self._told + 1
+        return named(kind, {**fields, "sequence_number": number})
 
     def closing(self, call: Call, residents: Sequence[Resident]) -> bytes:
         return b""
@@ -58,13 +74,6 @@ class Responses(OpenAi):
         resident = piece.resident
         status = STATUSES.get((piece.reason or {}).get("type", ""), "completed")
         cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
-        item = {
-            "id": f"msg_{resident.request.rid}",
-            "type": "message",
-            "role": "assistant",
-            "status": "completed",
-            "content": [{"type": "output_text", "text": piece.text, "annotations": []}],
-        }
         prompt, generated = resident.request.prompt.tokens, resident.generated
         return self.envelope(call, resident) | {
             "status": status,
@@ -72,10 +81,12 @@ class Responses(OpenAi):
             "error": {"code": "server_error", "message": piece.reason.get("message")}
             if status == "failed" and piece.reason
             else None,
-            "output": [item],
+            "output": [_item(piece, "completed")],
             "usage": {
                 "input_tokens": prompt,
+                "input_tokens_details": {"cached_tokens": 0},
                 "output_tokens": generated,
+                "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": prompt + generated,
             },
         }
@@ -88,4 +99,21 @@ class Responses(OpenAi):
             "status": "in_progress",
             "model": call.model,
             "output": [],
+            "parallel_tool_calls": True,
+            "tool_choice": "auto",
+            "tools": [],
         }
+
+
+def _item(piece: Piece, status: str) -> dict[str, Any]:
+    return {
+        "id": f"msg_{piece.resident.request.rid}",
+        "type": "message",
+        "role": "assistant",
+        "status": status,
+        "content": [_text(piece.text)] if status == "completed" else [],
+    }
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": []}

@@ -53,7 +53,7 @@ class Face:
         self._numbers = count(1)
         self._native: Dialect = Native(incremental=incremental)
         self._chat, self._completions = Chat(), Completions()
-        self._messages, self._responses = messages.Messages(), responses.Responses()
+        self._messages = messages.Messages()
         self._admin = admin.Admin(engine, incremental=incremental)
         self.apply_slowness()
 
@@ -135,7 +135,7 @@ class Face:
         return await self._infer(request, self._messages, read_chat, messages.as_chat)
 
     async def _respond(self, request: web.Request) -> web.StreamResponse:
-        return await self._infer(request, self._responses, read_chat, responses.as_chat)
+        return await self._infer(request, responses.Responses(), read_chat, responses.as_chat)
 
     async def _infer(
         self,

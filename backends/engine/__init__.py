@@ -4,6 +4,7 @@ from backends.engine.config import EngineConfig
 from backends.engine.engine import Engine
 from backends.engine.fabric import Fabric
 from backends.engine.loads import MODES
+from backends.engine.patched import patched
 from backends.engine.prompts import Ids, Prompt, Spans, ids_prompt, named_prompt
 from backends.engine.request import (
     FAKE_BOOTSTRAP_HOST,
@@ -13,10 +14,12 @@ from backends.engine.request import (
     Resident,
     Stage,
 )
+from backends.engine.schedule import SCHEDULE
 
 __all__ = [
     "FAKE_BOOTSTRAP_HOST",
     "MODES",
+    "SCHEDULE",
     "Engine",
     "EngineConfig",
     "Fabric",
@@ -30,4 +33,5 @@ __all__ = [
     "Stage",
     "ids_prompt",
     "named_prompt",
+    "patched",
 ]

@@ -69,6 +69,14 @@ class DecodeBatch:
         return self._due_by_residue[-self.steps % self._page] * self._page
 
     @property
+    def longest_tokens(self) -> int:
+        """The most that one member holds."""
+        return max((self.context_of(it) for it in self.members.values()), default=0)
+
+    def context_of(self, resident: Resident) -> int:
+        return resident.prefilled + self.steps - resident.joined
+
+    @property
     def steps_to_first_end(self) -> int:
         """No member has all of its tokens, or was told to end, before."""
         return self._ends[0][0] - self.steps if self._ends else 1

@@ -47,6 +47,15 @@ class EngineConfig:
     """From registration at the front until the scheduler knows of the request."""
     role_switch: bool = True
     role_switch_s: float = 0.4
+    schedule_policy: str = "fcfs"
+    """In which order the waiting queue is taken in: SGLang's setting of that name."""
+    straggler: bool = False
+    """A decode step takes as long as if only the longest context were attended to."""
+    packing: str = "all"
+    """This and the next two: for engines that can do more than SGLang."""
+    prefill_order: str = "fcfs"
+    interrupt_layers: int = 0
+    """An offline prefill stops for an online prompt at the end of a layer; 0: never."""
     eos_every: int = 160
     """An answer ends by itself after so many tokens on average."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from backends.engine.machine import Machine
 from backends.engine.prefilling import LAST_RATIO, RATIO_DECAY, Prefilling
 from backends.engine.request import Resident, aborted
+from backends.steptimes import StepTimes
 
 RETRACT_STEPS = 20
 """How many tokens ahead the share of promised output is estimated after a retraction."""
@@ -48,6 +49,13 @@ class Decoding:
         self._prefilling.ratio = max(LAST_RATIO, ratio - RATIO_DECAY)
         return len(batch.members)
 
+    def seconds(self, times: StepTimes) -> float:
+        """Of the planned step."""
+        batch, straggler = self._machine.batch, self._machine.config.straggler
+        return times.decode_s(
+            len(batch), batch.longest_tokens if straggler else batch.context_tokens
+        )
+
     def foreseen(self, most: int) -> int:
         """How many steps from the planned one on nothing inside the server can disturb.
 
@@ -56,6 +64,8 @@ class Decoding:
         machine = self._machine
         batch, queue = machine.batch, self._prefilling
         if batch.streaming or queue.waiting or queue.chunked is not None:
+            return 1
+        if machine.config.straggler:
             return 1
         steps = min(most, batch.steps_to_first_end)
         return steps if len(batch) * (steps + machine.kv.page) <= machine.kv.available else 1

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from backends.engine.batch import DecodeBatch
 from backends.engine.config import EngineConfig
 from backends.engine.decoding import Decoding
 from backends.engine.fabric import Fabric
@@ -43,6 +45,15 @@ NOT_IDLE = "instance is not idle; drain all requests before switching"
 SWITCH_DISABLED = "--enable-pd-role-switch is not set on this server"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What an engine decides with; the ones here are SGLang's."""
+
+    batch: type[DecodeBatch] = DecodeBatch
+    prefilling: Callable[[Machine], Prefilling] = Prefilling
+    decoding: Callable[[Machine, Prefilling, Callable[[Resident], None]], Decoding] = Decoding
+
+
 class Engine:
     """Everything that happens, happens on `clock`; nothing here waits or draws at random."""
 
@@ -52,7 +63,9 @@ class Engine:
         clock: Clock,
         times: StepTimes,
         fabric: Fabric | None = None,
+        parts: Parts | None = None,
     ) -> None:
+        parts = parts or Parts()
         self.config = config
         self.name = config.name
         self.life = 0
@@ -70,9 +83,9 @@ class Engine:
         self.on_step: Callable[[Engine], object] | None = None
         """Called after each decode step, for whoever wants progress per server."""
         self.fabric = fabric if fabric is not None else Fabric(clock)
-        self.machine = Machine(config, clock)
-        self.prefilling = Prefilling(self.machine)
-        self.decoding = Decoding(self.machine, self.prefilling, self._step_back)
+        self.machine = Machine(config, clock, parts.batch)
+        self.prefilling = parts.prefilling(self.machine)
+        self.decoding = parts.decoding(self.machine, self.prefilling, self._step_back)
         self.sending = Sending(self.machine, self.prefilling, self.fabric, self._wake)
         self.receiving = Receiving(self.machine, self.fabric, myself=self._as_peer, wake=self._wake)
         self.fabric.join(self, config.bootstrap_host, config.bootstrap_port)
@@ -82,6 +95,8 @@ class Engine:
         self._aborts: list[Resident] = []
         self._timer: Timer | None = None
         self._leap: Leap | None = None
+        self._computing: tuple[float, Sequence[Chunk]] | None = None
+        """Since when which prompts are in a pass."""
         self._switch_timer: Timer | None = None
         self._turning = False
         self._again = False
@@ -325,6 +340,26 @@ class Engine:
             self._timer = self.clock.call_at(self._due_s, self._turn)
         elif self._leap is not None:
             self._land()
+        elif self._computing is not None:
+            self._break_off(*self._computing)
+
+    def _break_off(self, since_s: float, chunks: Sequence[Chunk]) -> None:
+        """An offline prefill ends with the layer in course where an online prompt has come."""
+        layers = self.config.interrupt_layers
+        if not layers or not self.prefilling.gives_way(chunks) or self._timer is None:
+            return
+        layer_s, now_s = (self._due_s - since_s) / layers, self.clock.time()
+        ends_s = since_s + layer_s * (int((now_s - since_s) / layer_s) + 1)
+        if ends_s < self._due_s:
+            self._timer.cancel()
+            self._computing, self._due_s = None, ends_s
+            self._timer = self.clock.call_at(ends_s, self._broken_off, ends_s - since_s, chunks)
+
+    def _broken_off(self, took_s: float, chunks: Sequence[Chunk]) -> None:
+        self._timer = None
+        self.machine.counters.prefill_busy_us += round(took_s * 1e6)
+        self.prefilling.undo(chunks)
+        self._turn()
 
     def _turn(self) -> None:
         """Between two passes: take aborts in, then start the next pass if there is work."""
@@ -351,14 +386,14 @@ class Engine:
                 self.decoding.interrupt()
                 self.sending.computing(chunks)
                 seconds = self.times.prefill_s([(it.new_tokens, it.cached_tokens) for it in chunks])
+                self._computing = (self.clock.time(), chunks)
                 self._run(seconds, self._prefilled, chunks)
                 return
         batch = self.decoding.plan()
         if batch and self.leaps and (steps := self.decoding.foreseen(MOST_STEPS)) > 1:
             self._take_off(batch, steps)
         elif batch:
-            seconds = self.times.decode_s(batch, self.machine.batch.context_tokens)
-            self._run(seconds, self._decoded)
+            self._run(self.decoding.seconds(self.times), self._decoded)
         else:
             self.decoding.interrupt()
             self.prefilling.ratio = FIRST_RATIO
@@ -402,7 +437,7 @@ class Engine:
             self._decoded(leap.took_us[-1])
 
     def _prefilled(self, took_us: float, chunks: Sequence[Chunk]) -> None:
-        self._timer, self._turning = None, True
+        self._timer, self._turning, self._computing = None, True, None
         self.machine.counters.prefill_busy_us += round(took_us)
         complete = self.prefilling.settle(chunks)
         if self.role == Role.PREFILL:
@@ -480,7 +515,7 @@ class Engine:
         for timer in timers:
             if timer is not None:
                 timer.cancel()
-        self._timer = self._switch_timer = self._leap = None
+        self._timer = self._switch_timer = self._leap = self._computing = None
         self._ingests.clear()
         self._held.clear()
         self._aborts.clear()

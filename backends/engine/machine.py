@@ -16,8 +16,11 @@ from policies.types import Role
 class Machine:
     """Memory, running batch and the requests that are alive."""
 
-    def __init__(self, config: EngineConfig, clock: Clock) -> None:
+    def __init__(
+        self, config: EngineConfig, clock: Clock, batch: type[DecodeBatch] = DecodeBatch
+    ) -> None:
         self.config = config
+        self._new_batch = batch
         self.clock = clock
         self.counters = Counters()
         self.live: dict[str, Resident] = {}
@@ -29,7 +32,7 @@ class Machine:
         """Begin anew in a role: nothing cached, nothing running."""
         config = self.config
         self.role = role
-        self.batch = DecodeBatch(config.page_tokens)
+        self.batch = self._new_batch(config.page_tokens)
         self.kv = KvPool(
             capacity=config.kv_tokens, page=config.page_tokens, caching=role != Role.DECODE
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from backends.engine.config import CLIP_NEW_TOKENS
 from backends.engine.machine import Machine
 from backends.engine.request import Resident, Stage
+from backends.engine.schedule import first_of, room_for_shorter, uncached
 from policies.types import Role
 
 FIRST_RATIO = 0.7
@@ -39,6 +40,7 @@ class Prefilling:
 
     def enqueue(self, resident: Resident) -> None:
         resident.stage = Stage.WAITING
+        resident.entered_tokens = self._machine.counters.prefill_uncached_tokens
         self.waiting[resident.serial] = resident
 
     def remove(self, resident: Resident) -> None:
@@ -51,14 +53,17 @@ class Prefilling:
         chunks: list[Chunk] = []
         budget = self._machine.config.chunk_tokens
         if self.chunked is not None:
-            chunk = self._continue(self.chunked, budget)
+            room = room_for_shorter(self._machine, self.chunked, self.waiting.values(), budget)
+            chunk = self._continue(self.chunked, room)
             if chunk is None:
                 return []
             chunks.append(chunk)
             budget -= chunk.new_tokens
         reserved = 0
-        while budget > 0 and self.waiting and self.chunked is None:
+        while budget > 0 and self.waiting:
             resident = self._first()
+            if self.chunked is not None and not self._fits_beside(resident, budget):
+                break
             taken = sending + len(chunks)
             admitted = self._admit(resident, taken, budget, reserved)
             if admitted is None and self._make_way(resident, reserved):
@@ -84,6 +89,19 @@ class Prefilling:
                 complete.append(resident)
         return complete
 
+    def gives_way(self, chunks: Iterable[Chunk]) -> bool:
+        """Whether a pass in course is to be broken off for what waits."""
+        return False
+
+    def undo(self, chunks: Iterable[Chunk]) -> None:
+        """A pass was broken off: what earlier ones computed is kept."""
+        for chunk in chunks:
+            resident, kv = chunk.resident, self._machine.kv
+            after = resident.prefilled + chunk.new_tokens
+            pages = kv.pages(after) - kv.pages(resident.prefilled)
+            kv.give(pages)
+            resident.held -= pages
+
     def uncached_tokens(self) -> int:
         """The work that waits, prefixes not looked up."""
         parts = [resident.fill_tokens for resident in self.waiting.values()]
@@ -94,7 +112,12 @@ class Prefilling:
     def _first(self) -> Resident:
         if self._machine.config.priority:
             return min(self.waiting.values(), key=urgency)
-        return next(iter(self.waiting.values()))
+        return first_of(self._machine, self.waiting)
+
+    def _fits_beside(self, resident: Resident, budget: int) -> bool:
+        """Only one prompt at a time is in the middle of its chunks."""
+        cuts = self._machine.config.schedule_policy == "shortest-prefill-first"
+        return cuts and uncached(self._machine, resident) <= budget
 
     def _spare(self, reserved: int) -> int:
         """Memory that neither those who run nor those just admitted will need."""
@@ -157,7 +180,8 @@ class Prefilling:
         if resident.began_s is None:
             resident.began_s = self._machine.clock.time()
         del self.waiting[resident.serial]
-        self.chunked = resident if new < rest else None
+        if new < rest:
+            self.chunked = resident
         return Chunk(resident, new, matched)
 
     def _continue(self, resident: Resident, budget: int) -> Chunk | None:

@@ -56,6 +56,13 @@ class Request:
     stream: bool = False
     """Whether the listener wants to hear of every token."""
     priority: int | None = None
+    is_online: bool = True
+    """This and the next three are for engines that are told of classes and targets."""
+    arrived_s: float | None = None
+    """When it came to whoever sends it; None: when it comes to the server."""
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
+    """0: nobody waits for it."""
     space: str = ""
     """Prompts of different spaces share no cached prefix (extra_key, cache_salt)."""
     bootstrap_host: str = ""
@@ -134,6 +141,10 @@ class Resident:
     failure: str | None = None
     """Why the pair is known to have failed, before this side noticed."""
     peer: Peer | None = None
+    skipped: int = 0
+    """Decode steps in a row that it was left out of."""
+    entered_tokens: int = 0
+    """What the server had computed of prompts when this one began to wait."""
     began_s: float | None = None
     """When the first of its prompt was taken into a forward pass."""
     computed_s: float | None = None

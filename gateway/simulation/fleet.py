@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from backends.engine import Engine, EngineConfig, Fabric
+from backends.engine import Engine, EngineConfig, Fabric, patched
 from backends.simulated import worker_of
-from backends.steptimes import Noisy, StepTimes, read_table
-from gateway.scenario import FleetEntry, ServerEntry
+from backends.steptimes import FittedStepTimes, Noisy, StepTimes, read_table
+from gateway.scenario import FitEntry, FleetEntry, ServerEntry
 from gateway.settings import ConfigError
 from policies.clock import Clock
 from policies.constants import Constants, ConstantsError, lookup
@@ -22,8 +22,8 @@ from policies.sizing import capacity_tokens
 from policies.types import Role, Worker
 
 FIRST_BOOTSTRAP_PORT = 9000
-ENGINES: dict[str, type[Engine]] = {"stock": Engine}
-"""The engine of each mode that a scenario may name."""
+BELIEVED = 1.1
+"""How far an engine's own belief about its steps is from the truth, before it has seen any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,10 @@ class ServerPlan:
     config: EngineConfig
     times: StepTimes
     times_source: str
+    believed: StepTimes
+    cost: CostModel
+    """What the gateway predicts by, where it does."""
+    """What a patched engine takes its steps to be, before it has seen any."""
     gpus: int
 
     @property
@@ -57,6 +61,24 @@ class Modelled:
 
     def decode_s(self, batch: int, context_tokens: int) -> float:
         return self.cost.decode(batch, context_tokens).seconds
+
+
+def stock(plan: ServerPlan, clock: Clock, times: StepTimes, fabric: Fabric) -> Engine:
+    engine = Engine(plan.config, clock, times, fabric)
+    engine.leaps = True
+    return engine
+
+
+def with_more(plan: ServerPlan, clock: Clock, times: StepTimes, fabric: Fabric) -> Engine:
+    """Every step is decided on its own, so none are counted together."""
+    return patched(plan.config, clock, times, fabric, plan.believed)
+
+
+ENGINES: dict[str, Callable[[ServerPlan, Clock, StepTimes, Fabric], Engine]] = {
+    "stock": stock,
+    "patched": with_more,
+}
+"""The engine of each mode that a scenario may name."""
 
 
 def moved(constants: Constants) -> Constants:
@@ -95,9 +117,13 @@ def _plan(fleet: FleetEntry, entry: ServerEntry, data: Path) -> ServerPlan:
     tp = entry.tp or fleet.tp
     device = device_named(entry.device or fleet.device)
     model = model_named(entry.model or fleet.model)
-    constants = moved(lookup(SHIPPED, device.name, model.family, tp))
-    cost = build(model, device, constants, Parallel(tp=tp))
+    constants = lookup(SHIPPED, device.name, model.family, tp)
+    cost = build(model, device, moved(constants), Parallel(tp=tp))
     times, source = _times(fleet, entry, data, cost, tp)
+    shipped = build(model, device, constants, Parallel(tp=tp))
+    believed: StepTimes = Modelled(shipped)
+    if fleet.fit.prefill_token_us:
+        believed = fitted(fleet.fit, error=BELIEVED)
     config = EngineConfig(
         role=entry.role,
         model="",
@@ -105,6 +131,11 @@ def _plan(fleet: FleetEntry, entry: ServerEntry, data: Path) -> ServerPlan:
         max_running=entry.max_running,
         chunk_tokens=entry.chunk_tokens,
         page_tokens=entry.page_tokens,
+        schedule_policy=entry.schedule_policy,
+        straggler=fleet.straggler,
+        packing=fleet.packing,
+        prefill_order=fleet.prefill_order,
+        interrupt_layers=model.layers if fleet.interrupt else 0,
         context_tokens=entry.context_tokens,
         kv_bytes_per_token=round(cost.kv_bytes_per_token),
         link_bytes_per_s=entry.link_gb_s * 1e9,
@@ -112,13 +143,37 @@ def _plan(fleet: FleetEntry, entry: ServerEntry, data: Path) -> ServerPlan:
         ingest_s=entry.ingest_ms / 1e3,
         role_switch_s=entry.role_switch_s,
     )
-    return ServerPlan(entry=entry, config=config, times=times, times_source=source, gpus=tp)
+    return ServerPlan(
+        entry=entry,
+        config=config,
+        times=times,
+        times_source=source,
+        believed=believed,
+        cost=shipped,
+        gpus=tp,
+    )
+
+
+def fitted(fit: FitEntry, *, error: float = 1.0) -> FittedStepTimes:
+    """With `error`, fixed costs are that factor too small and those of tokens too large."""
+    return FittedStepTimes(
+        prefill_token_s=fit.prefill_token_us * 1e-6 * error,
+        prefill_pair_s=fit.prefill_pair_ns * 1e-9 / error,
+        decode_base_s=fit.decode_ms * 1e-3 / error,
+        decode_context_token_s=fit.decode_token_us * 1e-6 * error,
+        decode_sequence_s=fit.decode_sequence_us * 1e-6 * error,
+        decode_experts_s=fit.decode_experts_ms * 1e-3 / error,
+        experts=fit.experts,
+        experts_per_token=fit.experts_per_token,
+    )
 
 
 def _times(
     fleet: FleetEntry, entry: ServerEntry, data: Path, cost: CostModel, tp: int
 ) -> tuple[StepTimes, str]:
     """Measured steps belong to the fleet's own machine; a server that differs is modelled."""
+    if fleet.fit.prefill_token_us:
+        return fitted(fleet.fit), "the constants of the scenario's fit"
     path = data / fleet.table
     is_the_fleets = not (entry.device or entry.model) and tp == fleet.tp
     if fleet.table and is_the_fleets and path.is_file():
@@ -155,8 +210,7 @@ def engines_of(
     for plan in plans:
         own = Random(random.getrandbits(64))
         times = Noisy(plan.times, own, noise) if noise else plan.times
-        engine = kind(plan.config, clock, times, fabric)
-        engine.leaps = True
+        engine = kind(plan, clock, times, fabric)
         engine.slow_factor = 1 / plan.entry.speed
         engines.append(engine)
     return engines

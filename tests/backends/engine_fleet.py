@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,11 +56,11 @@ class Heard:
 class Servers:
     """Engines by name; `pair` submits both legs of a request."""
 
-    def __init__(self, **configs: dict[str, Any]) -> None:
+    def __init__(self, make: Callable[..., Engine] = Engine, /, **configs: dict[str, Any]) -> None:
         self.clock = VirtualClock()
         fabric = Fabric(self.clock)
         self.engines = {
-            name: Engine(
+            name: make(
                 EngineConfig(**{"name": name, "bootstrap_port": port, **config}),
                 self.clock,
                 RoundSteps(),
@@ -92,8 +92,8 @@ class Servers:
         self.clock.run(until)
 
 
-def pd(**config: Any) -> Servers:
-    return Servers(p={"role": Role.PREFILL, **config}, d={"role": Role.DECODE, **config})
+def pd(make: Callable[..., Engine] = Engine, /, **config: Any) -> Servers:
+    return Servers(make, p={"role": Role.PREFILL, **config}, d={"role": Role.DECODE, **config})
 
 
 def prompt(tokens: int, start: int = 1000) -> Any:

@@ -106,5 +106,16 @@ async def test_a_response_that_its_limit_cuts_off_is_incomplete(
     await asyncio.gather(whole.task, streamed.task)
     cut = {"reason": "max_output_tokens"}
     assert (whole.body["status"], whole.body["incomplete_details"]) == ("incomplete", cut)
-    assert streamed.chunks[0]["type"] == "response.created"
-    assert streamed.chunks[-1]["type"] == "response.incomplete"
+    kinds = [chunk["type"] for chunk in streamed.chunks]
+    assert [chunk["sequence_number"] for chunk in streamed.chunks] == list(range(len(kinds)))
+    assert list(dict.fromkeys(kinds)) == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.delta",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.incomplete",
+    ]

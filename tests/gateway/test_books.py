@@ -8,6 +8,7 @@ from gateway.servers import Fleet
 from policies.breaker import Breaker, BreakerRule
 from policies.events import Load
 from policies.ledger import Ledger
+from policies.order import NO_OUTLOOK, Fcfs
 from policies.pools import ByLatency, Shared
 from policies.steps import Costs
 from policies.types import Kind, Pool, Worker
@@ -73,8 +74,8 @@ def test_a_second_attempt_is_booked_afresh() -> None:
 
 def test_a_lane_counts_the_tokens_of_each_kind() -> None:
     lane = Lane("m")
-    lane.put(online("a", 10), (1,))
-    lane.put(offline("b", 500), (1,))
+    lane.put(online("a", 10), Fcfs(), NO_OUTLOOK)
+    lane.put(offline("b", 500), Fcfs(), NO_OUTLOOK)
     assert lane.waiting_tokens == {Kind.ONLINE: 10, Kind.OFFLINE: 500}
     assert lane.take(offline("b", 500))
     assert not lane.take(offline("b", 500))
@@ -83,7 +84,7 @@ def test_a_lane_counts_the_tokens_of_each_kind() -> None:
 
 def test_who_is_set_aside_is_queued_but_does_not_wait_in_line() -> None:
     lane, job = Lane("m"), offline("a", 10)
-    lane.put(job, (1,))
+    lane.put(job, Fcfs(), NO_OUTLOOK)
     lane.set_aside(job)
     assert (lane.queued(Kind.OFFLINE), lane.is_quiet, len(lane)) == (1, True, 1)
     assert lane.take(job)

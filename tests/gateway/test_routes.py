@@ -308,6 +308,11 @@ async def test_the_official_client_reads_the_responses_route() -> None:
         whole = await client.responses.create(model="emulated", input="Hi", max_output_tokens=6)
         assert whole.status == "incomplete"  # its limit has cut it off
         assert whole.output_text
+        async with client.responses.stream(model="emulated", input="Hi") as events:
+            told = [event async for event in events]
+            final = await events.get_final_response()
+        text = "".join(e.delta for e in told if e.type == "response.output_text.delta")
+        assert (final.status, final.output_text) == ("completed", text)
 
 
 @pytest.mark.real_time

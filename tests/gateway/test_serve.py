@@ -104,7 +104,7 @@ def test_two_flags_that_name_one_server_are_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[policies]\norder = 'best'", "policies.order must be one of ['edf', 'fcfs'], got 'best'"),
+        ("[policies]\norder = 'best'", "policies.order must be one of ['edf', 'fcfs', 'hrrn',"),
         ("[server]\nprot = 1", "unknown key server.prot, expected one of ['admin_key',"),
         ("[limits]\nmax_queued = 0", "limits.max_queued must be at least 1, got 0"),
     ],

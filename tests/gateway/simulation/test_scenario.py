@@ -72,7 +72,7 @@ SECOND_FLEET = '[[fleet]]\nname = "b"\nserver = [{ role = "prefill" }]\n'
         (SECOND_WORKLOAD + 'arrivals = "trace"', 'workload[1]: arrivals = "trace"'),
         (SECOND_WORKLOAD + "rate = 0", "workload[1].rate must be at least"),
         (SECOND_FLEET, "fleet[1] can serve nothing"),
-        (SECOND_FLEET + 'mode = "patched"', "fleet[1].mode must be one of ['stock']"),
+        (SECOND_FLEET + 'mode = "magic"', "fleet[1].mode must be one of ['patched', 'stock']"),
     ],
 )
 def test_a_mistake_is_named_with_what_would_be_right(tmp_path: Path, text: str, words: str) -> None:

@@ -1,0 +1,138 @@
+"""Which jobs of a queue have their keys computed anew now, where keys change as time passes."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Final
+
+from policies.order import Key, Order, Outlook, remaining_tokens
+from policies.queue import KeyedHeap
+from policies.types import Job
+
+Arrival = tuple[int, str]
+
+BLOCK_JOBS: Final = 16
+"""Keys computed anew at one look, besides those of the heads: the bound on its work."""
+HEADS: Final = 8
+"""Heads that may turn out to be no heads any more at one look."""
+
+
+class Arrivals:
+    """Jobs in the order of their arrival, in blocks, with the tokens before each of them."""
+
+    __slots__ = ("_blocks", "_firsts", "_tokens")
+
+    def __init__(self) -> None:
+        self._firsts: list[Arrival] = []
+        self._blocks: list[tuple[list[Arrival], list[int]]] = []
+        self._tokens: list[int] = []
+
+    def __len__(self) -> int:
+        """Blocks, not jobs."""
+        return len(self._blocks)
+
+    def add(self, arrival: Arrival, tokens: int) -> None:
+        at = max(0, bisect_right(self._firsts, arrival) - 1)
+        if not self._blocks:
+            self._insert(0, [], [])
+        arrivals, counts = self._blocks[at]
+        place = bisect_left(arrivals, arrival)
+        arrivals.insert(place, arrival)
+        counts.insert(place, tokens)
+        self._firsts[at] = arrivals[0]
+        self._tokens[at] += tokens
+        if len(arrivals) > BLOCK_JOBS:
+            # A queue grows at its end: what is full stays full.
+            cut = BLOCK_JOBS if at == len(self._blocks) - 1 else BLOCK_JOBS // 2
+            self._drop(at)
+            self._insert(at, arrivals[cut:], counts[cut:])
+            self._insert(at, arrivals[:cut], counts[:cut])
+
+    def discard(self, arrival: Arrival) -> None:
+        at = bisect_right(self._firsts, arrival) - 1
+        arrivals, counts = self._blocks[at]
+        place = bisect_left(arrivals, arrival)
+        del arrivals[place]
+        self._tokens[at] -= counts.pop(place)
+        if arrivals:
+            self._firsts[at] = arrivals[0]
+        else:
+            self._drop(at)
+
+    def before(self, arrival: Arrival) -> int:
+        """The tokens of those that came earlier."""
+        at = bisect_right(self._firsts, arrival) - 1
+        arrivals, counts = self._blocks[at]
+        return sum(self._tokens[:at]) + sum(counts[: bisect_left(arrivals, arrival)])
+
+    def block(self, at: int) -> Iterator[tuple[str, int]]:
+        """The ids of one block, each with the tokens of those that came earlier."""
+        arrivals, counts = self._blocks[at]
+        ahead = accumulate(counts, initial=sum(self._tokens[:at]))
+        return ((job_id, tokens) for (_, job_id), tokens in zip(arrivals, ahead, strict=False))
+
+    def _insert(self, at: int, arrivals: list[Arrival], counts: list[int]) -> None:
+        self._blocks.insert(at, (arrivals, counts))
+        self._firsts.insert(at, arrivals[0] if arrivals else (0, ""))
+        self._tokens.insert(at, sum(counts))
+
+    def _drop(self, at: int) -> None:
+        for column in (self._blocks, self._firsts, self._tokens):
+            del column[at]
+
+
+class Moving:
+    """Keys that move, at a cost that does not grow with the queue.
+
+    At each look the heads are seen to until one stays the head, and one block of the others is, in
+    turn. So a key is at most as old as it takes to look once for every block; up to a block of
+    jobs, every key is new at every look.
+    """
+
+    __slots__ = ("_arrivals", "_jobs", "_turn")
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, Job] = {}
+        self._arrivals = Arrivals()
+        self._turn = 0
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def add(self, job: Job) -> None:
+        self.discard(job)
+        self._jobs[job.id] = job
+        self._arrivals.add((job.arrival_us, job.id), remaining_tokens(job))
+
+    def discard(self, job: Job) -> None:
+        if (known := self._jobs.pop(job.id, None)) is not None:
+            self._arrivals.discard((known.arrival_us, known.id))
+
+    def turn(self, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> None:
+        """The next block has its keys computed anew."""
+        if not self._jobs:
+            return
+        self._turn %= len(self._arrivals)
+        for job_id, tokens in self._arrivals.block(self._turn):
+            moment = outlook.behind(tokens)
+            key = order.key(self._jobs[job_id], moment)
+            if key != heap.entries[job_id]:
+                heap.put(job_id, key)
+        self._turn += 1
+
+    def first(self, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> str | None:
+        """The head, by keys of this moment."""
+        for _ in range(HEADS):
+            if (job_id := heap.peek()) is None:
+                return None
+            key = self.key(self._jobs[job_id], order, outlook)
+            if key == heap.entries[job_id]:
+                return job_id
+            heap.put(job_id, key)
+        return heap.peek()
+
+    def key(self, job: Job, order: Order, outlook: Outlook) -> Key:
+        tokens = self._arrivals.before((job.arrival_us, job.id))
+        return order.key(job, outlook.behind(tokens))

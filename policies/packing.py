@@ -1,0 +1,218 @@
+"""Which of the running requests take the next decode step; the others keep their KV and wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import NamedTuple, Protocol
+
+
+class Running(NamedTuple):
+    """One running request before a step; those of a step are given in the order they joined."""
+
+    context_tokens: int
+    """Prompt and answer so far."""
+    produced: int
+    """Tokens after the first one."""
+    since_first_us: float
+    tpot_us: float
+    """What each of them may take on average; 0 when nobody waits for it."""
+    skipped: int = 0
+    """The steps in a row that it was left out of."""
+    is_online: bool = True
+    must_step: bool = False
+    """It is to end, or the server cannot leave it out."""
+
+
+StepUs = Callable[[int, int, int], float]
+"""Predicted time of a step, by how many take part, their tokens together, and the longest's."""
+
+
+class Packing(Protocol):
+    """Answers indices in ascending order; of requests that run, at least one steps."""
+
+    @property
+    def by_longest(self) -> bool:
+        """Whether steps are to be looked up by the longest context, whatever the server is like."""
+        ...
+
+    def choose(self, running: Sequence[Running], step_us: StepUs) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class All:
+    """Continuous batching: everybody takes every step."""
+
+    by_longest = False
+
+    def choose(self, running: Sequence[Running], step_us: StepUs) -> list[int]:
+        return list(range(len(running)))
+
+
+@dataclass(frozen=True, slots=True)
+class Kairos:
+    """Algorithm 3 of arXiv 2605.02329 as printed: the least slack of all bounds the step.
+
+    One request that is late for good makes the bound smaller than any step, and then all run.
+    """
+
+    by_longest = True
+
+    def choose(self, running: Sequence[Running], step_us: StepUs) -> list[int]:
+        least_us = inf
+        for row in running:
+            alone_us = step_us(1, row.context_tokens, row.context_tokens)
+            least_us = min(least_us, _slack_us(row) - alone_us)
+        chosen: list[int] = []
+        context, now_us = 0, 0.0
+        for index in _shortest_first(running):
+            tokens = running[index].context_tokens
+            count = len(chosen) + 1
+            then_us = step_us(count, context + tokens, tokens)
+            if then_us <= least_us and (not chosen or count * now_us > len(chosen) * then_us):
+                chosen.append(index)
+                context, now_us = context + tokens, then_us
+        chosen += [i for i, row in enumerate(running) if row.must_step and i not in chosen]
+        return sorted(chosen) if chosen else list(range(len(running)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slack:
+    """Whoever is on time stays so; whoever costs the others more than they gain waits its turn.
+
+    * Requests that are late already do not bound the step: they would stop the whole for good.
+    * Short contexts come first. A longer one joins when nobody on time gets late by it and tokens
+      per second do not fall, or when it would itself be late with the step after this one.
+    * Nobody waits for more than `most_skipped` steps in a row.
+    * Where all together are as fast as the chosen ones, and nobody gets late by it, all step.
+    """
+
+    most_skipped: int = 7
+    by_longest = False
+
+    def choose(self, running: Sequence[Running], step_us: StepUs) -> list[int]:
+        everybody = list(range(len(running)))
+        context = sum(row.context_tokens for row in running)
+        longest = max((row.context_tokens for row in running), default=0)
+        all_us = step_us(len(running), context, longest)
+        limit_us = least_slack_us(running, step_us)
+        chosen = self._packed(running, step_us, all_us, limit_us)
+        if len(chosen) == len(running):
+            return everybody
+        took_us = _together_us(running, chosen, step_us)
+        if all_us <= limit_us and len(running) * took_us >= len(chosen) * all_us:
+            return everybody
+        return sorted(chosen)
+
+    def _packed(
+        self, running: Sequence[Running], step_us: StepUs, all_us: float, limit_us: float
+    ) -> list[int]:
+        chosen = [i for i, row in enumerate(running) if self._has_its_turn(row)]
+        taken = set(chosen)
+        context = sum(running[i].context_tokens for i in chosen)
+        longest = max((running[i].context_tokens for i in chosen), default=0)
+        now_us = step_us(len(chosen), context, longest) if chosen else 0.0
+        for index in _shortest_first(running):
+            row, count = running[index], len(chosen) + 1
+            if index in taken:
+                continue
+            top = max(longest, row.context_tokens)
+            then_us = step_us(count, context + row.context_tokens, top)
+            if chosen and then_us > limit_us:
+                continue
+            slows = bool(chosen) and count * now_us < len(chosen) * then_us
+            if slows and not self._cannot_wait(row, step_us, now_us, all_us):
+                continue
+            chosen.append(index)
+            context, longest, now_us = context + row.context_tokens, top, then_us
+        return chosen
+
+    def _has_its_turn(self, row: Running) -> bool:
+        return row.must_step or row.skipped >= self.most_skipped
+
+    @staticmethod
+    def _cannot_wait(row: Running, step_us: StepUs, now_us: float, all_us: float) -> bool:
+        """On time now, and no longer so after a step without it and one of all together."""
+        slack_us = _slack_us(row)
+        alone_us = step_us(1, row.context_tokens, row.context_tokens)
+        return alone_us <= slack_us < now_us + all_us
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnlineFirst:
+    """OOCO's mixed decoding (arXiv 2511.21862): online first, offline into what room is left.
+
+    First come, first served in each class, until the predicted step is as long as the target.
+    """
+
+    fill: float = 0.98
+    """Of the tightest target among those who wait for one."""
+    ask_every: int = 3
+    """The step is predicted anew with every so many requests."""
+    by_longest = False
+
+    def choose(self, running: Sequence[Running], step_us: StepUs) -> list[int]:
+        targets = [row.tpot_us for row in running if row.tpot_us > 0]
+        budget_us = self.fill * min(targets) if targets else inf
+        chosen = [i for i, row in enumerate(running) if row.must_step]
+        taken = set(chosen)
+        for is_online in (True, False):
+            queue = [
+                i for i, row in enumerate(running) if row.is_online is is_online and i not in taken
+            ]
+            chosen = self._filled(running, chosen, queue, step_us, budget_us)
+        return sorted(chosen) if chosen else [0] if running else []
+
+    def _filled(
+        self,
+        running: Sequence[Running],
+        chosen: list[int],
+        queue: Sequence[int],
+        step_us: StepUs,
+        budget_us: float,
+    ) -> list[int]:
+        context = sum(running[i].context_tokens for i in chosen)
+        longest = max((running[i].context_tokens for i in chosen), default=0)
+        for index in queue:
+            tokens = running[index].context_tokens
+            context, longest, count = context + tokens, max(longest, tokens), len(chosen) + 1
+            is_due = count % self.ask_every == 0 or count == 1
+            if is_due and step_us(count, context, longest) > budget_us:
+                break
+            chosen = [*chosen, index]
+        return chosen
+
+
+PACKING: dict[str, Packing] = {
+    "all": All(),
+    "kairos": Kairos(),
+    "slack": Slack(),
+    "online-first": OnlineFirst(),
+}
+
+
+def least_slack_us(running: Sequence[Running], step_us: StepUs) -> float:
+    """How long a step may take before somebody who is on time gets late by it."""
+    least_us = inf
+    for row in running:
+        slack_us = _slack_us(row)
+        if slack_us < least_us and slack_us >= step_us(1, row.context_tokens, row.context_tokens):
+            least_us = slack_us
+    return least_us
+
+
+def _slack_us(row: Running) -> float:
+    """Until its next token is due, at the pace of one token in each target since the first."""
+    if row.tpot_us <= 0:
+        return inf
+    return row.tpot_us * (row.produced + 1) - row.since_first_us
+
+
+def _together_us(running: Sequence[Running], chosen: Sequence[int], step_us: StepUs) -> float:
+    tokens = [running[i].context_tokens for i in chosen]
+    return step_us(len(tokens), sum(tokens), max(tokens))
+
+
+def _shortest_first(running: Sequence[Running]) -> list[int]:
+    return sorted(range(len(running)), key=lambda i: (running[i].context_tokens, i))

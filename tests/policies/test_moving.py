@@ -1,0 +1,121 @@
+"""Keys that move: the heads are right at every look, the rest soon, and a look costs the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from random import Random
+from typing import ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policies.moving import BLOCK_JOBS, Arrivals, Moving
+from policies.order import NO_OUTLOOK, Key, Order, Outlook
+from policies.queue import KeyedHeap
+from policies.slack import Hrrn, Kairos, Salvage
+from policies.types import Job
+from tests.gateway.talk import SECOND, online
+
+ARRIVALS = st.lists(
+    st.tuples(st.integers(0, 50), st.integers(1, 900), st.booleans()), min_size=1, max_size=150
+)
+
+
+@given(ARRIVALS)
+def test_the_tokens_before_each_are_those_of_a_plain_list(
+    made: list[tuple[int, int, bool]],
+) -> None:
+    arrivals, plain = Arrivals(), {}
+    for number, (us, tokens, _) in enumerate(made):
+        arrivals.add((us, str(number)), tokens)
+        plain[us, str(number)] = tokens
+    for number, (us, _, leaves) in enumerate(made):
+        if leaves:
+            arrivals.discard((us, str(number)))
+            del plain[us, str(number)]
+    before = list(accumulate((plain[each] for each in sorted(plain)), initial=0))
+    assert [arrivals.before(each) for each in sorted(plain)] == before[:-1]
+    blocks = [pair for at in range(len(arrivals)) for pair in arrivals.block(at)]
+    assert blocks == [(id, ahead) for (_, id), ahead in zip(sorted(plain), before, strict=False)]
+
+
+@dataclass
+class Queue:
+    """A heap and its movement, as a lane keeps them."""
+
+    order: Order
+
+    def __post_init__(self) -> None:
+        self.heap: KeyedHeap[Key] = KeyedHeap()
+        self.moving = Moving()
+
+    def put(self, job: Job, outlook: Outlook = NO_OUTLOOK) -> None:
+        self.moving.add(job)
+        self.heap.put(job.id, self.moving.key(job, self.order, outlook))
+
+    def look(self, outlook: Outlook) -> str | None:
+        self.moving.turn(self.heap, self.order, outlook)
+        return self.moving.first(self.heap, self.order, outlook)
+
+    def take(self, job: Job) -> None:
+        self.heap.discard(job.id)
+        self.moving.discard(job)
+
+
+def sorted_anew(jobs: list[Job], order: Order, outlook: Outlook) -> str:
+    arrived = sorted(jobs, key=lambda job: (job.arrival_us, job.id))
+    before = accumulate((job.prompt_tokens for job in arrived), initial=0)
+    keys = [(order.key(j, outlook.behind(n)), j.id) for j, n in zip(arrived, before, strict=False)]
+    return min(keys)[1]
+
+
+@pytest.mark.parametrize("order", [Kairos(), Salvage(), Hrrn()])
+def test_a_short_queue_is_in_order_at_every_look(order: Order) -> None:
+    chance, queue, waiting = Random(1), Queue(order), list[Job]()
+    for turn in range(300):
+        now_us = turn * SECOND // 2
+        if len(waiting) < BLOCK_JOBS:
+            waiting.append(online(str(turn), chance.randint(1, 60_000), now_us))
+            queue.put(waiting[-1])
+        outlook = Outlook(now_us, 0.02 + 0.01 * chance.random(), 1, chance.randint(0, 9000))
+        first = queue.look(outlook)
+        assert first == sorted_anew(waiting, order, outlook)
+        if turn % 3 == 0:
+            gone = next(job for job in waiting if job.id == first)
+            waiting.remove(gone)
+            queue.take(gone)
+
+
+def test_in_a_long_queue_every_key_is_seen_to_within_one_look_a_block() -> None:
+    queue = Queue(Salvage())
+    jobs = [online(f"{number:04}", 1000 - number % 900, number) for number in range(1000)]
+    for job in jobs:
+        queue.put(job)
+    late = Outlook(now_us=3 * SECOND)
+    for _ in range(-(-len(jobs) // BLOCK_JOBS) + 1):
+        queue.look(late)
+    assert all(key[0] == 1 for key in queue.heap.entries.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Backwards:
+    """All that wait fall behind whoever was looked at."""
+
+    moves: ClassVar[bool] = True
+
+    def key(self, job: Job, outlook: Outlook = NO_OUTLOOK) -> Key:
+        return (outlook.now_us,)
+
+
+def test_heads_that_all_lose_their_place_end_the_search() -> None:
+    queue = Queue(Backwards())
+    for number in range(500):
+        queue.put(online(str(number), at_us=number))
+    assert queue.look(Outlook(now_us=7)) is not None
+    assert sum(key == (7,) for key in queue.heap.entries.values()) < 3 * BLOCK_JOBS
+
+
+def test_an_empty_queue_has_no_head() -> None:
+    assert Queue(Kairos()).look(NO_OUTLOOK) is None

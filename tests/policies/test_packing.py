@@ -1,0 +1,178 @@
+"""The laws of step packing: who is on time stays so, nobody starves, stock is never made worse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policies.packing import (
+    PACKING,
+    All,
+    Kairos,
+    OnlineFirst,
+    Packing,
+    Running,
+    Slack,
+    StepUs,
+    least_slack_us,
+)
+from policies.step_table import StepTable
+
+TPOT_US = 50_000.0
+
+
+def by_sum(count: int, context: int, longest: int) -> float:
+    return 9_000.0 + 150.0 * count + 0.1 * context
+
+
+def by_longest(count: int, context: int, longest: int) -> float:
+    return 9_000.0 + 150.0 * count + 0.24 * longest
+
+
+LAWS_OF_STEPS = [by_sum, by_longest]
+
+rows = st.builds(
+    Running,
+    context_tokens=st.integers(1, 131_072),
+    produced=st.integers(0, 2_000),
+    since_first_us=st.floats(0, 60_000_000),
+    tpot_us=st.sampled_from([0.0, 20_000.0, TPOT_US]),
+    skipped=st.integers(0, 20),
+    is_online=st.booleans(),
+    must_step=st.booleans(),
+)
+running = st.lists(rows, min_size=1, max_size=12)
+step_laws = st.sampled_from(LAWS_OF_STEPS)
+
+
+def row(tokens: int, *, slack_ms: float = 1000.0, skipped: int = 0, online: bool = True) -> Running:
+    """On its second token, with so much time left for it."""
+    return Running(tokens, 0, TPOT_US - slack_ms * 1e3, TPOT_US, skipped, online)
+
+
+def took(members: Sequence[Running], chosen: Sequence[int], step_us: StepUs) -> float:
+    tokens = [members[i].context_tokens for i in chosen]
+    return step_us(len(tokens), sum(tokens), max(tokens))
+
+
+@pytest.mark.parametrize("name", PACKING)
+@given(running, step_laws)
+def test_a_packing_chooses_some_of_those_that_run_in_order_and_the_same_twice(
+    name: str, members: list[Running], step_us: StepUs
+) -> None:
+    chosen = PACKING[name].choose(members, step_us)
+    assert chosen
+    assert chosen == sorted(set(chosen) & set(range(len(members))))
+    assert chosen == PACKING[name].choose(members, step_us)
+
+
+@pytest.mark.parametrize("packing", [All(), Kairos(), Slack(), OnlineFirst()])
+@given(running, step_laws)
+def test_whoever_must_step_steps(packing: Packing, members: list[Running], step_us: StepUs) -> None:
+    must = {i for i, member in enumerate(members) if member.must_step}
+    assert must <= set(packing.choose(members, step_us))
+
+
+@given(running, step_laws)
+def test_nobody_waits_longer_than_the_stated_number_of_steps(
+    members: list[Running], step_us: StepUs
+) -> None:
+    due = {i for i, member in enumerate(members) if member.skipped >= Slack().most_skipped}
+    assert due <= set(Slack().choose(members, step_us))
+
+
+@given(running, step_laws)
+def test_nobody_on_time_gets_late_by_a_chosen_step_unless_a_turn_had_to_come(
+    members: list[Running], step_us: StepUs
+) -> None:
+    chosen = Slack().choose(members, step_us)
+    forced = any(m.must_step or m.skipped >= Slack().most_skipped for m in members)
+    limit_us = least_slack_us(members, step_us)
+    if not forced and len(chosen) > 1:
+        assert took(members, chosen, step_us) <= limit_us
+
+
+@given(running, step_laws)
+def test_a_chosen_step_is_as_fast_as_everybodys_unless_somebody_would_get_late_by_that(
+    members: list[Running], step_us: StepUs
+) -> None:
+    """Tokens per second; so packing never costs throughput without keeping a target by it."""
+    chosen, everybody = Slack().choose(members, step_us), range(len(members))
+    mine = len(chosen) / took(members, chosen, step_us)
+    stock = len(members) / took(members, everybody, step_us)
+    is_late = took(members, everybody, step_us) > least_slack_us(members, step_us)
+    assert mine >= stock * (1 - 1e-9) or is_late
+
+
+@given(st.lists(st.integers(1, 131_072), min_size=1, max_size=10), step_laws)
+def test_who_waits_no_turn_is_left_out_for_longer_than_the_bound(
+    contexts: list[int], step_us: StepUs
+) -> None:
+    """All of them late: nothing bounds the step, and the long ones would be left out for good."""
+    skipped = [0] * len(contexts)
+    for step in range(40):
+        members = [
+            Running(c, step, 1e9, TPOT_US, s) for c, s in zip(contexts, skipped, strict=True)
+        ]
+        chosen = set(Slack().choose(members, step_us))
+        skipped = [0 if i in chosen else s + 1 for i, s in enumerate(skipped)]
+        assert max(skipped) <= Slack().most_skipped
+
+
+def test_a_long_context_waits_while_the_short_ones_are_pressed_for_time() -> None:
+    members = [row(4_000, slack_ms=12), row(4_000, slack_ms=12), row(120_000, slack_ms=500)]
+    assert Slack().choose(members, by_longest) == [0, 1]
+    assert Slack().choose([*members[:2], row(120_000, slack_ms=-900)], by_longest) == [0, 1]
+
+
+def test_one_hopeless_request_stops_the_printed_rule_and_not_the_repaired_one() -> None:
+    members = [row(4_000, slack_ms=30), row(4_000, slack_ms=30), row(120_000, slack_ms=-5_000)]
+    assert Kairos().choose(members, by_longest) == [0, 1, 2]
+    assert Slack().choose(members, by_longest) == [0, 1]
+
+
+def test_the_printed_rule_leaves_out_a_long_one_that_lowers_tokens_per_second() -> None:
+    members = [row(4_000), row(120_000), row(4_000)]
+    assert Kairos().choose(members, by_longest) == [0, 2]
+    assert All().choose(members, by_longest) == [0, 1, 2]
+
+
+def test_online_is_filled_in_first_and_offline_gets_the_room_that_is_left() -> None:
+    members = [row(60_000, online=False), row(60_000), row(60_000), row(60_000, online=False)]
+    tight = OnlineFirst(ask_every=1)
+    assert tight.choose(members, lambda n, c, m: 10_000.0 * n) == [0, 1, 2, 3]
+    assert tight.choose(members, lambda n, c, m: 16_000.0 * n) == [0, 1, 2]
+    assert tight.choose(members, lambda n, c, m: 24_000.0 * n) == [1, 2]
+    assert tight.choose(members, lambda n, c, m: 90_000.0 * n) == [0]
+
+
+@given(st.permutations(range(5)))
+def test_equal_contexts_are_taken_in_the_order_they_joined(order: list[int]) -> None:
+    members = [row(8_000, slack_ms=14 + i) for i in order]
+    chosen = Slack().choose(members, lambda n, c, m: 10_000.0 + 1_500.0 * n)
+    assert chosen == list(range(len(chosen)))
+
+
+def test_observed_steps_correct_the_table_where_they_were_seen_and_elsewhere() -> None:
+    table = StepTable(by_sum, by_longest=False)
+    for _ in range(50):
+        table.observe(4, 40_000, 12_000, 2 * by_sum(4, 40_000, 12_000))
+    assert table.step_us(4, 40_000, 12_000) == pytest.approx(2 * by_sum(4, 40_000, 12_000))
+    assert table.step_us(9, 90_000, 12_000) == pytest.approx(2 * by_sum(9, 90_000, 12_000))
+    assert len(table) == 1
+
+
+def test_a_cell_follows_a_machine_that_has_become_slower() -> None:
+    table = StepTable(by_longest, by_longest=True)
+    for factor in (1.0,) * 40 + (1.5,) * 40:
+        table.observe(4, 40_000, 12_000, factor * by_longest(4, 40_000, 12_000))
+    assert table.step_us(4, 10, 12_000) == pytest.approx(1.5 * by_longest(4, 10, 12_000), rel=0.01)
+
+
+def test_a_step_without_a_time_teaches_nothing() -> None:
+    table = StepTable(by_sum, by_longest=False)
+    table.observe(4, 40_000, 12_000, 0.0)
+    assert len(table) == 0
