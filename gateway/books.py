@@ -24,6 +24,7 @@ class Ticket:
         "booked_prefill",
         "booked_reserved",
         "decode",
+        "displaced",
         "generated",
         "job",
         "preemptions",
@@ -43,6 +44,8 @@ class Ticket:
         self.avoid: tuple[str, ...] = ()
         self.resumes = False
         self.preemptions = 0
+        self.displaced = 0
+        """How many of them were for a more urgent prompt."""
         self.sent_us = 0
         self.trials: tuple[tuple[Breaker, int], ...] = ()
         self.generated = 0
@@ -71,6 +74,12 @@ class Ticket:
             return Reason.RESUME
         return Reason.RETRY if self.attempt > 1 else Reason.REQUEUED
 
+    def makes_way(self, job: Job) -> None:
+        """For a more urgent prompt; the job queues again with what its server has cached."""
+        self.step(Step.PREEMPTED)
+        self.job = job
+        self.displaced += 1
+
     def returned(self, generated: int, now_us: int) -> None:
         """Preempted and back: that was no attempt that failed."""
         self.step(Step.RETURNED)
@@ -83,21 +92,23 @@ class Ticket:
     def book(self, prefill: Ledger, decode: Ledger, reserved: int, now_us: int) -> None:
         job = self.job
         self.prefill, self.decode = prefill, decode
-        self.booked_prefill = job.prompt_tokens - job.cached_tokens
+        self.booked_prefill = prefill.uncached(job)
         self.booked_context, self.booked_reserved = job.prompt_tokens, reserved
         self.generated = 0
         prefill.add_prefill(self.booked_prefill, now_us)
         decode.add_decode(self.booked_context, reserved)
         self.sent_us = now_us
         self.trials = ()
-        self._sent_to(decode)
+        decode.dispatched += 1
         if prefill is not decode:
-            self._sent_to(prefill)
+            prefill.dispatched += 1
+        if prefill.breaker.open_until_us or decode.breaker.open_until_us:
+            self._try_out((decode,) if prefill is decode else (prefill, decode))
 
-    def _sent_to(self, ledger: Ledger) -> None:
-        ledger.dispatched += 1
-        if ledger.breaker.open_until_us and (trial := ledger.breaker.try_out()):
-            self.trials += ((ledger.breaker, trial),)
+    def _try_out(self, ledgers: tuple[Ledger, ...]) -> None:
+        for breaker in (e.breaker for e in ledgers if e.breaker.open_until_us):
+            if trial := breaker.try_out():
+                self.trials += ((breaker, trial),)
 
     def end_trials(self) -> None:
         """The attempt is over for a reason that says nothing about the servers on trial."""

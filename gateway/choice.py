@@ -36,44 +36,23 @@ def choose(
 
 def _pair(job: Job, candidates: Candidates, admit: Admit, place: Place, now_us: int) -> Pair | None:
     """Prefill first: while none is free, which is most of the time, decode is not looked at."""
-    if not (ledgers := candidates.prefills):
+    free = [e for e in admit.prefills(job, candidates.prefills) if e.usable(now_us)]
+    if not free or not candidates.decodes:
         return None
-    prefill = _best_prefill(job, ledgers, place.prefill(job, ledgers), admit, now_us)
-    if prefill is None or not (ledgers := candidates.decodes):
+    decode = _decode(job, candidates.decodes, admit, place, now_us)
+    if decode is None:
         return None
-    decode = _best_decode(job, ledgers, place.decode(job, ledgers), admit, now_us)
-    return None if decode is None else (prefill, decode)
+    if len(free) == 1:
+        return free[0], decode
+    ranks = place.prefill(job, free)
+    return free[ranks.index(min(ranks))], decode
 
 
-def _shortest(job: Job, options: list[Pair], place: Place) -> Pair:
-    """By the wait for the first token, then for the others, then by name."""
-    firsts = place.prefill(job, [prefill for prefill, _ in options])
-    others = place.decode(job, [decode for _, decode in options])
-    names = [prefill.worker.name for prefill, _ in options]
-    return min(zip(firsts, others, names, options, strict=True), key=itemgetter(0, 1, 2))[3]
-
-
-# The first by rank, then by name, that may take the job; the lists are in order of names. One
-# function for both would have to call `may(job, ledger)`, which costs three times as much as a
-# method that is called by its name.
-
-
-def _best_prefill(
-    job: Job, ledgers: list[Ledger], ranks: list[float], admit: Admit, now_us: int
+def _decode(
+    job: Job, ledgers: list[Ledger], admit: Admit, place: Place, now_us: int
 ) -> Ledger | None:
-    first = ledgers[ranks.index(min(ranks))]
-    if first.usable(now_us) and admit.prefill(job, first):
-        return first
-    best, least = None, inf
-    for ledger, rank in zip(ledgers, ranks, strict=True):
-        if rank < least and admit.prefill(job, ledger) and ledger.usable(now_us):
-            best, least = ledger, rank
-    return best
-
-
-def _best_decode(
-    job: Job, ledgers: list[Ledger], ranks: list[float], admit: Admit, now_us: int
-) -> Ledger | None:
+    """The first by rank, then by name, that may take the job; the list is in order of names."""
+    ranks = place.decode(job, ledgers)
     first = ledgers[ranks.index(min(ranks))]
     if first.usable(now_us) and admit.decode(job, first):
         return first
@@ -82,6 +61,14 @@ def _best_decode(
         if rank < least and admit.decode(job, ledger) and ledger.usable(now_us):
             best, least = ledger, rank
     return best
+
+
+def _shortest(job: Job, options: list[Pair], place: Place) -> Pair:
+    """By the wait for the first token, then for the others, then by name."""
+    firsts = place.prefill(job, [prefill for prefill, _ in options])
+    others = place.decode(job, [decode for _, decode in options])
+    names = [prefill.worker.name for prefill, _ in options]
+    return min(zip(firsts, others, names, options, strict=True), key=itemgetter(0, 1, 2))[3]
 
 
 def fits_ever(job: Job, candidates: Candidates, admit: Admit) -> bool:

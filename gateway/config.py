@@ -17,7 +17,7 @@ from policies.admit import Headroom
 from policies.breaker import BreakerRule
 from policies.demand import Targets
 from policies.ratio import DopdPlus
-from policies.registry import ORDER, PLACE, POOLS, RATIO
+from policies.registry import DISPLACE, ORDER, PLACE, POOLS, RATIO
 from policies.retry import RetryRule
 from policies.steps import Costs
 from policies.types import Kind, Pool, Role, Worker
@@ -76,6 +76,8 @@ class WorkerEntry:
 class Policies:
     order: str = one_of("edf", ORDER)
     """Which queued prompt goes next."""
+    displace: str = one_of("none", DISPLACE)
+    """Whether a long prompt under way makes way for one that the order puts first."""
     place: str = one_of("least-work", PLACE)
     """Which of the servers that may take a job gets it."""
     pools: str = one_of("latency", POOLS)
@@ -357,6 +359,7 @@ def rules_of(config: Config) -> Rules:
     admission, retry, breaker = config.admission, config.retry, config.breaker
     return Rules(
         order=ORDER[config.policies.order](),
+        displace=DISPLACE[config.policies.displace](),
         place=PLACE[config.policies.place](),
         pools=POOLS[config.policies.pools](),
         admit=Headroom(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.agenda import Agenda, passed
@@ -18,10 +17,10 @@ from gateway.choice import (
     without_failed,
 )
 from gateway.lifecycle import State, Step
+from gateway.rules import Rules as Rules
 from gateway.servers import Candidates, Fleet
-from gateway.switching import Switching, SwitchRule
-from policies.admit import Admit, Headroom
-from policies.breaker import BreakerRule
+from gateway.switching import Switching
+from gateway.underway import Underway
 from policies.events import (
     Arrived,
     Cancel,
@@ -53,30 +52,9 @@ from policies.events import (
     WorkerUp,
 )
 from policies.ledger import Ledger
-from policies.order import NO_OUTLOOK, Edf, Order, Outlook
-from policies.place import LeastWork, Place
-from policies.pools import Pools, Shared
-from policies.retry import RetryBudget, RetryRule, continued
-from policies.steps import Costs
+from policies.order import NO_OUTLOOK, Outlook
+from policies.retry import RetryBudget, continued
 from policies.types import Job, Kind, Role, Worker
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """Every choice that the core leaves to policies; replaced whole by a reload."""
-
-    order: Order = field(default_factory=Edf)
-    place: Place = field(default_factory=LeastWork)
-    admit: Admit = field(default_factory=Headroom)
-    pools: Pools = field(default_factory=Shared)
-    costs: Costs = field(default_factory=Costs)
-    breaker: BreakerRule = field(default_factory=BreakerRule)
-    retry: RetryRule = field(default_factory=RetryRule)
-    switch: SwitchRule = field(default_factory=SwitchRule)
-    max_queued: int = 10_000
-    """Jobs of one kind that may wait for one model."""
-    load_stale_us: int = 5_000_000
-
 
 _REPORT_LAG_US = 500_000
 """What was sent this long before a report must be in it."""
@@ -100,6 +78,7 @@ class Core:
         self._tickets: dict[str, Ticket] = {}
         self._lanes: dict[str, Lane] = {}
         self._agenda = Agenda()
+        self._underway = Underway()
         self._fresh: list[Ticket] = []
         self._out: list[Decision] = []
         self._touched: dict[str, Lane] = {}
@@ -496,6 +475,8 @@ class Core:
                 self._agenda.give_up.discard(job_id)
                 self._place(ticket, *pair, now_us)
             elif is_worth_a_wait(job, candidates, admit, now_us):
+                if kind is _ONLINE and self._rules.displace.least_chunks:
+                    self._displace(job, lane, candidates, now_us)
                 return
             elif not candidates.can_serve:
                 self._reject(ticket, Reason.NO_WORKER, now_us)
@@ -505,6 +486,15 @@ class Core:
                 lane.set_aside(job)
             else:
                 return
+
+    def _displace(self, head: Job, lane: Lane, candidates: Candidates, now_us: int) -> None:
+        """The first of the queue has to wait: perhaps for a long prompt that need not go first."""
+        outlook, rules = self._outlook(lane, _ONLINE, now_us), self._rules
+        found = self._underway.victim(head, candidates, rules.displace, rules.order, outlook)
+        if found is not None:
+            ticket, job = found
+            ticket.makes_way(job)
+            self._out.append(Preempt(job, Reason.DISPLACED))
 
     def _choose(
         self, ticket: Ticket, candidates: Candidates, now_us: int
@@ -518,6 +508,7 @@ class Core:
         """Booked in the step that decides, so that the next decision sees it."""
         ticket.step(_DISPATCHED)
         ticket.book(prefill, decode, self._rules.admit.reserved(ticket.job), now_us)
+        self._underway.sent(ticket, prefill, self._rules.displace.least_chunks)
         ticket.attempt += 1
         reason = _LEAST_WORK
         if ticket.attempt > 1 or ticket.preemptions:

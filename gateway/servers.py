@@ -31,8 +31,12 @@ class Candidates:
 
     def has_usable(self, now_us: int) -> bool:
         """Whether a job could be sent now, if there were room."""
-        pairs = _has_usable(self.prefills, now_us) and _has_usable(self.decodes, now_us)
-        return pairs or _has_usable(self.unified, now_us)
+        if self.prefills and self.decodes:  # nearly always the first ones are
+            if self.prefills[0].usable(now_us) and self.decodes[0].usable(now_us):
+                return True
+            if _some(self.prefills, now_us) and _some(self.decodes, now_us):
+                return True
+        return _some(self.unified, now_us)
 
     def in_rotation(self, now_us: int) -> Candidates:
         return self._only(lambda ledger: ledger.usable(now_us))
@@ -52,12 +56,8 @@ class Candidates:
         )
 
 
-def _has_usable(ledgers: list[Ledger], now_us: int) -> bool:
-    """A plain loop: nearly always the first one is."""
-    for ledger in ledgers:  # noqa: SIM110
-        if ledger.usable(now_us):
-            return True
-    return False
+def _some(ledgers: list[Ledger], now_us: int) -> bool:
+    return any(ledger.usable(now_us) for ledger in ledgers)
 
 
 class Fleet:

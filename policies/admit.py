@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +12,11 @@ from policies.types import Job
 
 class Admit(Protocol):
     def prefill(self, job: Job, ledger: Ledger) -> bool: ...
+
+    def prefills(self, job: Job, ledgers: Sequence[Ledger]) -> list[Ledger]:
+        """Those for which `prefill` holds. While jobs wait, all are asked each time something
+        has changed: in one call, because calls would cost more than what they compute."""
+        ...
 
     def decode(self, job: Job, ledger: Ledger) -> bool: ...
 
@@ -43,7 +49,20 @@ class Headroom:
         if not ledger.prefills:
             return self.fits_ever(job, ledger)
         cap = ledger.worker.chunk_tokens * self.prefill_chunks or self.prefill_cap_tokens
-        return ledger.prefill_tokens + job.prompt_tokens - job.cached_tokens <= cap
+        return ledger.prefill_tokens + ledger.uncached(job) <= cap
+
+    def prefills(self, job: Job, ledgers: Sequence[Ledger]) -> list[Ledger]:
+        tokens, chunks = job.prompt_tokens - job.cached_tokens, self.prefill_chunks
+        return [
+            e
+            for e in ledgers
+            if (
+                e.prefill_tokens + tokens
+                <= (e.worker.chunk_tokens * chunks or self.prefill_cap_tokens)
+                if e.prefills
+                else self.fits_ever(job, e)
+            )
+        ]
 
     def decode(self, job: Job, ledger: Ledger) -> bool:
         if ledger.max_running and ledger.decodes >= ledger.max_running:

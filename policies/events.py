@@ -35,6 +35,8 @@ class Reason(StrEnum):
     """Somebody asked for its place."""
     ROLE_SWITCH = "role_switch"
     """Its server is about to take another role."""
+    DISPLACED = "displaced"
+    """A more urgent prompt has its prefill server."""
     QUEUE_FULL = "queue_full"
     NO_WORKER = "no_worker"
     UNAVAILABLE = "workers_unavailable"

@@ -6,7 +6,7 @@ from policies.breaker import Breaker
 from policies.events import Load
 from policies.roofline import CostModel
 from policies.steps import Steps
-from policies.types import Worker
+from policies.types import Job, Worker
 
 
 class PrefillRate:
@@ -144,6 +144,12 @@ class Ledger:
         """The report is too old to be believed: the books alone go on."""
         self.foreign_tokens = self._foreign_before = 0
         self.line = None
+
+    def uncached(self, job: Job) -> int:
+        """The prompt tokens that this server would have to compute."""
+        if job.cached_on and job.cached_on != self.worker.name:
+            return job.prompt_tokens
+        return job.prompt_tokens - job.cached_tokens
 
     def add_prefill(self, tokens: int, now_us: int) -> None:
         if not self.prefills:

@@ -37,10 +37,12 @@ class LeastWork:
     step_per_token_us: float = 0.036
 
     def prefill(self, job: Job, ledgers: Ledgers) -> list[float]:
+        if job.cached_on:
+            return [ledger.prefill_tokens + ledger.uncached(job) for ledger in ledgers]
         return [ledger.prefill_tokens for ledger in ledgers]
 
     def decode(self, job: Job, ledgers: Ledgers) -> list[float]:
-        prompt_tokens, draw = job.prompt_tokens, self._draw
+        prompt_tokens, draw = float(job.prompt_tokens), self._draw
         lines = [ledger.line or draw(ledger) for ledger in ledgers]
         return [alone_us + token_us * prompt_tokens for alone_us, token_us in lines]
 

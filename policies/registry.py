@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from policies.displace import ByCost, Displace, Never
 from policies.order import Edf, Fcfs, Order, Shortest
 from policies.place import LeastWork, Place, RoundRobin
 from policies.planners import DynLoad, DynSla
@@ -17,6 +18,7 @@ ORDER: dict[str, type[Order]] = {
     "kairos": Kairos,
     "salvage": Salvage,
 }
+DISPLACE: dict[str, type[Displace]] = {"none": Never, "by-cost": ByCost}
 PLACE: dict[str, type[Place]] = {"least-work": LeastWork, "round-robin": RoundRobin}
 POOLS: dict[str, type[Pools]] = {"none": Shared, "latency": ByLatency}
 RATIO: dict[str, type[Ratio]] = {

@@ -54,8 +54,10 @@ class Job(NamedTuple):
     tpot_us: int = 0
     """The time a token may take after the first; 0 when nobody waits for it."""
     cached_tokens: int = 0
-    """Prompt tokens that some prefill server is believed to hold."""
+    """Prompt tokens that a prefill server is believed to hold."""
     resume: Resume = Resume.EXACT
+    cached_on: str = ""
+    """The server that holds them; empty: any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

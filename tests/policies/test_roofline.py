@@ -207,7 +207,8 @@ def test_tensor_parallelism_shards_weights_but_not_a_compressed_cache() -> None:
 
 
 def test_a_device_holds_at_least_one_head() -> None:
-    assert cost_of("Qwen3-30B-A3B", tp=8).kv_device_bytes_per_token == pytest.approx(48 * 2 * 128 * 2)
+    kv_bytes = cost_of("Qwen3-30B-A3B", tp=8).kv_device_bytes_per_token
+    assert kv_bytes == pytest.approx(48 * 2 * 128 * 2)
 
 
 def test_attention_by_replica_leaves_each_device_its_own_cache_and_merges_the_rest() -> None:
