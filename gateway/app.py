@@ -16,6 +16,7 @@ import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from backends.actuators.sglang import SglangActuator
 from backends.http import Upstream
 from backends.pause import pause
 from backends.sglang import Sglang
@@ -38,6 +39,7 @@ from gateway.metrics import Metrics
 from gateway.pages import Pages
 from gateway.passing import Passing
 from gateway.probe import Prober
+from gateway.ratio_control import RatioControl
 from gateway.router import Router
 from policies.clock import Clock
 from policies.events import Wakeup, WorkerGone
@@ -79,8 +81,14 @@ class Gateway:
         self._tasks = tasks
         self.backend = Sglang(clock, rng, patience_of(config.timeouts), self._connect)
         self.core = Core(rules_of(config))
-        self.driver = Driver(self.core, clock, self.backend)
+        actuator = SglangActuator(self.backend, clock, tasks, pause)
+        self.control = RatioControl(self.core, clock, tasks)
+        self.driver = Driver(
+            self.core, clock, self.backend, self.control.decided, actuator=actuator
+        )
+        self.control.adopt(config, self.driver)
         self.metrics = Metrics(self.core, self.backend.now_us)
+        self.metrics.registry.register(self.control)
         self.front = Front(config, self.driver, self.backend, self.metrics, clock, rng, write_line)
         self.prober = Prober(self.backend, self.driver.post, clock, config.telemetry)
         self._entries: dict[str, WorkerEntry] = {}
@@ -174,6 +182,7 @@ class Gateway:
             log.warning("[server] has changed: that needs a restart")
         self._config = config
         self.core.adopt(rules_of(config))
+        self.control.adopt(config, self.driver)
         self.driver.post(Wakeup())
         self.front.adopt(config)
         self.backend.patience = patience_of(config.timeouts)
@@ -206,6 +215,7 @@ class Gateway:
 
     async def close(self) -> None:
         self.prober.close()
+        self.control.close()
         if self._runner is not None:
             await self._runner.cleanup()
         self.backend.close()

@@ -19,6 +19,8 @@ EWMA_WEIGHT = 0.3
 HOLT_LEVEL, HOLT_TREND, HOLT_DAMPING = 0.6, 0.1, 0.9
 FEWEST_POINTS = 12
 """Before this many a fit says nothing: the last value stands in, as in DOPD."""
+ENOUGH_ERRORS = 20
+"""Before this many a quantile of them says little."""
 LARGEST_STEP = 2.0
 """A forecast is at most this many times the largest value in the window: fits may run away."""
 MOST_LAGS = 3
@@ -229,12 +231,19 @@ class Outlook:
         }
 
     def _excess(self, track: _Track) -> float:
-        """The empirical quantile with its finite-sample correction (split conformal)."""
-        ordered = sorted(track.excesses)
-        rank = math.ceil((len(ordered) + 1) * self.quantile)
-        if rank <= len(ordered):
-            return ordered[rank - 1]
-        return max(self.margin, *ordered) if ordered else self.margin
+        """The empirical quantile with its finite-sample correction (split conformal).
+
+        While few errors are known, even ones within the margin stand in for the others: one
+        surprise is then not taken for the rule.
+        """
+        known = len(track.excesses)
+        if known >= ENOUGH_ERRORS:
+            rank = min(known, math.ceil((known + 1) * self.quantile))
+            return sorted(track.excesses)[rank - 1]
+        steps = ENOUGH_ERRORS - known
+        assumed = (self.margin * (2 * step / steps - 1) for step in range(1, steps + 1))
+        ordered = sorted([*track.excesses, *assumed])
+        return ordered[math.ceil(ENOUGH_ERRORS * self.quantile) - 1]
 
 
 def _lead(gains: Sequence[float]) -> float:
