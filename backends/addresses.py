@@ -17,6 +17,7 @@ LETTERS = 6
 """Of a name, the case of so many is changed: its end is left to those who match domains."""
 
 
+@lru_cache(maxsize=1024)
 def respelled(host: str, number: int) -> str:
     """The same host: 0 is as it was given; there are dozens, then they come again."""
     if not number:

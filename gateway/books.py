@@ -111,6 +111,8 @@ class Ticket:
         self.generated = self.told_us = 0
         self.leaves = ""
         prefill.add_prefill(self.booked_prefill, now_us)
+        if job.prefixes:
+            prefill.prefixes.add(job.prefixes)
         decode.add_decode(self.booked_context, reserved)
         if job.kind is _OFFLINE:
             prefill.offline.add_prefill(self.booked_prefill)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from policies.breaker import Breaker
 from policies.events import Load
+from policies.prefixes import Prefixes
 from policies.roofline import CostModel
 from policies.steps import Steps
 from policies.tide import Tide
@@ -101,6 +102,7 @@ class Ledger:
         "prefill_rate",
         "prefill_tokens",
         "prefills",
+        "prefixes",
         "reserved_tokens",
         "steps",
         "up",
@@ -119,6 +121,8 @@ class Ledger:
         self.context_tokens = 0
         self.reserved_tokens = 0
         self.dispatched = 0
+        self.prefixes = Prefixes()
+        """Of the prompts that went there to be computed."""
         self.foreign_tokens = 0
         self.load: Load | None = None
         self.kv_tokens = worker.kv_tokens

@@ -13,7 +13,7 @@ from gateway.config import rules_of
 from gateway.core import Core
 from gateway.driver import Driver
 from gateway.scenario import CLOSED, FleetEntry, Plan, PolicyEntry
-from gateway.simulation.asks import Stream, opened, prepared
+from gateway.simulation.asks import Stream, opened, prefixes_of, prepared
 from gateway.simulation.doors import DOORS, Door
 from gateway.simulation.fleet import ServerPlan, engines_of, servers_of, worker_for
 from gateway.simulation.records import Ended, Record, RunFacts
@@ -33,6 +33,7 @@ from policies.events import (
     Reject,
     WorkerUp,
 )
+from policies.registry import PLACE
 from policies.types import Job, Kind, Role, Worker
 
 SAMPLES = 240
@@ -220,6 +221,7 @@ class World:
             ),
         )
         self._recorder = Recorder(self._ended)
+        self._by_prefix = PLACE[case.policy.policies.place]().by_prefix
         self._core = Core(rules_of(case.policy.config()), self._first_workers())
         self._driver = Driver(self._core, self._clock, self._backend, self._recorder.decided)
         self._entrance = Entrance(
@@ -287,6 +289,8 @@ class World:
 
     def _arrive(self, stream: Stream, ask: Ask) -> None:
         job, work, record = opened(stream, ask, self._now_us(), self._asks.room)
+        if self._by_prefix:
+            job = job._replace(prefixes=prefixes_of(work.prompt))
         self._recorder.records[job.id] = record
         self._open += 1
         if not self._case.policy.tells_classes:
