@@ -28,8 +28,9 @@ TABLE = "profiles/aiconfigurator/step_times_sglang_bf16.csv.gz"
 GPUS = 8
 TTFT_MS, TPOT_MS = 2000.0, 25.0
 """Of the dynamic loads."""
-CLOSED_TTFT_MS, CLOSED_TPOT_MS = 500.0, 12.0
-CLOSED_GPUS = 4
+CLOSED_MODEL, CLOSED_TP, CLOSED_SERVERS = "Llama-3.1-70B", 4, 6
+CLOSED_TTFT_MS, CLOSED_TPOT_MS = 1500.0, 50.0
+"""Model size and targets are the paper's."""
 SWITCH_S, RELAUNCH_S = 5.0, 45.0
 PAPER_INTERVAL_S = 10.0
 """At which DOPD's authors ran their own and Dynamo's planners."""
@@ -45,25 +46,29 @@ def servers(role: Role, count: int, switch_s: float, *, parked: bool = False) ->
     )
 
 
-def fleet(name: str, entries: Iterable[ServerEntry]) -> FleetEntry:
+def fleet(name: str, entries: Iterable[ServerEntry], model: str = MODEL, tp: int = 1) -> FleetEntry:
     return FleetEntry(
         name=name,
-        model=MODEL,
+        model=model,
         device=DEVICE,
+        tp=tp,
         table=TABLE,
+        table_model=f"meta-llama/Meta-{model}",
         predicts=True,
         launch_s=RELAUNCH_S,
         server=tuple(entries),
     )
 
 
-def split(prefills: int, decodes: int, switch_s: float = SWITCH_S) -> FleetEntry:
+def split(
+    prefills: int, decodes: int, switch_s: float = SWITCH_S, model: str = MODEL, tp: int = 1
+) -> FleetEntry:
     """All of them run all the time."""
     entries = (
         servers(Role.PREFILL, prefills, switch_s),
         servers(Role.DECODE, decodes, switch_s),
     )
-    return fleet(f"{prefills}P{decodes}D", entries)
+    return fleet(f"{prefills}P{decodes}D", entries, model, tp)
 
 
 def elastic(switch_s: float) -> FleetEntry:
@@ -87,10 +92,10 @@ def controlled(name: str, fleet_name: str, policy: str, **more: float) -> Policy
 
 
 def closed_plan(data: Path, clients: Sequence[int], duration_s: float, warm_up_s: float) -> Plan:
-    unified = ServerEntry(role=Role.UNIFIED, count=CLOSED_GPUS)
-    splits = [split(n, CLOSED_GPUS - n) for n in range(1, CLOSED_GPUS)]
-    half = CLOSED_GPUS // 2
-    middle = f"{half}P{CLOSED_GPUS - half}D"
+    count, model, tp = CLOSED_SERVERS, CLOSED_MODEL, CLOSED_TP
+    unified = ServerEntry(role=Role.UNIFIED, count=count)
+    splits = [split(n, count - n, model=model, tp=tp) for n in range(2, count)]
+    middle = f"{count // 2}P{count - count // 2}D"
     plain = Policies(order="fcfs", place="round-robin", pools="none")
     at_once = Admission(prefill_chunks=1_000_000, prefill_cap_tokens=10**9)
     policies = [
@@ -121,7 +126,7 @@ def closed_plan(data: Path, clients: Sequence[int], duration_s: float, warm_up_s
         warm_up_s=warm_up_s,
         duration_s=duration_s,
         drain_s=60.0,
-        fleet=(fleet("unified", [unified]), *splits),
+        fleet=(fleet("unified", [unified], model, tp), *splits),
         workload=(workload,),
         policy=tuple(policies),
         sweep=Sweep(values=tuple(float(count) for count in clients)),

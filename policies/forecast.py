@@ -149,7 +149,8 @@ class Outlook:
     """One series with its forecasters: whoever has erred least of late is believed.
 
     Whom to believe is judged over `memory` intervals, how much to be ready for over the `recent`
-    ones: loads change their kind. A value that is not a number is a gap: it teaches nothing, and the last known one stays.
+    ones: loads change their kind. A value that is not a number is a gap: it teaches nothing, and
+    the last known one stays.
     """
 
     __slots__ = ("_loads", "_recent", "_tracks", "_window", "forecasters", "margin", "quantile")
