@@ -242,7 +242,7 @@ class RatioSettings:
     """How many servers prefill and how many decode; all but `static` need `[cost]`."""
     mode: Mode = Mode.ADVISE
     """advise: what would be done is logged. act: servers are switched."""
-    interval_s: float = bounded(30.0, low=1)
+    interval_s: float = bounded(15.0, low=1)
     """How often it is looked at, and how far ahead it is planned. Bursts shorter than this are
     the business of queues, not of the ratio."""
     quantile: float = bounded(0.9, low=0.5, high=0.999)
@@ -251,7 +251,7 @@ class RatioSettings:
     """The share of online requests that is to keep each target."""
     band: float = bounded(0.2, low=0, high=2)
     """`dopd+`: what another fleet must be better by."""
-    dwell_s: float = bounded(300.0, low=0)
+    dwell_s: float = bounded(180.0, low=0)
     """`dopd+`: fewer servers must have been enough for so long."""
     hand_over_s: float = bounded(5.0, low=0)
     """Online requests that still run then on a server that is to switch go on elsewhere."""

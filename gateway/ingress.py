@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from policies.demand import Flow, Lengths
 from policies.events import (
@@ -118,8 +119,9 @@ class Ingress:
         entries = self._unanswered.values()
         return sum(it.job.prompt_tokens - it.job.cached_tokens for it in entries)
 
-    def oldest_wait_s(self, now_us: int) -> float:
-        first = next(iter(self._unanswered.values()), None)
+    def oldest_wait_s(self, now_us: int, lost: int) -> float:
+        """Of the oldest but so many: each server may hold one that is lost and no queue."""
+        first = next(islice(self._unanswered.values(), lost, None), None)
         return 0.0 if first is None else (now_us - first.job.arrival_us) / 1e6
 
     def mean(self, what: Seen, now_us: int, span_s: float = 60.0) -> float | None:

@@ -174,7 +174,7 @@ class Planner:
             targets=self.control.targets,
             waiting=max(0, waiting),
             waiting_tokens=ingress.waiting_tokens,
-            oldest_wait_s=ingress.oldest_wait_s(now_us),
+            oldest_wait_s=ingress.oldest_wait_s(now_us, len(self._core.ledgers)),
             kv_use=max((_kv_use(it) for it in decodes), default=0.0),
             resident=sum(it.decodes for it in decodes),
             ttft_s=_seconds(ingress.mean(Seen.TTFT, now_us)),

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from types import MappingProxyType
 
 from policies.least_squares import Products
@@ -148,10 +148,12 @@ class _Track:
 class Outlook:
     """One series with its forecasters: whoever has erred least of late is believed.
 
-    A value that is not a number is a gap: it teaches nothing, and the last known one stays.
+    Whom to believe is judged over `memory` intervals, how much to be ready for over the `recent`
+    ones: loads change their kind. A value that is not a number is a gap: it teaches nothing, and
+    the last known one stays.
     """
 
-    __slots__ = ("_loads", "_tracks", "_window", "forecasters", "margin", "quantile")
+    __slots__ = ("_loads", "_recent", "_tracks", "_window", "forecasters", "margin", "quantile")
 
     def __init__(
         self,
@@ -160,6 +162,7 @@ class Outlook:
         quantile: float = 0.9,
         window: int = 60,
         memory: int = 100,
+        recent: int = 24,
         margin: float = 0.25,
     ) -> None:
         self.forecasters = {LAST: last_value, **forecasters}
@@ -167,10 +170,11 @@ class Outlook:
         self.margin = margin
         """Readiness above the forecast, as a share, until errors have been seen."""
         self._window: deque[float] = deque(maxlen=window)
+        self._recent = recent
         self._loads: deque[float] = deque(maxlen=memory)
         """Of the intervals whose errors are remembered."""
         self._tracks = {
-            name: _Track(deque(maxlen=memory), deque(maxlen=memory)) for name in self.forecasters
+            name: _Track(deque(maxlen=memory), deque(maxlen=recent)) for name in self.forecasters
         }
 
     def __len__(self) -> int:
@@ -210,6 +214,10 @@ class Outlook:
         told = self._tracks[by].told
         point = self._window[-1] if told is None else told
         upper = point + self._excess(self._tracks[by]) * self._yardstick(point)
+        # A load that comes and goes errs by multiples of next to nothing: of those, no more than
+        # has been seen of late, and some growth.
+        highest = max(islice(reversed(self._window), self._recent))
+        upper = min(upper, max(point, highest) * (1 + self.margin))
         return Prediction(
             by=by, point=point, upper=max(point, upper), last=self._window[-1], errors=errors
         )

@@ -187,7 +187,7 @@ class DopdPlus:
     """What another fleet must be better by."""
     ahead: float = 0.05
     """What is added bears so much more than is missing, so that noise does not add one by one."""
-    dwell_s: float = 300.0
+    dwell_s: float = 180.0
     """For so long fewer servers must have been enough."""
     fullest_kv: float = 0.95
     """Decode is short at once from here on."""
