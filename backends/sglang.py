@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from backends.addresses import respelled
+from backends.addresses import SPELLINGS, respelled
 from backends.attempt import Attempt
 from backends.base import Post
 from backends.exchange import Exchange
@@ -135,9 +135,14 @@ class Sglang:
         """The same server, better known; met again, it has been away or has changed its role."""
         server = self._servers[worker.name]
         server.worker = worker
-        server.spelling += server.is_met
+        if server.is_met:
+            self._name_anew(server)
         server.is_met = True
         self._note_models()
+
+    def _name_anew(self, server: Server) -> None:
+        """By chance: a gateway before this one may have used any spelling, and the next by count."""
+        server.spelling = self._rng.randrange(1, SPELLINGS)
 
     def remove(self, name: str) -> None:
         """Attempts under way keep their own reference and their own sockets."""
@@ -278,8 +283,9 @@ class Sglang:
         exchange = attempt.exchange
         self._live.pop(exchange.job_id, None)
         exchange.tokens += attempt.tokens
-        if fault in _LOST_PAIR and attempt.prefill is not None and not attempt.flowing:
-            attempt.prefill.spelling += attempt.prefill.name in blamed
+        prefill = attempt.prefill
+        if fault in _LOST_PAIR and prefill is not None and prefill.name in blamed:
+            self._name_anew(prefill)
         failed = Failed(exchange.job_id, fault, blamed, attempt.tokens, exchange.is_restartable)
         self._post(failed)
 
