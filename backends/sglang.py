@@ -141,7 +141,7 @@ class Sglang:
         self._note_models()
 
     def _name_anew(self, server: Server) -> None:
-        """By chance: a gateway before this one may have used any spelling, and the next by count."""
+        """By chance: a gateway before this one may have used any spelling."""
         server.spelling = self._rng.randrange(1, SPELLINGS)
 
     def remove(self, name: str) -> None:
