@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
+import structlog
 
 from backends.addresses import SPELLINGS, respelled
 from backends.attempt import Attempt
@@ -28,12 +29,15 @@ from policies.events import (
     FirstToken,
     Freed,
     Left,
+    Preempt,
     Preempted,
     PrefillDone,
     Progress,
     Reject,
 )
 from policies.types import Job, Worker
+
+log = structlog.get_logger("slackwater.preemption")
 
 _RID_PREFIX = {"chat": "chatcmpl-", "completions": "cmpl-"}
 """What clients of the OpenAI routes expect their ids to begin with."""
@@ -201,8 +205,9 @@ class Sglang:
     def _send(self, attempt: Attempt, body: dict[str, Any], splicer: Splicer | None) -> None:
         attempt.send(orjson.dumps(self._body(attempt, body)), splicer)
 
-    def preempt(self, job: Job) -> None:
+    def preempt(self, decision: Preempt) -> None:
         """Without an attempt, or with a client who has asked for the end, the end is on its way."""
+        job = decision.job
         attempt = self._live.get(job.id)
         if attempt is None or attempt.exchange.aborted or not attempt.exchange.is_restartable:
             return
@@ -213,7 +218,9 @@ class Sglang:
         generated = max(0, kept - exchange.tokens)
         exchange.tokens = kept
         exchange.preemptions += 1
-        self._post(Preempted(job.id, generated, max(0, attempt.tokens - generated)))
+        lost = max(0, attempt.tokens - generated)
+        _note(decision, exchange, lost)
+        self._post(Preempted(job.id, generated, lost))
 
     def stop(self, job: Job) -> None:
         attempt = self._live.pop(job.id, None)
@@ -282,12 +289,15 @@ class Sglang:
     def failed(self, attempt: Attempt, fault: Fault, blamed: tuple[str, ...]) -> None:
         exchange = attempt.exchange
         self._live.pop(exchange.job_id, None)
-        exchange.tokens += attempt.tokens
+        generated = attempt.tokens
+        if exchange.transcript is not None:
+            # A new attempt goes on from what is kept: events may hold more tokens than one.
+            generated = max(0, exchange.kept_tokens - exchange.tokens)
+        exchange.tokens += generated
         prefill = attempt.prefill
         if fault in _LOST_PAIR and prefill is not None and prefill.name in blamed:
             self._name_anew(prefill)
-        failed = Failed(exchange.job_id, fault, blamed, attempt.tokens, exchange.is_restartable)
-        self._post(failed)
+        self._post(Failed(exchange.job_id, fault, blamed, generated, exchange.is_restartable))
 
     def client_stalled(self, exchange: Exchange) -> None:
         exchange.client.drop()
@@ -317,7 +327,7 @@ class Sglang:
         now_s = self.now_s()
         self._ticking = False
         moved = tuple(
-            (job_id, attempt.tokens)
+            (job_id, attempt.made())
             for job_id, attempt in self._live.items()
             if attempt.progress(now_s)
         )
@@ -343,6 +353,23 @@ class Sglang:
             attempt.close()
         for server in self._servers.values():
             server.upstream.close()
+
+
+def _note(decision: Preempt, exchange: Exchange, lost: int) -> None:
+    job = decision.job
+    log.info(
+        "preempted",
+        **{"class": job.kind.value},
+        job=job.id,
+        reason=decision.reason.value,
+        worker=decision.worker,
+        prefill=exchange.prefill,
+        decode=exchange.decode,
+        times=exchange.preemptions,
+        prompt_tokens=job.prompt_tokens,
+        kept_tokens=exchange.tokens,
+        lost_tokens=lost,
+    )
 
 
 def _nobody(event: Event) -> None:

@@ -21,6 +21,7 @@ from policies.events import (
     FirstToken,
     Freed,
     Load,
+    Preempt,
     Preempted,
     PrefillDone,
     Progress,
@@ -29,6 +30,8 @@ from policies.events import (
 from policies.types import Job, Kind, Resume, Role, Worker
 
 _OVERLOADED = frozenset({429, 503})
+_PRIORITY = {Kind.ONLINE: 1, Kind.OFFLINE: 0}
+"""Read by servers that order by priority, and ignored by the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +279,7 @@ class SimulatedBackend:
             prompt=work.prompt,
             max_new_tokens=job.max_tokens,
             true_tokens=work.answer_tokens,
+            priority=_PRIORITY[job.kind],
             is_online=job.kind is Kind.ONLINE,
             arrived_s=job.arrival_us / 1e6,
             ttft_s=(job.deadline_us - job.arrival_us) / 1e6 if job.kind is Kind.ONLINE else 0.0,
@@ -287,7 +291,8 @@ class SimulatedBackend:
         self.after(self.delays.request_s, attempt.send, request)
         self._tick_on()
 
-    def preempt(self, job: Job) -> None:
+    def preempt(self, decision: Preempt) -> None:
+        job = decision.job
         attempt = self._live.get(job.id)
         if attempt is None or attempt.is_complete or attempt.is_shown:
             return

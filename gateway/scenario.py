@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -23,8 +22,19 @@ from backends.workload import (
     read_lengths,
     read_trace,
 )
-from gateway.config import Admission, BreakerSettings, Config, Limits, Policies, Retry
-from gateway.settings import ConfigError, bounded, decode, one_of
+from gateway.config import (
+    Admission,
+    BreakerSettings,
+    Classes,
+    Colocation,
+    Config,
+    Cost,
+    Limits,
+    Policies,
+    Retry,
+)
+from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
+from gateway.simulation.doors import DOORS
 from policies.packing import PACKING
 from policies.types import Kind, Pool, Role
 from policies.urgency import PREFILL_ORDER
@@ -85,6 +95,8 @@ class ServerEntry:
     start_up_s: float = bounded(60.0, low=0)
     """From its start until it serves, where it joins later; it is paid for meanwhile."""
     role_switch_s: float = bounded(0.4, low=0)
+    priority: bool = False
+    """Started with priority scheduling: online requests before offline ones in its queues."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +202,8 @@ class WorkloadEntry:
     tick_s: float = bounded(0.0, low=0)
     """Times of the trace are told in such ticks: each request is moved within its own."""
     rate_scale: float = bounded(1.0, low=1e-6)
+    keep_share: float = bounded(1.0, low=1e-6, high=1.0)
+    """Of the rows of a trace, drawn anew for each seed: fewer requests, and bursts as long."""
     bad_rows: BadRows = BadRows.REFUSE
     too_large: BadRows = BadRows.REFUSE
     """The same for requests larger than any server."""
@@ -225,6 +239,13 @@ class PolicyEntry:
     limits: Limits = field(default_factory=Limits)
     retry: Retry = field(default_factory=Retry)
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
+    cost: Cost = field(default_factory=Cost)
+    classes: Classes = field(default_factory=Classes)
+    colocation: Colocation = field(default_factory=Colocation)
+    door: str = one_of("open", DOORS)
+    """What stands before the gateway; all but `open` are other people's rules, to compare with."""
+    tells_classes: bool = True
+    """Whether the gateway is told which requests are offline ones; else all are online to it."""
 
     def config(self) -> Config:
         return Config(
@@ -233,6 +254,9 @@ class PolicyEntry:
             limits=self.limits,
             retry=self.retry,
             breaker=self.breaker,
+            cost=self.cost,
+            classes=self.classes,
+            colocation=self.colocation,
         )
 
 
@@ -340,13 +364,7 @@ class Plan:
 
 def load(path: Path, data: Path | None = None) -> Plan:
     """Reads the scenario, and with it every trace that it names."""
-    try:
-        table = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    scenario = decode(Scenario, table)
+    scenario = decode(Scenario, read_toml(path))
     return planned(scenario, data or path.parent / scenario.data)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from policies.displace import ByCost, Displace, Never
 from policies.order import Edf, Fcfs, Order, Shortest
-from policies.place import LeastWork, Place, RoundRobin
+from policies.place import CacheAware, LeastWork, Place, PowerOfTwo, RoundRobin
 from policies.pools import ByLatency, Pools, Shared
+from policies.preempt import ForSlack, GiveWay, Stay
 from policies.slack import Hrrn, Kairos, Salvage
 
 ORDER: dict[str, type[Order]] = {
@@ -17,5 +18,11 @@ ORDER: dict[str, type[Order]] = {
     "salvage": Salvage,
 }
 DISPLACE: dict[str, type[Displace]] = {"none": Never, "by-cost": ByCost}
-PLACE: dict[str, type[Place]] = {"least-work": LeastWork, "round-robin": RoundRobin}
+PLACE: dict[str, type[Place]] = {
+    "least-work": LeastWork,
+    "round-robin": RoundRobin,
+    "power-of-two": PowerOfTwo,
+    "cache-aware": CacheAware,
+}
 POOLS: dict[str, type[Pools]] = {"none": Shared, "latency": ByLatency}
+PREEMPT: dict[str, type[GiveWay]] = {"none": Stay, "slack": ForSlack}

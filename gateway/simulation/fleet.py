@@ -134,6 +134,7 @@ def _plan(fleet: FleetEntry, entry: ServerEntry, data: Path) -> ServerPlan:
         link_latency_s=entry.link_latency_ms / 1e3,
         ingest_s=entry.ingest_ms / 1e3,
         role_switch_s=entry.role_switch_s,
+        priority=entry.priority,
     )
     return ServerPlan(
         entry=entry,
