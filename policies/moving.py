@@ -13,9 +13,9 @@ from policies.types import Job
 
 Arrival = tuple[int, str]
 
-BLOCK_JOBS: Final = 16
+BLOCK_JOBS: Final = 12
 """Keys computed anew at one look, besides those of the heads: the bound on its work."""
-HEADS: Final = 8
+HEADS: Final = 4
 """Heads that may turn out to be no heads any more at one look."""
 
 
