@@ -29,9 +29,12 @@ def _preemption_line(visit: Visit) -> str:
 
 def _told_of(visit: Visit) -> Exchange:
     """A stream's head goes out with the first token of any part: others may not be sent yet."""
+    first = visit.parts[0].exchange
+    if len(visit.parts) == 1:
+        return first
     exchanges = (part.exchange for part in visit.parts)
     begun = (exchange for exchange in exchanges if exchange.timeline.first_token_us)
-    return next(begun, visit.parts[0].exchange)
+    return next(begun, first)
 
 
 def _server_timing(exchange: Exchange) -> str:
@@ -89,4 +92,4 @@ def fields_of_refusal(path: str, outcome: str, request_id: str) -> dict[str, Any
 
 
 def _ms(start_us: int, end_us: int) -> float | None:
-    return round((end_us - start_us) / 1000, 2) if start_us and end_us else None
+    return (end_us - start_us + 5) // 10 / 100 if start_us and end_us else None
