@@ -56,6 +56,13 @@ class Colocated(Headroom):
         most_us = self.step_share * online.tightest_us(self.tpot_us)
         return ledger.offline.prefills > 0 or online.pace_us > most_us
 
+    def _stall_us(self, job: Job, ledger: Ledger) -> float:
+        """What prompts add to each step of a unified server: one for each offline job that ends."""
+        rate, answer_tokens = ledger.prefill_tokens_per_us, self.reserved(job) - job.prompt_tokens
+        if rate is None or answer_tokens < 1:
+            return 0.0
+        return (ledger.offline.decodes + 1) * ledger.uncached(job) / rate / answer_tokens
+
     def decode(self, job: Job, ledger: Ledger) -> bool:
         if not Headroom.decode(self, job, ledger):
             return False
@@ -81,4 +88,6 @@ class Colocated(Headroom):
         context = ledger.context_tokens + ledger.foreign_tokens + coming
         context += (job.prompt_tokens + self.reserved(job)) / 2
         step_us = ledger.steps.decode_us(ledger.decodes + 1 + expected, context)
+        if ledger.worker.role is Role.UNIFIED:
+            step_us += self._stall_us(job, ledger)
         return step_us <= self.step_share * online.tightest_us(self.tpot_us)

@@ -155,3 +155,11 @@ def test_a_unified_server_takes_no_offline_prompt_while_online_tokens_come_slowl
 def test_a_prefill_server_does_not_mind_the_pace_of_answers() -> None:
     prefill = ledger(Role.PREFILL)
     assert RULE.prefill(offline("x", 500), prefill)
+
+
+def test_a_unified_server_counts_the_prompts_between_its_steps() -> None:
+    """As many jobs as begin also end: short answers bring more prompts than long ones."""
+    both = [chat(ledger(role), 20) for role in (Role.UNIFIED, Role.DECODE)]
+    assert 0 < most(both[0]) < most(both[1])
+    brief = Colocated(ttft_us=1_000_000, tpot_us=20_000, output_reserve_tokens=64)
+    assert most(chat(ledger(Role.UNIFIED), 20), brief) < most(chat(ledger(Role.UNIFIED), 20))
