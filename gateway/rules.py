@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gateway.switching import SwitchRule
 from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
 from policies.displace import Displace, Never
@@ -30,6 +31,7 @@ class Rules:
     aborts: AbortRule = field(default_factory=AbortRule)
     breaker: BreakerRule = field(default_factory=BreakerRule)
     retry: RetryRule = field(default_factory=RetryRule)
+    switch: SwitchRule = field(default_factory=SwitchRule)
     holds_offline: bool = False
     """Offline work waits where no server of its pool is known, instead of being refused."""
     max_queued: int = 10_000
