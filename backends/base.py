@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from policies.events import Dispatch, Event, Fail, Preempt, Reject
+from policies.events import Dispatch, Event, Fail, Preempt, Reject, Release, SwitchRole
 from policies.types import Job
 
 Post = Callable[[Event], None]
@@ -32,3 +32,15 @@ class Backend(Protocol):
     def stop(self, job: Job) -> None: ...
 
     def refuse(self, decision: Reject | Fail) -> None: ...
+
+
+class Actuator(Protocol):
+    """Changes what servers are; the server is empty, as far as the gateway knows.
+
+    After `move` with a role, one RoleSwitched is posted, with the role that the server was found
+    to have. A server that is given back is posted as WorkerGone.
+    """
+
+    def connect(self, post: Post) -> None: ...
+
+    def move(self, decision: SwitchRole | Release) -> None: ...

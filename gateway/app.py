@@ -16,6 +16,7 @@ import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from backends.actuators.sglang import SglangActuator
 from backends.http import Upstream
 from backends.pause import pause
 from backends.sglang import Sglang
@@ -38,10 +39,11 @@ from gateway.metrics import Metrics
 from gateway.pages import Pages
 from gateway.passing import Passing
 from gateway.probe import Prober
+from gateway.ratio_control import RatioControl
 from gateway.router import Router
 from policies.clock import Clock
 from policies.events import Wakeup, WorkerGone
-from policies.types import Worker
+from policies.types import Pool, Role, Worker
 
 log = structlog.get_logger("slackwater")
 
@@ -79,8 +81,14 @@ class Gateway:
         self._tasks = tasks
         self.backend = Sglang(clock, rng, patience_of(config.timeouts), self._connect)
         self.core = Core(rules_of(config))
-        self.driver = Driver(self.core, clock, self.backend)
+        actuator = SglangActuator(self.backend, clock, tasks, pause)
+        self.control = RatioControl(self.core, clock, tasks)
+        self.driver = Driver(
+            self.core, clock, self.backend, self.control.decided, actuator=actuator
+        )
+        self.control.adopt(config, self.driver)
         self.metrics = Metrics(self.core, self.backend.now_us)
+        self.metrics.registry.register(self.control)
         self.front = Front(config, self.driver, self.backend, self.metrics, clock, rng, write_line)
         self.prober = Prober(self.backend, self.driver.post, clock, config.telemetry)
         self._entries: dict[str, WorkerEntry] = {}
@@ -105,6 +113,7 @@ class Gateway:
             keepalive_timeout=server.header_timeout_s,
         )
         self._say_what_predicts()
+        self._say_who_is_relaxed()
         self._runner = web.ServerRunner(listener, shutdown_timeout=1.0)
         await self._runner.setup()
         try:
@@ -136,6 +145,16 @@ class Gateway:
                 "no model and device under [cost] for some servers: their step times are ranked "
                 "in the proportions of an 8B model on an H100, prefill times by what is seen",
                 workers=unknown,
+            )
+
+    def _say_who_is_relaxed(self) -> None:
+        workers = [ledger.worker for ledger in self.core.ledgers.values()]
+        decodes = [worker for worker in workers if worker.role is not Role.PREFILL]
+        is_relaxed = any(worker.pool is Pool.RELAXED for worker in decodes)
+        if decodes and not is_relaxed and self._config.policies.pools == "latency":
+            log.info(
+                "no relaxed server decodes: colocation.without_relaxed says what offline work does",
+                without_relaxed=self._config.colocation.without_relaxed.value,
             )
 
     async def _wait_for_first_looks(self, looks: list[asyncio.Event]) -> None:
@@ -174,6 +193,7 @@ class Gateway:
             log.warning("[server] has changed: that needs a restart")
         self._config = config
         self.core.adopt(rules_of(config))
+        self.control.adopt(config, self.driver)
         self.driver.post(Wakeup())
         self.front.adopt(config)
         self.backend.patience = patience_of(config.timeouts)
@@ -206,6 +226,7 @@ class Gateway:
 
     async def close(self) -> None:
         self.prober.close()
+        self.control.close()
         if self._runner is not None:
             await self._runner.cleanup()
         self.backend.close()

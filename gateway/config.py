@@ -9,13 +9,17 @@ from urllib.parse import urlsplit
 from backends.sglang import Patience
 from gateway.core import Rules
 from gateway.costs import Hardware, beside, costs_of
+from gateway.planning import Control, Mode
 from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
+from gateway.switching import SwitchRule
 from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
 from policies.colocation import Colocated
+from policies.demand import Targets
 from policies.pools import ByLatency, Pools, WithoutRelaxed
 from policies.preempt import AbortRule, ForSlack, GiveWay, Stay
-from policies.registry import DISPLACE, ORDER, PLACE, POOLS, PREEMPT
+from policies.ratio import DopdPlus
+from policies.registry import DISPLACE, ORDER, PLACE, POOLS, PREEMPT, RATIO
 from policies.retry import RetryRule
 from policies.steps import Costs
 from policies.types import Kind, Pool, Role, Worker
@@ -143,7 +147,7 @@ class Colocation:
     lend_share: float = bounded(0.9, low=0, high=1)
     """They take more while a step is predicted to stay below this share of the TPOT target."""
     headroom: bool = True
-    """They keep room for online work to come: the q90 of the last minute's peaks."""
+    """They keep room for online work to come: the q90 of its rise in a second."""
     pull: bool = True
     """Relaxed servers hand running work over to strict ones where that pays for its prefill."""
     shed_share: float = bounded(0.98, low=0, high=2)
@@ -233,6 +237,31 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RatioSettings:
+    policy: str = one_of("static", RATIO)
+    """How many servers prefill and how many decode; all but `static` need `[cost]`."""
+    mode: Mode = Mode.ADVISE
+    """advise: what would be done is logged. act: servers are switched."""
+    interval_s: float = bounded(15.0, low=1)
+    """How often it is looked at, and how far ahead it is planned. Bursts shorter than this are
+    the business of queues, not of the ratio."""
+    quantile: float = bounded(0.9, low=0.5, high=0.999)
+    """The share of intervals whose load the fleet is to be ready for."""
+    attained: float = bounded(0.99, low=0.5, high=0.9999)
+    """The share of online requests that is to keep each target."""
+    band: float = bounded(0.2, low=0, high=2)
+    """`dopd+`: what another fleet must be better by."""
+    dwell_s: float = bounded(180.0, low=0)
+    """`dopd+`: fewer servers must have been enough for so long."""
+    hand_over_s: float = bounded(5.0, low=0)
+    """Online requests that still run then on a server that is to switch go on elsewhere."""
+    drain_s: float = bounded(120.0, low=1)
+    """A server that is not empty by then stays what it is."""
+    switch_s: float = bounded(120.0, low=1)
+    """A switch that is not over by then is told of; its server stays out of rotation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
     level: str = one_of("info", dict.fromkeys(("debug", "info", "warning", "error")))
     format: str = one_of("auto", dict.fromkeys(("auto", "json", "console")))
@@ -254,6 +283,7 @@ class Config:
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
     telemetry: Telemetry = field(default_factory=Telemetry)
     cost: Cost = field(default_factory=Cost)
+    ratio: RatioSettings = field(default_factory=RatioSettings)
     log: Log = field(default_factory=Log)
     worker: tuple[WorkerEntry, ...] = ()
     key: tuple[Key, ...] = ()
@@ -284,7 +314,12 @@ def check(config: Config) -> Config:
     secrets = [key.key for key in config.key]
     if "" in secrets or len(set(secrets)) < len(secrets):
         raise ConfigError("each [[key]] needs a key of its own")
-    _costs(config)
+    costs = _costs(config)
+    if config.ratio.policy != "static" and costs.default is None and not costs.by_name:
+        raise ConfigError(
+            f"ratio.policy {config.ratio.policy!r} reckons with step times: cost.model and "
+            "cost.device are missing"
+        )
     return config
 
 
@@ -351,6 +386,22 @@ def worker_of(entry: WorkerEntry, where: str) -> Worker:
     )
 
 
+def control_of(ratio: RatioSettings, targets: Targets) -> Control | None:
+    """None where nobody is to look: the fleet stays as it is."""
+    if ratio.policy == "static":
+        return None
+    policy = RATIO[ratio.policy]()
+    if isinstance(policy, DopdPlus):
+        policy = DopdPlus(band=ratio.band, dwell_s=ratio.dwell_s)
+    return Control(
+        policy=policy,
+        mode=ratio.mode,
+        interval_s=ratio.interval_s,
+        quantile=ratio.quantile,
+        targets=replace(targets, attained=ratio.attained),
+    )
+
+
 def rules_of(config: Config) -> Rules:
     retry, breaker, colocation = config.retry, config.breaker, config.colocation
     return Rules(
@@ -379,6 +430,11 @@ def rules_of(config: Config) -> Rules:
             share=retry.share,
         ),
         costs=_costs(config),
+        switch=SwitchRule(
+            hand_over_us=_us(config.ratio.hand_over_s * 1e3),
+            drain_us=_us(config.ratio.drain_s * 1e3),
+            switch_us=_us(config.ratio.switch_s * 1e3),
+        ),
         max_queued=config.limits.max_queued,
         load_stale_us=_us(config.telemetry.stale_ms),
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import structlog
 
-from backends.base import Backend
+from backends.base import Actuator, Backend
 from gateway.core import Core
 from policies.clock import Clock, Timer
 from policies.events import (
@@ -21,6 +21,10 @@ from policies.events import (
     Preempt,
     Preempted,
     Reject,
+    Release,
+    RoleSwitched,
+    SwitchOver,
+    SwitchRole,
     WakeAt,
     Wakeup,
 )
@@ -28,21 +32,33 @@ from policies.events import (
 log = structlog.get_logger("slackwater.driver")
 
 Observer = Callable[[int, Decision], None]
+Listener = Callable[[int, Event], None]
 
 
 class Driver:
     """Collects the events of one instant and hands them to the core together."""
 
     def __init__(
-        self, core: Core, clock: Clock, backend: Backend, observe: Observer | None = None
+        self,
+        core: Core,
+        clock: Clock,
+        backend: Backend,
+        observe: Observer | None = None,
+        *,
+        actuator: Actuator | None = None,
+        listen: Listener | None = None,
     ) -> None:
         self.core = core
         self._clock = clock
         self._backend = backend
         self._observe = observe
+        self._actuator = actuator
+        self.listen = listen
         self._inbox: list[Event] = []
         self._alarm: Timer | None = None
         backend.connect(self.post)
+        if actuator is not None:
+            actuator.connect(self.post)
 
     def post(self, event: Event) -> None:
         self._inbox.append(event)
@@ -52,6 +68,9 @@ class Driver:
     def _drain(self) -> None:
         now_us = round(self._clock.time() * 1e6)
         events, self._inbox = self._inbox, []
+        if self.listen is not None:
+            for event in events:
+                self.listen(now_us, event)
         for decision in self.core.handle(events, now_us):
             if self._observe is not None:
                 self._observe(now_us, decision)
@@ -67,6 +86,8 @@ class Driver:
             self.post(Failed(decision.job.id, Fault.ENGINE))
         elif isinstance(decision, Cancel):
             self.post(Freed(decision.job.id))
+        elif isinstance(decision, SwitchRole):
+            self.post(RoleSwitched(decision.worker, None, "the gateway failed to ask for it"))
         elif isinstance(decision, Preempt):
             self.post(Preempted(decision.job.id))
 
@@ -80,8 +101,19 @@ class Driver:
                 self._backend.stop(job)
             case Reject() | Fail():
                 self._backend.refuse(decision)
+            case SwitchRole() | Release():
+                self._move(decision)
+            case SwitchOver():
+                pass  # for those who observe
             case WakeAt(us):
                 self._wake_at(us)
+
+    def _move(self, decision: SwitchRole | Release) -> None:
+        if self._actuator is not None:
+            self._actuator.move(decision)
+            return
+        role = self.core.ledgers[decision.worker].worker.role
+        self.post(RoleSwitched(decision.worker, role, "nobody is there to do it"))
 
     def _wake_at(self, us: int) -> None:
         if self._alarm is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gateway.switching import SwitchRule
 from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
 from policies.displace import Displace, Never
@@ -30,11 +31,17 @@ class Rules:
     aborts: AbortRule = field(default_factory=AbortRule)
     breaker: BreakerRule = field(default_factory=BreakerRule)
     retry: RetryRule = field(default_factory=RetryRule)
+    switch: SwitchRule = field(default_factory=SwitchRule)
     holds_offline: bool = False
     """Offline work waits where no server of its pool is known, instead of being refused."""
     max_queued: int = 10_000
     """Jobs of one kind that may wait for one model."""
     load_stale_us: int = 5_000_000
+
+    @property
+    def takes_back(self) -> bool:
+        """Whether offline work gives way to online work."""
+        return not isinstance(self.give_way, Stay)
 
     def holds(self, kind: Kind) -> bool:
         return self.holds_offline and kind is Kind.OFFLINE

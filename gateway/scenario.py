@@ -31,6 +31,7 @@ from gateway.config import (
     Cost,
     Limits,
     Policies,
+    RatioSettings,
     Retry,
 )
 from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
@@ -97,6 +98,8 @@ class ServerEntry:
     role_switch_s: float = bounded(0.4, low=0)
     priority: bool = False
     """Started with priority scheduling: online requests before offline ones in its queues."""
+    parked: bool = False
+    """It does not run at the beginning: a ratio policy may start it, in either role."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +144,11 @@ class FleetEntry:
     table_model: str = "meta-llama/Meta-Llama-3.1-8B"
     noise: float = bounded(0.05, low=0, high=1)
     """Sigma of the log-normal noise on each step."""
+    predicts: bool = False
+    """The gateway knows the hardware, as `[cost]` tells it; every ratio policy but static needs
+    that."""
+    launch_s: float = bounded(45.0, low=0)
+    """From the decision to start a parked server until it serves."""
     server: tuple[ServerEntry, ...] = ()
 
 
@@ -246,6 +254,7 @@ class PolicyEntry:
     """What stands before the gateway; all but `open` are other people's rules, to compare with."""
     tells_classes: bool = True
     """Whether the gateway is told which requests are offline ones; else all are online to it."""
+    ratio: RatioSettings = field(default_factory=RatioSettings)
 
     def config(self) -> Config:
         return Config(
@@ -257,6 +266,7 @@ class PolicyEntry:
             cost=self.cost,
             classes=self.classes,
             colocation=self.colocation,
+            ratio=self.ratio,
         )
 
 
@@ -400,6 +410,8 @@ def check(scenario: Scenario) -> None:
     for i, policy in enumerate(scenario.policy):
         if policy.fleet and policy.fleet not in fleets:
             raise ConfigError(f"policy[{i}].fleet must be one of {fleets}, got {policy.fleet!r}")
+        if policy.ratio.policy != "static" and not scenario.fleet_of(policy).predicts:
+            raise ConfigError(f"policy[{i}].ratio needs a fleet that predicts")
     for i, fleet in enumerate(scenario.fleet):
         _check_roles(fleet, f"fleet[{i}]")
 
@@ -410,7 +422,7 @@ def _distinct(names: Sequence[str], what: str) -> None:
 
 
 def _check_roles(fleet: FleetEntry, where: str) -> None:
-    roles = {server.role for server in fleet.server if not server.joins_s}
+    roles = {it.role for it in fleet.server if not (it.joins_s or it.parked)}
     if Role.UNIFIED not in roles and not {Role.PREFILL, Role.DECODE} <= roles:
         raise ConfigError(
             f"{where} can serve nothing at the beginning: it needs a unified server, or a prefill "

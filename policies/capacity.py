@@ -12,8 +12,6 @@ WATERMARK = 0.92
 """Of a decode server's KV cache."""
 FULLEST = 0.97
 """No server is planned to be busier than this, whatever the target."""
-SPREAD = 1.3
-"""Standard deviations of the batch above its mean for which a decode step must be in time."""
 HALVINGS = 24
 
 
@@ -139,15 +137,11 @@ def step_s(site: Site, count: int, context: float) -> float:
 
 
 def decode_rate(servers: int, site: Site, flow: Flow, targets: Targets) -> float:
-    """Requests a second (Little's law): a batch, over the time that each of them stays in it.
+    """Requests a second (Little's law): the batch, over the time that each of them stays in it.
 
-    The mean batch lies below the largest by its own fluctuation: arrivals are random.
+    Nothing is taken off for chance: the forecast's quantile, at which this is asked, has it.
     """
     if flow.answer.mean <= 0:
         return math.inf
     most = largest_decode_batch(site, flow, targets)
-    spread = SPREAD * math.sqrt(max(1.0, 0.5 * (1 + flow.burstiness)))
-    root = 0.5 * (-spread + math.sqrt(spread * spread + 4 * most))
-    mean_batch = max(0.5 * most, root * root) if most > 1 else 1.0
-    stay_s = flow.answer.mean * step_s(site, max(1, round(mean_batch)), mean_context(flow))
-    return servers * mean_batch / stay_s
+    return servers * most / (flow.answer.mean * step_s(site, most, mean_context(flow)))

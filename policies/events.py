@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from policies.steps import Counters
-from policies.types import Job, Worker
+from policies.types import Job, Role, Worker
 
 
 class Fault(StrEnum):
@@ -41,6 +41,8 @@ class Reason(StrEnum):
     """With it the steps of online jobs took too long."""
     PULLED = "pulled"
     """A strict server has room for it."""
+    ROLE_SWITCH = "role_switch"
+    """Its server is about to take another role."""
     DISPLACED = "displaced"
     """A more urgent prompt has its prefill server."""
     QUEUE_FULL = "queue_full"
@@ -54,6 +56,24 @@ class Reason(StrEnum):
     RETRY_BUDGET = "retry_budget_spent"
     NOT_RESUMABLE = "not_resumable"
     BAD_REQUEST = "bad_request"
+
+
+class Outcome(StrEnum):
+    """How a role switch ended, or why it was not begun."""
+
+    DONE = "done"
+    FAILED = "failed"
+    """It was refused or did not happen: the server serves on as what it is."""
+    BUSY = "not_empty_in_time"
+    LAST = "last_of_its_role"
+    LOST = "does_not_answer"
+    HANGS = "hangs"
+    """It is not over in time; the server stays out of rotation until it says what it is."""
+    GONE = "taken_off_the_list"
+    MOVING = "moves_already"
+    SAME = "has_that_role"
+    UNIFIED = "unified"
+    UNKNOWN = "not_there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +199,26 @@ class WorkerGone:
 
 
 @dataclass(frozen=True, slots=True)
+class SwitchWanted:
+    """A server is to take another role, or to leave, once it is empty."""
+
+    worker: str
+    role: Role | None
+    """None: it is to be given back."""
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSwitched:
+    """A switch is over; the role is the one that the server was asked for afterwards."""
+
+    worker: str
+    role: Role | None
+    """None: it does not answer."""
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Wakeup:
     pass
 
@@ -199,6 +239,8 @@ Event = (
     | WorkerDown
     | WorkerDraining
     | WorkerGone
+    | SwitchWanted
+    | RoleSwitched
     | Wakeup
 )
 
@@ -254,4 +296,35 @@ class WakeAt:
     us: int
 
 
-Decision = Dispatch | Preempt | Cancel | Reject | Fail | WakeAt
+@dataclass(frozen=True, slots=True)
+class SwitchRole:
+    """The server is empty and out of rotation: switch it, and say what it is then."""
+
+    worker: str
+    role: Role
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The server is empty and out of rotation: it may be stopped."""
+
+    worker: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchOver:
+    """For whoever keeps accounts: there is nothing left to do."""
+
+    worker: str
+    role: Role | None
+    outcome: Outcome
+    drained_us: int
+    """From the decision until the server was empty."""
+    took_us: int = 0
+    """From the decision until now."""
+    why: str = ""
+
+
+Decision = Dispatch | Preempt | Cancel | Reject | Fail | WakeAt | SwitchRole | Release | SwitchOver

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from types import MappingProxyType
 
 from policies.least_squares import Products
@@ -19,6 +19,8 @@ EWMA_WEIGHT = 0.3
 HOLT_LEVEL, HOLT_TREND, HOLT_DAMPING = 0.6, 0.1, 0.9
 FEWEST_POINTS = 12
 """Before this many a fit says nothing: the last value stands in, as in DOPD."""
+ENOUGH_ERRORS = 20
+"""Before this many a quantile of them says little."""
 LARGEST_STEP = 2.0
 """A forecast is at most this many times the largest value in the window: fits may run away."""
 MOST_LAGS = 3
@@ -146,10 +148,12 @@ class _Track:
 class Outlook:
     """One series with its forecasters: whoever has erred least of late is believed.
 
-    A value that is not a number is a gap: it teaches nothing, and the last known one stays.
+    Whom to believe is judged over `memory` intervals, how much to be ready for over the `recent`
+    ones: loads change their kind. A value that is not a number is a gap: it teaches nothing, and
+    the last known one stays.
     """
 
-    __slots__ = ("_loads", "_tracks", "_window", "forecasters", "margin", "quantile")
+    __slots__ = ("_loads", "_recent", "_tracks", "_window", "forecasters", "margin", "quantile")
 
     def __init__(
         self,
@@ -158,6 +162,7 @@ class Outlook:
         quantile: float = 0.9,
         window: int = 60,
         memory: int = 100,
+        recent: int = 24,
         margin: float = 0.25,
     ) -> None:
         self.forecasters = {LAST: last_value, **forecasters}
@@ -165,10 +170,11 @@ class Outlook:
         self.margin = margin
         """Readiness above the forecast, as a share, until errors have been seen."""
         self._window: deque[float] = deque(maxlen=window)
+        self._recent = recent
         self._loads: deque[float] = deque(maxlen=memory)
         """Of the intervals whose errors are remembered."""
         self._tracks = {
-            name: _Track(deque(maxlen=memory), deque(maxlen=memory)) for name in self.forecasters
+            name: _Track(deque(maxlen=memory), deque(maxlen=recent)) for name in self.forecasters
         }
 
     def __len__(self) -> int:
@@ -208,6 +214,10 @@ class Outlook:
         told = self._tracks[by].told
         point = self._window[-1] if told is None else told
         upper = point + self._excess(self._tracks[by]) * self._yardstick(point)
+        # A load that comes and goes errs by multiples of next to nothing: of those, no more than
+        # has been seen of late, and some growth.
+        highest = max(islice(reversed(self._window), self._recent))
+        upper = min(upper, max(point, highest) * (1 + self.margin))
         return Prediction(
             by=by, point=point, upper=max(point, upper), last=self._window[-1], errors=errors
         )
@@ -229,12 +239,19 @@ class Outlook:
         }
 
     def _excess(self, track: _Track) -> float:
-        """The empirical quantile with its finite-sample correction (split conformal)."""
-        ordered = sorted(track.excesses)
-        rank = math.ceil((len(ordered) + 1) * self.quantile)
-        if rank <= len(ordered):
-            return ordered[rank - 1]
-        return max(self.margin, *ordered) if ordered else self.margin
+        """The empirical quantile with its finite-sample correction (split conformal).
+
+        While few errors are known, even ones within the margin stand in for the others: one
+        surprise is then not taken for the rule.
+        """
+        known = len(track.excesses)
+        if known >= ENOUGH_ERRORS:
+            rank = min(known, math.ceil((known + 1) * self.quantile))
+            return sorted(track.excesses)[rank - 1]
+        steps = ENOUGH_ERRORS - known
+        assumed = (self.margin * (2 * step / steps - 1) for step in range(1, steps + 1))
+        ordered = sorted([*track.excesses, *assumed])
+        return ordered[math.ceil(ENOUGH_ERRORS * self.quantile) - 1]
 
 
 def _lead(gains: Sequence[float]) -> float:

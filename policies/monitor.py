@@ -71,14 +71,13 @@ class _Bucket:
 class Monitor:
     """Told of every job at the ingress and at its end; the memory is that of its buckets."""
 
-    __slots__ = ("_began_us", "_bucket_us", "_buckets", "_last_us", "_live_tokens")
+    __slots__ = ("_began_us", "_bucket_us", "_buckets", "_last_us")
 
     def __init__(self, now_us: int, *, window_s: float = 300.0, bucket_s: float = 1.0) -> None:
         self._began_us = now_us
         self._bucket_us = max(1, round(bucket_s * 1e6))
         self._buckets = [_Bucket() for _ in range(max(2, round(window_s / bucket_s)))]
         self._last_us: dict[Kind, int] = {}
-        self._live_tokens: dict[Kind, int] = dict.fromkeys(Kind, 0)
 
     @property
     def window_us(self) -> int:
@@ -118,19 +117,6 @@ class Monitor:
             answer=self.sum(kind, Seen.ANSWER, lengths_us, now_us).lengths,
             cached_share=cached.total / prompts.total if prompts.total else 0.0,
         )
-
-    def tokens_per_answer(
-        self, kind: Kind, live_tokens: int, span_us: int, now_us: int
-    ) -> float | None:
-        """Tokens that were made since the last look over answers that ended in that time.
-
-        Answers that have ended are the shorter ones while long ones still run; tokens made are
-        those of all. To be asked once for each span; None where no answer ended.
-        """
-        ended = self.sum(kind, Seen.ANSWER, span_us, now_us)
-        made = ended.total + live_tokens - self._live_tokens[kind]
-        self._live_tokens[kind] = live_tokens
-        return max(0.0, made) / ended.count if ended.count else None
 
     def _at(self, now_us: int) -> dict[Kind, dict[Seen, Sum]]:
         number = now_us // self._bucket_us

@@ -187,7 +187,7 @@ class DopdPlus:
     """What another fleet must be better by."""
     ahead: float = 0.05
     """What is added bears so much more than is missing, so that noise does not add one by one."""
-    dwell_s: float = 300.0
+    dwell_s: float = 180.0
     """For so long fewer servers must have been enough."""
     fullest_kv: float = 0.95
     """Decode is short at once from here on."""
@@ -256,7 +256,7 @@ class DopdPlus:
 
         What waits is worth more servers only where it is not done before they serve.
         """
-        lead_s = fleet.switch_s + demand.interval_s
+        lead_s = max(1.0, fleet.switch_s)
         waiting = demand.waiting_tokens / max(1.0, demand.online.prompt.mean)
         busy = waiting * share_s / lead_s
         if demand.offline.rate_per_s and demand.offline.prompt.mean:
@@ -342,7 +342,7 @@ class DopdPlus:
         """The load of the fuller role beside what it bears; above 1 targets are missed."""
         flow, targets = demand.online, demand.targets
         rate = max(flow.rate_per_s, 1e-9)
-        lead_s = fleet.switch_s + demand.interval_s
+        lead_s = max(1.0, fleet.switch_s)
         waiting = demand.waiting_tokens / max(1.0, flow.prompt.mean) / lead_s
         return max(
             (rate + waiting) / max(prefill_rate(prefills, fleet.prefill, flow, targets), 1e-9),

@@ -6,8 +6,10 @@ from policies.displace import ByCost, Displace, Never
 from policies.lengths import LengthSplit
 from policies.order import Edf, Fcfs, Order, Shortest
 from policies.place import CacheAware, LeastWork, Place, PowerOfTwo, RoundRobin
+from policies.planners import DynLoad, DynSla
 from policies.pools import ByLatency, Pools, Shared
 from policies.preempt import ForSlack, GiveWay, Stay
+from policies.ratio import Dopd, DopdPlus, Ratio, Static
 from policies.slack import Hrrn, Kairos, Salvage
 
 ORDER: dict[str, type[Order]] = {
@@ -28,3 +30,10 @@ PLACE: dict[str, type[Place]] = {
 }
 POOLS: dict[str, type[Pools]] = {"none": Shared, "latency": ByLatency}
 PREEMPT: dict[str, type[GiveWay]] = {"none": Stay, "slack": ForSlack}
+RATIO: dict[str, type[Ratio]] = {
+    "static": Static,
+    "dopd": Dopd,
+    "dopd+": DopdPlus,
+    "dyn-load": DynLoad,
+    "dyn-sla": DynSla,
+}

@@ -55,6 +55,7 @@ _SECTIONS = {
     "breaker": "When a server that fails is left alone.",
     "telemetry": "How servers are watched.",
     "cost": "What the servers are, so that step times can be predicted: docs/cost-model.md.",
+    "ratio": "How many servers prefill and how many decode, and who changes that: docs/ratio.md.",
     "log": "What goes to standard error.",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import re
 import shlex
@@ -19,8 +20,10 @@ from gateway.app import Gateway
 from gateway.config import Config, load, workers_of
 from gateway.core import Core, Rules
 from gateway.metrics import Metrics
+from gateway.ratio_control import RatioControl
 from gateway.settings import decode
-from policies.registry import DISPLACE, ORDER, PLACE, POOLS, PREEMPT
+from policies.clock import VirtualClock
+from policies.registry import DISPLACE, ORDER, PLACE, POOLS, PREEMPT, RATIO
 from policies.types import Kind
 from tests import documents
 from tests.documents import CONFIG, EXAMPLE, README, ROOT, between, rows
@@ -78,11 +81,14 @@ def test_the_policies_are_those_of_the_registries() -> None:
         "pools": POOLS,
         "preempt": PREEMPT,
     }
-    assert told == {(f"policies.{key}", name) for key, names in known.items() for name in names}
+    keys = {(f"policies.{key}", name) for key, names in known.items() for name in names}
+    assert told == keys | {("ratio.policy", name) for name in RATIO}
 
 
 def test_the_metrics_are_those_of_the_gateway() -> None:
-    families = Metrics(Core(Rules()), lambda: 0).registry.collect()
+    core = Core(Rules())
+    control = RatioControl(core, VirtualClock(), asyncio.TaskGroup())
+    families = [*Metrics(core, lambda: 0).registry.collect(), *control.collect()]
     names = {f.name + ("_total" if f.type == "counter" else "") for f in families}
     assert {code_names(row[0])[0] for row in rows(section("Metrics"))} == names
 

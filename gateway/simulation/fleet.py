@@ -35,8 +35,15 @@ class ServerPlan:
     times: StepTimes
     times_source: str
     believed: StepTimes
+    cost: CostModel
+    """What the gateway predicts by, where it does."""
     """What a patched engine takes its steps to be, before it has seen any."""
     gpus: int
+
+    @property
+    def paid_from_s(self) -> float | None:
+        """None: it is not started."""
+        return None if self.entry.parked else self.entry.joins_s
 
     @property
     def serves_from_s(self) -> float:
@@ -113,7 +120,8 @@ def _plan(fleet: FleetEntry, entry: ServerEntry, data: Path) -> ServerPlan:
     constants = lookup(SHIPPED, device.name, model.family, tp)
     cost = build(model, device, moved(constants), Parallel(tp=tp))
     times, source = _times(fleet, entry, data, cost, tp)
-    believed: StepTimes = Modelled(build(model, device, constants, Parallel(tp=tp)))
+    shipped = build(model, device, constants, Parallel(tp=tp))
+    believed: StepTimes = Modelled(shipped)
     if fleet.fit.prefill_token_us:
         believed = fitted(fleet.fit, error=BELIEVED)
     config = EngineConfig(
@@ -142,6 +150,7 @@ def _plan(fleet: FleetEntry, entry: ServerEntry, data: Path) -> ServerPlan:
         times=times,
         times_source=source,
         believed=believed,
+        cost=shipped,
         gpus=tp,
     )
 

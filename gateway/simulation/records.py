@@ -157,6 +157,12 @@ class RunFacts:
     """Left out because no server could hold them."""
     cut_answers: int = 0
     """Longer than the limit that their request names, and ended there."""
+    switched: int = 0
+    """Roles that servers have changed."""
+    launched: int = 0
+    """Parked servers that were started."""
+    released: int = 0
+    """Servers that were given back."""
 
 
 Log = Sequence[tuple[RunFacts, Sequence[Record]]]

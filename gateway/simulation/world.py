@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
+from backends.actuators.simulated import SimulatedActuator
 from backends.engine import Engine, Resident
 from backends.simulated import Delays, Grid, SimulatedBackend, Work, load_of
 from backends.workload import Ask
-from gateway.config import rules_of
-from gateway.core import Core
+from gateway.config import control_of, rules_of
+from gateway.core import Core, Rules
 from gateway.driver import Driver
+from gateway.planning import URGENT_S, Look, Planner
 from gateway.scenario import CLOSED, FleetEntry, Plan, PolicyEntry
 from gateway.simulation.asks import Stream, opened, prefixes_of, prepared
 from gateway.simulation.doors import DOORS, Door
 from gateway.simulation.fleet import ServerPlan, engines_of, servers_of, worker_for
 from gateway.simulation.records import Ended, Record, RunFacts
 from policies.clock import VirtualClock
+from policies.demand import Targets
 from policies.events import (
     Arrived,
     Decision,
@@ -34,6 +37,7 @@ from policies.events import (
     WorkerUp,
 )
 from policies.registry import PLACE
+from policies.steps import Costs
 from policies.types import Job, Kind, Role, Worker
 
 SAMPLES = 240
@@ -77,6 +81,8 @@ class Ran:
     timeline: Timeline
     sources: tuple[str, ...]
     """Where the step times of its servers come from."""
+    looks: list[Look]
+    """Of the ratio controller, where there is one."""
 
 
 class Recorder:
@@ -222,8 +228,18 @@ class World:
         )
         self._recorder = Recorder(self._ended)
         self._by_prefix = PLACE[case.policy.policies.place]().by_prefix
-        self._core = Core(rules_of(case.policy.config()), self._first_workers())
-        self._driver = Driver(self._core, self._clock, self._backend, self._recorder.decided)
+        self._looks: list[Look] = []
+        self._core = Core(self._rules(), self._first_workers())
+        self._actuator = self._new_actuator()
+        self._planner = self._new_planner()
+        self._driver = Driver(
+            self._core,
+            self._clock,
+            self._backend,
+            self._decided,
+            actuator=self._actuator,
+            listen=None if self._planner is None else self._planner.hear,
+        )
         self._entrance = Entrance(
             self._core, self._driver, self._backend, self._engines, self._clock
         )
@@ -247,6 +263,7 @@ class World:
                 self._await_next(stream)
         self._join_later()
         self._poll()
+        self._plan_on()
         self._sample()
         self._virtual.run(self._until_s + self._plan.scenario.drain_s)
         self._close_books()
@@ -255,6 +272,7 @@ class World:
             records=list(self._recorder.records.values()),
             timeline=self._timeline,
             sources=tuple(dict.fromkeys(it.times_source for it in self._servers)),
+            looks=self._looks,
         )
 
     # Arrivals.
@@ -311,7 +329,70 @@ class World:
     def _is_over(self) -> bool:
         return not self._open and not self._coming
 
+    def _rules(self) -> Rules:
+        rules = rules_of(self._case.policy.config())
+        if not self._fleet.predicts:
+            return rules
+        return replace(
+            rules, costs=Costs(by_name={it.config.name: it.cost for it in self._servers})
+        )
+
+    # Who moves servers.
+
+    def _new_actuator(self) -> SimulatedActuator:
+        plans = {plan.config.name: plan for plan in self._servers}
+        return SimulatedActuator(
+            self._engines,
+            self._clock,
+            lambda engine: worker_for(engine, plans[engine.name]),
+            gpus={name: plan.gpus for name, plan in plans.items()},
+            paid_from_s={name: plan.paid_from_s for name, plan in plans.items()},
+            launch_s=self._fleet.launch_s,
+        )
+
+    def _new_planner(self) -> Planner | None:
+        """The targets are the strictest of all online workloads."""
+        online = [it for it in self._plan.scenario.workload if it.kind is Kind.ONLINE]
+        targets = Targets(
+            ttft_s=min((it.ttft_ms for it in online), default=2000.0) / 1e3,
+            tpot_s=min((it.tpot_ms for it in online), default=100.0) / 1e3,
+        )
+        control = control_of(self._case.policy.ratio, targets)
+        if control is None:
+            return None
+        gpus = {plan.config.name: plan.gpus for plan in self._servers}
+        elastic = any(plan.entry.parked for plan in self._servers)
+        control = replace(
+            control,
+            budget_gpus=sum(gpus.values()) if elastic else 0,
+            switch_s=max(plan.entry.role_switch_s for plan in self._servers),
+            launch_s=self._fleet.launch_s,
+        )
+        return Planner(
+            self._core,
+            self._clock,
+            lambda event: self._driver.post(event),
+            control,
+            gpus=lambda worker: gpus[worker.name],
+            size=self._actuator if elastic else None,
+            told=self._looks.append,
+        )
+
+    def _plan_on(self) -> None:
+        if self._planner is not None and not self._is_over:
+            self._clock.call_at(self._clock.time() + URGENT_S, self._plan_once)
+
+    def _plan_once(self) -> None:
+        if self._planner is not None:
+            self._planner.tick()
+        self._plan_on()
+
     # Between servers, core and records.
+
+    def _decided(self, now_us: int, decision: Decision) -> None:
+        self._recorder.decided(now_us, decision)
+        if self._planner is not None:
+            self._planner.decided(decision)
 
     def _now_us(self) -> int:
         return round(self._clock.time() * 1e6)
@@ -324,7 +405,11 @@ class World:
 
     def _first_workers(self) -> list[Worker]:
         pairs = zip(self._engines, self._servers, strict=True)
-        return [worker_for(engine, plan) for engine, plan in pairs if not plan.serves_from_s]
+        return [
+            worker_for(engine, plan)
+            for engine, plan in pairs
+            if not (plan.serves_from_s or plan.entry.parked)
+        ]
 
     def _join_later(self) -> None:
         for engine, plan in zip(self._engines, self._servers, strict=True):
@@ -384,9 +469,12 @@ class World:
             from_us=round(self._plan.scenario.warm_up_s * 1e6),
             until_us=round(self._until_s * 1e6),
             ended_us=round(ended_s * 1e6),
-            gpu_s=sum(it.gpus * max(0.0, ended_s - it.entry.joins_s) for it in self._servers),
+            gpu_s=self._actuator.gpu_s(ended_s),
             requests=len(self._recorder.records),
             skipped_rows=counts.skipped_rows,
             too_large=counts.too_large,
             cut_answers=counts.cut_answers,
+            switched=self._actuator.switched,
+            launched=self._actuator.launched,
+            released=self._actuator.released,
         )

@@ -6,7 +6,8 @@ from random import Random
 
 import pytest
 
-from benchmarks.forecast import BELIEVED, LAST, READY, SERIES, forecast, measure, pools
+from benchmarks.forecast import BELIEVED, READY, SERIES, forecast, measure, pools
+from policies.forecast import LAST
 
 
 def walk(count: int, seed: int) -> list[float]:

@@ -18,6 +18,9 @@ from policies.events import (
     Preempt,
     Reason,
     Reject,
+    Release,
+    SwitchOver,
+    SwitchRole,
     WakeAt,
     Wakeup,
 )
@@ -118,6 +121,12 @@ def short(decision: Decision) -> tuple[Any, ...]:
             return ("reject", job.id, reason.value)
         case Fail(job, reason, _):
             return ("fail", job.id, reason.value)
+        case SwitchRole(worker, role):
+            return ("switch", worker, role.value)
+        case Release(worker):
+            return ("release", worker)
+        case SwitchOver(worker, _, outcome):
+            return ("over", worker, outcome.value)
         case WakeAt(us):
             return ("wake", us)
 

@@ -86,7 +86,7 @@ def test_without_any_history_nothing_is_promised() -> None:
 
 def test_one_value_is_believed_with_a_margin() -> None:
     told = fed([80.0]).predict()
-    assert (told.point, told.upper) == (80.0, 100.0)
+    assert (told.point, told.upper) == (80.0, 96.0)
 
 
 def test_on_a_random_walk_the_last_value_is_believed() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.monitor import BURSTIEST, Monitor, Seen
+from policies.monitor import BURSTIEST, Monitor
 from policies.types import Kind
 
 ONLINE, OFFLINE = Kind.ONLINE, Kind.OFFLINE
@@ -79,22 +79,6 @@ def test_few_gaps_say_nothing_of_bursts_and_strange_ones_are_bounded() -> None:
     span = {"rate_us": 60 * S, "lengths_us": 60 * S}
     assert few.flow(ONLINE, 51 * S, **span).burstiness == 1.0
     assert odd.flow(ONLINE, 51 * S, **span).burstiness == BURSTIEST
-
-
-def test_answers_are_as_long_as_they_are_made_not_as_those_that_have_ended() -> None:
-    """Long answers have only begun: of those that ended, the short ones, one would expect 20."""
-    monitor = Monitor(0)
-    for at in range(10):
-        monitor.seen(ONLINE, Seen.ANSWER, 20, at * S)
-    assert monitor.tokens_per_answer(ONLINE, 5000, 10 * S, 9 * S) == 520.0
-    steady = Monitor(0)
-    steady.tokens_per_answer(ONLINE, 5000, 10 * S, 10 * S)
-    steady.seen(ONLINE, Seen.ANSWER, 300, 12 * S)
-    assert steady.tokens_per_answer(ONLINE, 5000, 5 * S, 13 * S) == 300.0
-
-
-def test_without_an_ended_answer_nothing_is_said_of_their_length() -> None:
-    assert Monitor(0).tokens_per_answer(ONLINE, 100, 10 * S, 10 * S) is None
 
 
 @given(st.lists(st.integers(0, 10_000 * S), max_size=80))

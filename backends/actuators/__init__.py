@@ -1,0 +1,1 @@
+"""How a server is made something else: each way behind the same two methods."""

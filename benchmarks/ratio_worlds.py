@@ -1,0 +1,230 @@
+"""The fleets and loads on which ratio policies are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from random import Random
+
+from backends.workload import Ask, Trace, read_trace
+from gateway.config import Admission, Policies, RatioSettings
+from gateway.planning import Mode
+from gateway.scenario import (
+    FleetEntry,
+    Plan,
+    PolicyEntry,
+    Scenario,
+    ServerEntry,
+    Source,
+    Sweep,
+    WorkloadEntry,
+    planned,
+)
+from policies.types import Role
+
+MODEL, DEVICE = "Llama-3.1-8B", "h100"
+TABLE = "profiles/aiconfigurator/step_times_sglang_bf16.csv.gz"
+GPUS = 8
+TTFT_MS, TPOT_MS = 2000.0, 25.0
+"""Of the dynamic loads."""
+CLOSED_MODEL, CLOSED_TP, CLOSED_SERVERS = "Llama-3.1-70B", 4, 6
+CLOSED_TTFT_MS, CLOSED_TPOT_MS = 1500.0, 50.0
+"""Model size and targets are the paper's."""
+SWITCH_S, RELAUNCH_S = 5.0, 45.0
+PAPER_INTERVAL_S = 10.0
+"""At which DOPD's authors ran their own and Dynamo's planners."""
+
+
+def servers(role: Role, count: int, switch_s: float, *, parked: bool = False) -> ServerEntry:
+    return ServerEntry(
+        name="spare" if parked else "",
+        role=role,
+        count=count,
+        role_switch_s=switch_s,
+        parked=parked,
+    )
+
+
+def fleet(name: str, entries: Iterable[ServerEntry], model: str = MODEL, tp: int = 1) -> FleetEntry:
+    return FleetEntry(
+        name=name,
+        model=model,
+        device=DEVICE,
+        tp=tp,
+        table=TABLE,
+        table_model=f"meta-llama/Meta-{model}",
+        predicts=True,
+        launch_s=RELAUNCH_S,
+        server=tuple(entries),
+    )
+
+
+def split(
+    prefills: int, decodes: int, switch_s: float = SWITCH_S, model: str = MODEL, tp: int = 1
+) -> FleetEntry:
+    """All of them run all the time."""
+    entries = (
+        servers(Role.PREFILL, prefills, switch_s),
+        servers(Role.DECODE, decodes, switch_s),
+    )
+    return fleet(f"{prefills}P{decodes}D", entries, model, tp)
+
+
+def elastic(switch_s: float) -> FleetEntry:
+    """Half of it runs at the beginning."""
+    quarter = GPUS // 4
+    entries = (
+        servers(Role.PREFILL, quarter, switch_s),
+        servers(Role.DECODE, quarter, switch_s),
+        servers(Role.DECODE, GPUS - 2 * quarter, switch_s, parked=True),
+    )
+    return fleet("elastic", entries)
+
+
+def controlled(name: str, fleet_name: str, policy: str, **more: float) -> PolicyEntry:
+    settings = {"attained": 0.997} if policy == "dopd+" else {"interval_s": PAPER_INTERVAL_S}
+    ratio = RatioSettings(policy=policy, mode=Mode.ACT, **{**settings, **more})
+    return PolicyEntry(name=name, fleet=fleet_name, ratio=ratio)
+
+
+# (i) The closed loop.
+
+
+def closed_plan(data: Path, clients: Sequence[int], duration_s: float, warm_up_s: float) -> Plan:
+    count, model, tp = CLOSED_SERVERS, CLOSED_MODEL, CLOSED_TP
+    unified = ServerEntry(role=Role.UNIFIED, count=count)
+    splits = [split(n, count - n, model=model, tp=tp) for n in range(2, count)]
+    middle = f"{count // 2}P{count - count // 2}D"
+    plain = Policies(order="fcfs", place="round-robin", pools="none")
+    at_once = Admission(prefill_chunks=1_000_000, prefill_cap_tokens=10**9)
+    policies = [
+        PolicyEntry(name="unified", fleet="unified"),
+        PolicyEntry(name="DistServe-like", fleet=middle, policies=plain, admission=at_once),
+        *(PolicyEntry(name=f"static {it.name}", fleet=it.name) for it in splits),
+        controlled("dopd", middle, "dopd"),
+        controlled("dopd+", middle, "dopd+"),
+    ]
+    workload = WorkloadEntry(
+        name="closed",
+        arrivals="closed",
+        clients=1,
+        input_median=900.0,
+        input_sigma=0.5,
+        input_max=8192,
+        output_median=200.0,
+        output_sigma=0.64,
+        output_max=2048,
+        max_tokens=2048,
+        ttft_ms=CLOSED_TTFT_MS,
+        tpot_ms=CLOSED_TPOT_MS,
+        patience=40.0,
+    )
+    scenario = Scenario(
+        name="closed loop",
+        seeds=(1,),
+        warm_up_s=warm_up_s,
+        duration_s=duration_s,
+        drain_s=60.0,
+        fleet=(fleet("unified", [unified], model, tp), *splits),
+        workload=(workload,),
+        policy=tuple(policies),
+        sweep=Sweep(values=tuple(float(count) for count in clients)),
+    )
+    return planned(scenario, data)
+
+
+# (ii) Loads whose shape shifts.
+
+
+def _stretched(rows: Sequence[Ask], start_s: float, length_s: float, rate_scale: float) -> Trace:
+    """The first of them at another pace, from `start_s` on."""
+    asks = []
+    for row in rows:
+        at_s = row.arrival_s / rate_scale
+        if at_s >= length_s:
+            break
+        asks.append(row._replace(arrival_s=start_s + at_s))
+    return Trace(Path("shifted"), tuple(asks))
+
+
+def _phase(name: str, trace: Trace) -> Source:
+    entry = WorkloadEntry(
+        name=name,
+        arrivals="trace",
+        trace=name,
+        ttft_ms=TTFT_MS,
+        tpot_ms=TPOT_MS,
+        max_tokens=16_384,
+    )
+    return Source(entry, trace)
+
+
+def shifting(data: Path, phase_s: float) -> list[Source]:
+    """Bursty code, then reasoning, then chat: the best split is another one each time."""
+    folder = data / "traces"
+    phases = (
+        ("code", "azure_2023_code.csv.gz", 2.85),
+        ("reasoning", "servegen_deepseek_r1_2h_4rps.csv.gz", 1.0),
+        ("chat", "azure_2023_conv.csv.gz", 2.9),
+    )
+    found = []
+    for number, (name, file, rate_scale) in enumerate(phases):
+        rows = read_trace(folder / file).rows
+        found.append(_phase(name, _stretched(rows, number * phase_s, phase_s, rate_scale)))
+    return found
+
+
+BURST_SHAPE = 0.25
+"""Of the gamma law of gaps: their squared variation is 4."""
+BURSTS = (("short prompts", 8.0, 400.0, 600.0), ("long prompts", 8.0, 4000.0, 60.0),
+          ("both", 8.0, 1024.0, 245.0))  # fmt: skip
+"""Requests a second, median prompt, median answer."""
+
+
+def bursting(phase_s: float, seed: int) -> list[Source]:
+    """BurstGPT-like arrivals whose lengths shift from phase to phase."""
+    found = []
+    for number, (name, rate, prompt, answer) in enumerate(BURSTS):
+        random, at_s = Random(f"{seed}/{name}"), 0.0
+        asks: list[Ask] = []
+        while True:
+            at_s += random.gammavariate(BURST_SHAPE, 1 / (rate * BURST_SHAPE))
+            if at_s >= phase_s:
+                break
+            tokens = (
+                round(middle * random.lognormvariate(0.0, 0.6)) for middle in (prompt, answer)
+            )
+            lengths = [max(1, min(16_000, count)) for count in tokens]
+            asks.append(Ask(number * phase_s + at_s, *lengths))
+        found.append(_phase(name, Trace(Path("bursts"), tuple(asks))))
+    return found
+
+
+def dynamic_plan(
+    data: Path, sources: Sequence[Source], duration_s: float, switch_s: float, seeds: Sequence[int]
+) -> Plan:
+    fixed = [split(n, GPUS - n, switch_s) for n in (2, 4, 6)]
+    policies = [
+        *(PolicyEntry(name=f"static {it.name}", fleet=it.name) for it in fixed),
+        *(controlled(name, "elastic", name) for name in ("dyn-load", "dyn-sla", "dopd", "dopd+")),
+    ]
+    scenario = Scenario(
+        name="shifting load",
+        seeds=tuple(seeds),
+        warm_up_s=0.0,
+        duration_s=duration_s,
+        drain_s=120.0,
+        fleet=(elastic(switch_s), *fixed),
+        workload=tuple(
+            dataclasses.replace(it.entry, arrivals="poisson", trace="") for it in sources
+        ),
+        policy=tuple(policies),
+    )
+    base = planned(scenario, data)
+    entries = tuple(it.entry for it in sources)
+    return dataclasses.replace(
+        base,
+        scenario=dataclasses.replace(scenario, workload=entries),
+        sources=tuple(sources),
+    )

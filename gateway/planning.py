@@ -1,0 +1,270 @@
+"""The ratio controller: looks at the load, asks the policy, and has servers moved, or says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Protocol
+
+from backends.base import Post
+from gateway.core import Core
+from gateway.ingress import Ingress
+from policies.clock import Clock
+from policies.demand import Demand, Fleet, Flow, Site, Targets
+from policies.events import Decision, Event, Fail, Reject, SwitchWanted
+from policies.forecast import Outlook, Prediction
+from policies.ledger import Ledger
+from policies.monitor import Seen
+from policies.ratio import DopdPlus, Memory, Plan, Ratio
+from policies.types import Kind, Role, Worker
+
+URGENT_S = 1.0
+"""How often it is asked whether something is urgent between two looks."""
+
+
+class Mode(StrEnum):
+    ADVISE = "advise"
+    """What would be done is logged and counted."""
+    ACT = "act"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """What a controller is told by its operator."""
+
+    policy: Ratio
+    mode: Mode = Mode.ADVISE
+    interval_s: float = 10.0
+    quantile: float = 0.9
+    targets: Targets = field(default_factory=Targets)
+    budget_gpus: int = 0
+    switch_s: float = 5.0
+    launch_s: float = 45.0
+
+
+class Size(Protocol):
+    """Starts servers, where something can."""
+
+    @property
+    def starting(self) -> dict[Role, int]: ...
+
+    def launch(self, role: Role) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """One look, for metrics and logs."""
+
+    now_us: int
+    demand: Demand
+    fleet: Fleet
+    plan: Plan
+    forecast: Prediction
+
+    @property
+    def wants_change(self) -> bool:
+        have = (self.fleet.prefills, self.fleet.decodes)
+        return (self.plan.prefills, self.plan.decodes) != have
+
+
+class Planner:
+    """One for all servers of a fleet; every look is a value that others may read."""
+
+    def __init__(
+        self,
+        core: Core,
+        clock: Clock,
+        post: Post,
+        control: Control,
+        *,
+        gpus: Callable[[Worker], int] = lambda _: 1,
+        size: Size | None = None,
+        told: Callable[[Look], object] = lambda _: None,
+    ) -> None:
+        self._core = core
+        self._clock = clock
+        self._post = post
+        self._gpus = gpus
+        self._size = size
+        self._told = told
+        self._memory = Memory()
+        self._sites: dict[Role, Site] = {}
+        self._rates = {kind: Outlook(quantile=control.quantile) for kind in Kind}
+        self._looked_us = self._now_us()
+        self._flows: dict[Kind, Flow] = {}
+        self.ingress = Ingress(self._looked_us)
+        self.control = control
+        self.last: Look | None = None
+
+    def adopt(self, control: Control) -> None:
+        """Other rules from here on; what was seen of the load stays."""
+        if control.policy != self.control.policy:
+            self._memory = Memory()
+        for outlook in self._rates.values():
+            outlook.quantile = control.quantile
+        self.control = control
+
+    def hear(self, now_us: int, event: Event) -> None:
+        self.ingress.hear(now_us, event)
+
+    def decided(self, decision: Decision) -> None:
+        if isinstance(decision, Reject | Fail):
+            self.ingress.decided(decision)
+
+    def tick(self) -> None:
+        """To be called every URGENT_S: looks when the interval is over, or when it cannot wait."""
+        now_us = self._now_us()
+        if now_us - self._looked_us >= self.control.interval_s * 1e6:
+            self._observe(now_us)
+        elif not self._is_urgent(now_us):
+            return
+        self._look(now_us)
+
+    def _now_us(self) -> int:
+        return round(self._clock.time() * 1e6)
+
+    def _observe(self, now_us: int) -> None:
+        """The interval that has just ended."""
+        for kind in Kind:
+            flow = self.ingress.look(kind, self.control.interval_s, now_us)
+            self._rates[kind].observe(flow.rate_per_s)
+            self._flows[kind] = flow
+        self._looked_us = now_us
+
+    def _is_urgent(self, now_us: int) -> bool:
+        policy = self.control.policy
+        if not isinstance(policy, DopdPlus) or self.last is None or not self._flows:
+            return False
+        urgent = policy.is_urgent(self._demand(now_us))
+        return urgent and not self._moving
+
+    def _look(self, now_us: int) -> None:
+        fleet = self._fleet()
+        if fleet is None:
+            return
+        demand = self._demand(now_us)
+        self._memory, plan = self.control.policy.next(self._memory, demand, fleet, now_us)
+        forecast = self._rates[Kind.ONLINE].predict()
+        self.last = look = Look(
+            now_us=now_us, demand=demand, fleet=fleet, plan=plan, forecast=forecast
+        )
+        self._told(look)
+        if look.wants_change and self.control.mode is Mode.ACT:
+            self._act(look)
+
+    # What is known.
+
+    @property
+    def _moving(self) -> int:
+        coming = sum(self._size.starting.values()) if self._size is not None else 0
+        return len(self._core.switching.moves) + coming
+
+    def _demand(self, now_us: int) -> Demand:
+        flows, ingress = self._flows, self.ingress
+        forecasts = {kind: outlook.predict() for kind, outlook in self._rates.items()}
+        online, offline = flows[Kind.ONLINE], flows[Kind.OFFLINE]
+        expected = replace(online, rate_per_s=forecasts[Kind.ONLINE].point)
+        decodes = self._serving(Role.DECODE)
+        waiting = ingress.waiting - len(self._serving(Role.PREFILL))
+        return Demand(
+            online=replace(online, rate_per_s=forecasts[Kind.ONLINE].upper),
+            expected=expected,
+            offline=replace(offline, rate_per_s=forecasts[Kind.OFFLINE].point),
+            targets=self.control.targets,
+            waiting=max(0, waiting),
+            waiting_tokens=ingress.waiting_tokens,
+            oldest_wait_s=ingress.oldest_wait_s(now_us, len(self._core.ledgers)),
+            kv_use=max((_kv_use(it) for it in decodes), default=0.0),
+            resident=sum(it.decodes for it in decodes),
+            ttft_s=_seconds(ingress.mean(Seen.TTFT, now_us)),
+            tpot_s=_seconds(ingress.mean(Seen.TPOT, now_us)),
+            stay_s=_seconds(ingress.mean(Seen.STAY, now_us)),
+            idle_s=ingress.monitor.idle_us(now_us) / 1e6,
+            interval_s=self.control.interval_s,
+        )
+
+    def _serving(self, role: Role) -> list[Ledger]:
+        ledgers = self._core.ledgers
+        return [
+            ledger
+            for name in sorted(ledgers)
+            if (ledger := ledgers[name]).worker.role is role and ledger.up and not ledger.draining
+        ]
+
+    def _fleet(self) -> Fleet | None:
+        """None where the hardware of a role is not known."""
+        for role in (Role.PREFILL, Role.DECODE):
+            if (site := self._site(self._serving(role))) is not None:
+                self._sites[role] = site
+        if len(self._sites) < 2:
+            return None
+        control, count = self.control, {}
+        for role in (Role.PREFILL, Role.DECODE):
+            going = [it for it in self._core.switching.moves.values() if it.wanted.role is role]
+            starting = self._size.starting.get(role, 0) if self._size is not None else 0
+            count[role] = len(self._serving(role)) + len(going) + starting
+        return Fleet(
+            prefills=count[Role.PREFILL],
+            decodes=count[Role.DECODE],
+            prefill=self._sites[Role.PREFILL],
+            decode=self._sites[Role.DECODE],
+            moving=self._moving,
+            budget_gpus=control.budget_gpus,
+            switch_s=control.switch_s,
+            launch_s=control.launch_s,
+        )
+
+    def _site(self, ledgers: Iterable[Ledger]) -> Site | None:
+        """The first server whose hardware is known stands for its role."""
+        for ledger in ledgers:
+            if (steps := ledger.steps) is not None:
+                is_prefill = ledger.worker.role is Role.PREFILL
+                learnt = steps.prefill if is_prefill else steps.decode
+                return Site(
+                    cost=steps.cost,
+                    gpus=self._gpus(ledger.worker),
+                    kv_tokens=ledger.kv_tokens,
+                    max_running=ledger.max_running or 256,
+                    chunk_tokens=steps.chunk_tokens,
+                    factor=learnt.factor,
+                )
+        return None
+
+    # What is done.
+
+    def _act(self, look: Look) -> None:
+        more = {
+            Role.PREFILL: look.plan.prefills - look.fleet.prefills,
+            Role.DECODE: look.plan.decodes - look.fleet.decodes,
+        }
+        asked: set[str] = set()
+        for short, spare in ((Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)):
+            while more[short] > 0 > more[spare]:
+                more[short] -= 1
+                more[spare] += 1
+                self._want(spare, short, look, asked)
+        for role, count in more.items():
+            for _ in range(max(0, count)):
+                if self._size is not None:
+                    self._size.launch(role)
+            for _ in range(max(0, -count)):
+                if look.fleet.is_elastic:
+                    self._want(role, None, look, asked)
+
+    def _want(self, role: Role, to: Role | None, look: Look, asked: set[str]) -> None:
+        """The server with the least to end first; in a tie the last by name."""
+        free = [it for it in self._serving(role) if it.worker.name not in asked]
+        if len(free) < 2:
+            return
+        chosen = min(reversed(free), key=lambda it: (it.decodes + it.prefills, it.context_tokens))
+        asked.add(chosen.worker.name)
+        self._post(SwitchWanted(chosen.worker.name, to, look.plan.why.value))
+
+
+def _kv_use(ledger: Ledger) -> float:
+    return ledger.context_tokens / ledger.kv_tokens if ledger.kv_tokens else 0.0
+
+
+def _seconds(us: float | None) -> float | None:
+    return None if us is None else us / 1e6

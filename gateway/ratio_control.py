@@ -1,0 +1,148 @@
+"""The ratio controller of a live gateway: its loop, its log lines and its metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import structlog
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from backends.pause import pause
+from gateway.config import Config, control_of
+from gateway.core import Core
+from gateway.driver import Driver
+from gateway.planning import URGENT_S, Control, Look, Mode, Planner
+from policies.clock import Clock
+from policies.demand import Targets
+from policies.events import Decision, Outcome, SwitchOver
+from policies.forecast import LAST
+from policies.types import Role
+
+log = structlog.get_logger("slackwater.ratio")
+
+
+class RatioControl(Collector):
+    """Nothing but a name while `ratio.policy` is static."""
+
+    def __init__(self, core: Core, clock: Clock, tasks: asyncio.TaskGroup) -> None:
+        self._core = core
+        self._clock = clock
+        self._tasks = tasks
+        self._loop: asyncio.Task[None] | None = None
+        self._planner: Planner | None = None
+        self._told: tuple[int, int] | None = None
+        self._outcomes: dict[Outcome, int] = {}
+        self._drained_s = self._took_s = 0.0
+
+    def adopt(self, config: Config, driver: Driver) -> None:
+        """A changed policy begins anew; what was seen of the load stays where it can."""
+        online = config.classes.online
+        targets = Targets(ttft_s=online.ttft_ms / 1e3, tpot_s=online.tpot_ms / 1e3)
+        control = control_of(config.ratio, targets)
+        if self._planner is not None and control is not None:
+            self._planner.adopt(control)
+            return
+        self.close()
+        driver.listen = None
+        if control is not None:
+            self._begin(control, driver)
+
+    def _begin(self, control: Control, driver: Driver) -> None:
+        planner = Planner(self._core, self._clock, driver.post, control, told=self._look)
+        self._planner, driver.listen = planner, planner.hear
+        self._loop = self._tasks.create_task(self._tick(planner))
+
+    async def _tick(self, planner: Planner) -> None:
+        while True:
+            await pause(self._clock, URGENT_S)
+            try:
+                planner.tick()
+            except Exception:  # a bug here must not stop the requests
+                log.exception("the ratio controller failed")
+
+    def close(self) -> None:
+        if self._loop is not None:
+            self._loop.cancel()
+        self._loop = self._planner = self._told = None
+
+    def decided(self, now_us: int, decision: Decision) -> None:
+        if isinstance(decision, SwitchOver):
+            self._over(decision)
+        elif self._planner is not None:
+            self._planner.decided(decision)
+
+    def _over(self, over: SwitchOver) -> None:
+        self._outcomes[over.outcome] = self._outcomes.get(over.outcome, 0) + 1
+        self._drained_s += over.drained_us / 1e6
+        self._took_s += over.took_us / 1e6
+        log.info(
+            "role switch",
+            worker=over.worker,
+            role="none" if over.role is None else over.role.value,
+            outcome=over.outcome.value,
+            drained_s=over.drained_us / 1e6,
+            took_s=over.took_us / 1e6,
+            why=over.why,
+        )
+
+    def _look(self, look: Look) -> None:
+        wanted = (look.plan.prefills, look.plan.decodes)
+        if not look.wants_change or wanted == self._told:
+            return
+        self._told = wanted
+        log.info(
+            "ratio",
+            acts=self._planner is not None and self._planner.control.mode is Mode.ACT,
+            have=f"{look.fleet.prefills}P{look.fleet.decodes}D",
+            wanted=f"{wanted[0]}P{wanted[1]}D",
+            why=look.plan.why.value,
+            forecast_per_s=round(look.forecast.upper, 3),
+            by=look.forecast.by,
+            terms={name: round(value, 4) for name, value in look.plan.terms.items()},
+        )
+
+    # Metrics.
+
+    def collect(self) -> Iterator[Metric]:
+        switches = CounterMetricFamily(
+            "slackwater_role_switches", "Role switches by how they ended", labels=["outcome"]
+        )
+        for outcome, count in self._outcomes.items():
+            switches.add_metric([outcome.value], count)
+        yield switches
+        seconds = CounterMetricFamily(
+            "slackwater_role_switch_seconds", "Time out of rotation", labels=["part"]
+        )
+        seconds.add_metric(["drain"], self._drained_s)
+        seconds.add_metric(["switch"], self._took_s - self._drained_s)
+        yield seconds
+        look = None if self._planner is None else self._planner.last
+        yield from _of_look(look)
+
+
+def _of_look(look: Look | None) -> Iterator[Metric]:
+    servers = GaugeMetricFamily(
+        "slackwater_ratio_servers", "Servers of each role", labels=["role", "which"]
+    )
+    rate = GaugeMetricFamily(
+        "slackwater_ratio_rate_per_s", "Online requests a second", labels=["which"]
+    )
+    errors = GaugeMetricFamily(
+        "slackwater_forecast_error", "Errors over load, of late", labels=["by"]
+    )
+    if look is not None:
+        fleet, plan = look.fleet, look.plan
+        for role, have, wanted in (
+            (Role.PREFILL, fleet.prefills, plan.prefills),
+            (Role.DECODE, fleet.decodes, plan.decodes),
+        ):
+            servers.add_metric([role.value, "had"], have)
+            servers.add_metric([role.value, "wanted"], wanted)
+        rate.add_metric([LAST], look.forecast.last)
+        rate.add_metric(["forecast"], look.forecast.point)
+        rate.add_metric(["upper"], look.forecast.upper)
+        for name, error in look.forecast.errors.items():
+            errors.add_metric([name], error)
+    yield from (servers, rate, errors)
