@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from policies.events import Dispatch, Event, Fail, Reject, Release, SwitchRole
+from policies.events import Dispatch, Event, Fail, Preempt, Reject, Release, SwitchRole
 from policies.types import Job
 
 Post = Callable[[Event], None]
@@ -22,7 +22,7 @@ class Backend(Protocol):
 
     def start(self, dispatch: Dispatch) -> None: ...
 
-    def preempt(self, job: Job) -> None:
+    def preempt(self, decision: Preempt) -> None:
         """Takes it off its servers; the next `start` goes on from what it has generated.
 
         One whose answer is complete just now finishes, and one that its client would miss runs on.

@@ -22,6 +22,7 @@ import orjson
 from backends.counters import counters_of
 from backends.fetch import Answer, fetch
 from backends.http import HttpError, Upstream
+from backends.pause import pause
 from policies.calibration import DecodeMoments, Sample
 from policies.clock import Clock
 from policies.roofline import decode_batch, prefill_batch
@@ -324,7 +325,7 @@ class Measuring:
                 for prompt in self._prompts[:count]
             ]
             while not all(task.done() for task in asked):
-                await _pause(self._clock, POLL_S)
+                await pause(self._clock, POLL_S)
                 seen.append(await self._counters(self._target.decode))
         seen.append(await self._idle(self._target.decode))
         self._note_windows(seen, count, context, context + tokens / 2)
@@ -393,7 +394,7 @@ class Measuring:
             if self._clock.time() > until_s:
                 raise CannotMeasure(f"{peer.url} does not come to rest: somebody else uses it")
             last = now
-            await _pause(self._clock, SETTLE_S)
+            await pause(self._clock, SETTLE_S)
 
     async def _counters(self, peer: Peer) -> Counters:
         found = counters_of((await _loads(peer))["loads"])
@@ -460,17 +461,3 @@ async def _fetch(peer: Peer, method: bytes, path: bytes, body: bytes, timeout_s:
 def _whole(table: Mapping[str, Any], key: str) -> int:
     value = table.get(key)
     return int(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0
-
-
-async def _pause(clock: Clock, seconds: float) -> None:
-    over = asyncio.get_running_loop().create_future()
-    timer = clock.call_at(clock.time() + seconds, _resolve, over)
-    try:
-        await over
-    finally:
-        timer.cancel()
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
+import structlog
 
+from backends.addresses import respelled
 from backends.attempt import Attempt
 from backends.base import Post
 from backends.exchange import Exchange
@@ -27,6 +29,7 @@ from policies.events import (
     FirstToken,
     Freed,
     Left,
+    Preempt,
     Preempted,
     PrefillDone,
     Progress,
@@ -34,10 +37,14 @@ from policies.events import (
 )
 from policies.types import Job, Worker
 
+log = structlog.get_logger("slackwater.preemption")
+
 _RID_PREFIX = {"chat": "chatcmpl-", "completions": "cmpl-"}
 """What clients of the OpenAI routes expect their ids to begin with."""
 
 _ROOM_BITS = 62
+_LOST_PAIR = frozenset({Fault.TIMEOUT, Fault.PAIRING})
+"""How a pair ends whose legs have not found each other."""
 _NATIVE_KIND = {True: Kind.INCREMENTAL, False: Kind.CUMULATIVE, None: None}
 
 
@@ -62,6 +69,9 @@ class Server:
 
     worker: Worker
     upstream: Upstream
+    spelling: int = 0
+    """Of its bootstrap address: another one where decode servers may hold a dead connection."""
+    is_met: bool = False
 
     @property
     def name(self) -> str:
@@ -120,12 +130,17 @@ class Sglang:
             if known.worker.url == worker.url:
                 worker = known.worker  # until it has been asked again
         self._servers[worker.name] = server = Server(worker, self._connect(worker, api_key))
+        if known is not None:
+            server.spelling, server.is_met = known.spelling, known.is_met
         self._note_models()
         return server
 
     def update(self, worker: Worker) -> None:
-        """The same server, better known."""
-        self._servers[worker.name].worker = worker
+        """The same server, better known; met again, it has been away or has changed its role."""
+        server = self._servers[worker.name]
+        server.worker = worker
+        server.spelling += server.is_met
+        server.is_met = True
         self._note_models()
 
     def remove(self, name: str) -> None:
@@ -185,8 +200,9 @@ class Sglang:
     def _send(self, attempt: Attempt, body: dict[str, Any], splicer: Splicer | None) -> None:
         attempt.send(orjson.dumps(self._body(attempt, body)), splicer)
 
-    def preempt(self, job: Job) -> None:
+    def preempt(self, decision: Preempt) -> None:
         """Without an attempt, or with a client who has asked for the end, the end is on its way."""
+        job = decision.job
         attempt = self._live.get(job.id)
         if attempt is None or attempt.exchange.aborted or not attempt.exchange.is_restartable:
             return
@@ -197,7 +213,9 @@ class Sglang:
         generated = max(0, kept - exchange.tokens)
         exchange.tokens = kept
         exchange.preemptions += 1
-        self._post(Preempted(job.id, generated, max(0, attempt.tokens - generated)))
+        lost = max(0, attempt.tokens - generated)
+        _note(decision, exchange, lost)
+        self._post(Preempted(job.id, generated, lost))
 
     def stop(self, job: Job) -> None:
         attempt = self._live.pop(job.id, None)
@@ -234,7 +252,7 @@ class Sglang:
         if exchange.priority is not None and attempt.decode.worker.orders_by_priority:
             body["priority"] = exchange.priority
         if prefill is not None:
-            body["bootstrap_host"] = prefill.worker.bootstrap_host
+            body["bootstrap_host"] = respelled(prefill.worker.bootstrap_host, prefill.spelling)
             body["bootstrap_port"] = prefill.worker.bootstrap_port
             body["bootstrap_room"] = self._rng.getrandbits(_ROOM_BITS) + 1
         return body
@@ -266,9 +284,14 @@ class Sglang:
     def failed(self, attempt: Attempt, fault: Fault, blamed: tuple[str, ...]) -> None:
         exchange = attempt.exchange
         self._live.pop(exchange.job_id, None)
-        exchange.tokens += attempt.tokens
-        failed = Failed(exchange.job_id, fault, blamed, attempt.tokens, exchange.is_restartable)
-        self._post(failed)
+        generated = attempt.tokens
+        if exchange.transcript is not None:
+            # A new attempt goes on from what is kept: events may hold more tokens than one.
+            generated = max(0, exchange.kept_tokens - exchange.tokens)
+        exchange.tokens += generated
+        if fault in _LOST_PAIR and attempt.prefill is not None and not attempt.flowing:
+            attempt.prefill.spelling += attempt.prefill.name in blamed
+        self._post(Failed(exchange.job_id, fault, blamed, generated, exchange.is_restartable))
 
     def client_stalled(self, exchange: Exchange) -> None:
         exchange.client.drop()
@@ -298,7 +321,7 @@ class Sglang:
         now_s = self.now_s()
         self._ticking = False
         moved = tuple(
-            (job_id, attempt.tokens)
+            (job_id, attempt.made())
             for job_id, attempt in self._live.items()
             if attempt.progress(now_s)
         )
@@ -324,6 +347,23 @@ class Sglang:
             attempt.close()
         for server in self._servers.values():
             server.upstream.close()
+
+
+def _note(decision: Preempt, exchange: Exchange, lost: int) -> None:
+    job = decision.job
+    log.info(
+        "preempted",
+        **{"class": job.kind.value},
+        job=job.id,
+        reason=decision.reason.value,
+        worker=decision.worker,
+        prefill=exchange.prefill,
+        decode=exchange.decode,
+        times=exchange.preemptions,
+        prompt_tokens=job.prompt_tokens,
+        kept_tokens=exchange.tokens,
+        lost_tokens=lost,
+    )
 
 
 def _nobody(event: Event) -> None:

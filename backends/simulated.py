@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
+from backends.addresses import respelled
 from backends.base import Post
 from backends.engine import Engine, Prompt, Refused, Request, Resident
 from backends.trouble import Blame, Trouble, judge
@@ -20,6 +21,7 @@ from policies.events import (
     FirstToken,
     Freed,
     Load,
+    Preempt,
     Preempted,
     PrefillDone,
     Progress,
@@ -28,6 +30,8 @@ from policies.events import (
 from policies.types import Job, Kind, Resume, Role, Worker
 
 _OVERLOADED = frozenset({429, 503})
+_PRIORITY = {Kind.ONLINE: 1, Kind.OFFLINE: 0}
+"""Read by servers that order by priority, and ignored by the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,18 +279,20 @@ class SimulatedBackend:
             prompt=work.prompt,
             max_new_tokens=job.max_tokens,
             true_tokens=work.answer_tokens,
+            priority=_PRIORITY[job.kind],
             is_online=job.kind is Kind.ONLINE,
             arrived_s=job.arrival_us / 1e6,
             ttft_s=(job.deadline_us - job.arrival_us) / 1e6 if job.kind is Kind.ONLINE else 0.0,
             tpot_s=job.tpot_us / 1e6,
-            bootstrap_host=prefill.config.bootstrap_host if prefill else "",
+            bootstrap_host=_address_of(prefill) if prefill else "",
             bootstrap_port=prefill.config.bootstrap_port if prefill else None,
             bootstrap_room=serial if prefill else None,
         )
         self.after(self.delays.request_s, attempt.send, request)
         self._tick_on()
 
-    def preempt(self, job: Job) -> None:
+    def preempt(self, decision: Preempt) -> None:
+        job = decision.job
         attempt = self._live.get(job.id)
         if attempt is None or attempt.is_complete or attempt.is_shown:
             return
@@ -352,6 +358,11 @@ class SimulatedBackend:
             self.post(Progress(tuple(moved)))
         if self._live:
             self._tick_on()
+
+
+def _address_of(prefill: Engine) -> str:
+    """As the live backend has it: a new spelling for each life and each turn at the role."""
+    return respelled(prefill.config.bootstrap_host, prefill.life + prefill.switches)
 
 
 def worker_of(engine: Engine) -> Worker:

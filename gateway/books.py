@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from gateway.lifecycle import State, Step, advance
 from gateway.servers import Candidates
 from policies.breaker import Breaker
-from policies.events import Reason
+from policies.events import Load, Reason
 from policies.ledger import Ledger
 from policies.moving import Moving
 from policies.order import Key, Order, Outlook
 from policies.queue import KeyedHeap
 from policies.retry import continued
 from policies.types import Job, Kind, Resume
+
+_OFFLINE = Kind.OFFLINE
 
 
 class Ticket:
@@ -27,11 +31,16 @@ class Ticket:
         "displaced",
         "generated",
         "job",
+        "leaves",
+        "looked_us",
+        "made",
         "preemptions",
         "prefill",
         "resumes",
         "sent_us",
         "state",
+        "told_us",
+        "took",
         "trials",
     )
 
@@ -46,7 +55,13 @@ class Ticket:
         self.preemptions = 0
         self.displaced = 0
         """How many of them were for a more urgent prompt."""
-        self.sent_us = 0
+        self.leaves = ""
+        """The server that it was pulled from: others with room come first."""
+        self.made = 0
+        """Tokens of its preempted attempts that were kept."""
+        self.took = 0
+        """Others that were taken off their servers for this one."""
+        self.sent_us = self.told_us = self.looked_us = 0
         self.trials: tuple[tuple[Breaker, int], ...] = ()
         self.generated = 0
         self.booked_prefill = 0
@@ -86,6 +101,7 @@ class Ticket:
         self.release()
         self.job = continued(self.job, generated, now_us)
         self.resumes = self.resumes or generated > 0
+        self.made += generated
         self.preemptions += 1
         self.attempt -= 1
 
@@ -94,9 +110,17 @@ class Ticket:
         self.prefill, self.decode = prefill, decode
         self.booked_prefill = prefill.uncached(job)
         self.booked_context, self.booked_reserved = job.prompt_tokens, reserved
-        self.generated = 0
+        self.generated = self.told_us = 0
+        self.leaves = ""
         prefill.add_prefill(self.booked_prefill, now_us)
+        if job.prefixes:
+            prefill.prefixes.add(job.prefixes)
         decode.add_decode(self.booked_context, reserved)
+        if job.kind is _OFFLINE:
+            prefill.offline.add_prefill(self.booked_prefill)
+            decode.offline.add(self.booked_context, reserved)
+        else:
+            decode.online.came(reserved, job.tpot_us, now_us)
         self.sent_us = now_us
         self.trials = ()
         decode.dispatched += 1
@@ -119,14 +143,18 @@ class Ticket:
     def prefilled(self, now_us: int) -> None:
         if self.prefill is not None:
             self.prefill.prefilled(self.booked_prefill, now_us)
-            self.prefill = None
+            self._leave_prefill(self.prefill)
 
-    def grow(self, generated: int) -> None:
+    def grow(self, generated: int, now_us: int = 0) -> None:
         """Tokens came: the context grows, and the reservation when the answer outgrows it."""
         decode, fresh = self.decode, generated - self.generated
         if decode is None or fresh <= 0:
             return
         self.generated = generated
+        if decode.offline.decodes and self.job.kind is not _OFFLINE:
+            if self.told_us:
+                decode.online.paced(now_us - self.told_us, fresh)
+            self.told_us = now_us
         self.booked_context += fresh
         outgrown = self.booked_context - self.booked_reserved
         if outgrown <= 0:
@@ -134,16 +162,28 @@ class Ticket:
         else:
             self.booked_reserved += outgrown
             decode.grow_decode(fresh, outgrown)
+        if self.job.kind is _OFFLINE:
+            decode.offline.context_tokens += fresh
+            decode.offline.reserved_tokens += max(0, outgrown)
 
     def free_prefill(self) -> None:
         if self.prefill is not None:
             self.prefill.end_prefill(self.booked_prefill)
-            self.prefill = None
+            self._leave_prefill(self.prefill)
+
+    def _leave_prefill(self, prefill: Ledger) -> None:
+        if self.job.kind is _OFFLINE:
+            prefill.offline.end_prefill(self.booked_prefill)
+        self.prefill = None
 
     def release(self) -> None:
         self.free_prefill()
         if self.decode is not None:
             self.decode.end_decode(self.booked_context, self.booked_reserved)
+            if self.job.kind is _OFFLINE:
+                self.decode.offline.end(self.booked_context, self.booked_reserved)
+            else:
+                self.decode.online.went(self.job.tpot_us)
             self.decode = None
 
 
@@ -162,10 +202,10 @@ class Lane:
         self._moving = {kind: Moving() for kind in Kind}
         self.candidates: dict[Kind, Candidates] = {}
 
-    @property
-    def is_quiet(self) -> bool:
-        """Nobody waits for a server."""
-        return not (self.online.entries or self.offline.entries)
+    def would_be_first(self, job: Job, order: Order) -> bool:
+        """Of its kind; a key that moves is not known before its time."""
+        first = self.waiting[job.kind].first_key()
+        return first is None or (not order.moves and order.key(job) < first)
 
     def __len__(self) -> int:
         return sum(self.queued(kind) for kind in Kind)
@@ -217,3 +257,16 @@ class Lane:
 
     def jobs(self, kind: Kind) -> list[str]:
         return [*self.waiting[kind], *self.aside[kind]]
+
+
+REPORT_LAG_US = 500_000
+"""What was sent this long before a report must be in it."""
+
+
+def free_computed(tickets: Iterable[Ticket], ledger: Ledger, load: Load) -> None:
+    """A whole answer of a unified server shows no first token; that nothing waits shows it."""
+    if load.waiting or load.waiting_uncached_tokens:
+        return
+    for ticket in tickets:
+        if ticket.prefill is ledger and ticket.sent_us < load.seen_us - REPORT_LAG_US:
+            ticket.free_prefill()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from math import inf
 from operator import itemgetter
 
+from gateway.rules import Rules
 from gateway.servers import Candidates
 from policies.admit import Admit
+from policies.events import Reason, Reject
 from policies.ledger import Ledger
 from policies.order import Outlook
 from policies.place import Place
-from policies.types import Job
+from policies.types import Job, Kind
 
 Pair = tuple[Ledger, Ledger]
 """A prefill and a decode server, or one unified server as both."""
@@ -140,3 +142,15 @@ def reopens_in_us(candidates: Candidates, now_us: int) -> int:
     ledgers = candidates.prefills + candidates.decodes + candidates.unified
     due = [e.breaker.open_until_us - now_us for e in ledgers if not e.breaker.is_closed]
     return max(0, min(due, default=0))
+
+
+def unserved(job: Job, candidates: Candidates, rules: Rules, now_us: int) -> Reject | None:
+    """Nobody in rotation could ever take it: offline work waits for those that could."""
+    is_offline = job.kind is Kind.OFFLINE
+    if not candidates.can_serve:
+        return None if rules.holds(job.kind) else Reject(job, Reason.NO_WORKER)
+    if not fits_ever(job, candidates, rules.admit):
+        return Reject(job, Reason.TOO_LARGE)
+    if is_offline:
+        return None
+    return Reject(job, Reason.UNAVAILABLE, reopens_in_us(candidates, now_us))

@@ -92,6 +92,7 @@ class StreamClient:
     __slots__ = (
         "_chunked",
         "_dialect",
+        "_ended",
         "_head",
         "_make_head",
         "_transport",
@@ -117,6 +118,7 @@ class StreamClient:
         self._head = b""
         self._dialect = dialect
         self._chunked = chunked
+        self._ended = False
 
     def answer(self, status: int, content_type: str, body: bytes) -> None:
         raise RuntimeError("a stream was asked for")
@@ -129,7 +131,7 @@ class StreamClient:
 
     def write(self, piece: bytes) -> bool:
         transport = self._transport
-        if transport.is_closing() or self.over.done():  # a server's last bytes may come after it
+        if self._ended or transport.is_closing():  # a server's last bytes may come after it
             return False
         if self._chunked:
             piece = b"%x\r\n%b\r\n" % (len(piece), piece)
@@ -145,18 +147,22 @@ class StreamClient:
         self._transport.abort()
 
     def end(self) -> None:
-        if self.over.done():
+        if self._ended:
             return
         self._write_last(b"")
-        _resolve(self.over)
+        self._end()
 
     def ended(self, error: ApiError) -> None:
         """Before the first byte it is an answer of its own, after it the stream's last event."""
-        if self.over.done():
+        if self._ended:
             return
         self.error = error
         if self.begun:
             self._write_last(error_event(self._dialect, error))
+        self._end()
+
+    def _end(self) -> None:
+        self._ended = True
         _resolve(self.over)
 
     def refused(self, decision: Reject | Fail, trouble: Trouble | None) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -11,13 +10,16 @@ from backends.sglang import Patience
 from gateway.core import Rules
 from gateway.costs import Hardware, beside, costs_of
 from gateway.planning import Control, Mode
-from gateway.settings import ConfigError, bounded, decode, one_of
+from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
 from gateway.switching import SwitchRule
-from policies.admit import Headroom
+from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
+from policies.colocation import Colocated
 from policies.demand import Targets
+from policies.pools import ByLatency, Pools, WithoutRelaxed
+from policies.preempt import AbortRule, ForSlack, GiveWay, Stay
 from policies.ratio import DopdPlus
-from policies.registry import DISPLACE, ORDER, PLACE, POOLS, RATIO
+from policies.registry import DISPLACE, ORDER, PLACE, POOLS, PREEMPT, RATIO
 from policies.retry import RetryRule
 from policies.steps import Costs
 from policies.types import Kind, Pool, Role, Worker
@@ -82,6 +84,8 @@ class Policies:
     """Which of the servers that may take a job gets it."""
     pools: str = one_of("latency", POOLS)
     """Whether strict servers are kept for online work."""
+    preempt: str = one_of("slack", PREEMPT)
+    """Whether offline work is taken off its servers for online work. Needs `pools = "latency"`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +134,38 @@ class Admission:
     """Share of a decode server's KV cache that is booked at most."""
     output_reserve_tokens: int = bounded(512, low=1)
     """KV booked ahead for an answer of unknown length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Colocation:
+    gate: bool = True
+    """Offline prompts wait where they would delay online ones, and beyond the saturation batch."""
+    gate_share: float = bounded(0.25, low=0, high=1)
+    """Prompts at a busy prefill server may take this share of `ttft_ms` with an offline one."""
+    lend: bool = True
+    """Strict decode servers whose hardware is known (`cost`) take offline work in their slack."""
+    lend_share: float = bounded(0.9, low=0, high=1)
+    """They take more while a step is predicted to stay below this share of the TPOT target."""
+    headroom: bool = True
+    """They keep room for online work to come: the q90 of the last minute's peaks."""
+    pull: bool = True
+    """Relaxed servers hand running work over to strict ones where that pays for its prefill."""
+    shed_share: float = bounded(0.98, low=0, high=2)
+    """Offline work is taken off while a step is predicted to take more of the TPOT target."""
+    ttft_share: float = bounded(0.5, low=0, high=1)
+    """Offline prompts are taken off when an online one would need more of its TTFT target."""
+    victims: str = one_of("newest", dict.fromkeys(("newest", "bottleneck")))
+    """Who goes first: the newest, or the longest where attention bounds the step."""
+    protect_after: int = bounded(3, low=1)
+    """Preemptions after which a job is left alone while others will do."""
+    victims_per_request: int = bounded(8, low=1)
+    """Offline jobs that one online request may displace."""
+    aborts_per_s: float = bounded(20.0, low=0)
+    """Preemptions that are earned each second; abort storms take servers down."""
+    abort_burst: int = bounded(40, low=1)
+    """The most that can be saved up. Once spent, there are none until half is back."""
+    without_relaxed: WithoutRelaxed = WithoutRelaxed.SHARE
+    """Offline work where no relaxed server is in rotation: `share` strict ones, wait, or refuse."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +276,7 @@ class Config:
     policies: Policies = field(default_factory=Policies)
     classes: Classes = field(default_factory=Classes)
     admission: Admission = field(default_factory=Admission)
+    colocation: Colocation = field(default_factory=Colocation)
     limits: Limits = field(default_factory=Limits)
     timeouts: Timeouts = field(default_factory=Timeouts)
     retry: Retry = field(default_factory=Retry)
@@ -253,13 +290,7 @@ class Config:
 
 
 def load(path: Path) -> Config:
-    try:
-        table = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return check(_with_paths(decode(Config, table), path.parent))
+    return check(_with_paths(decode(Config, read_toml(path)), path.parent))
 
 
 def _with_paths(config: Config, folder: Path) -> Config:
@@ -310,6 +341,20 @@ def workers_of(config: Config) -> list[Worker]:
     return [worker_of(entry, f"worker[{i}]") for i, entry in enumerate(config.worker)]
 
 
+_IN_HEADERS = frozenset({"name", "api_key"})
+_MOST_CHARS = 512
+_HERE = frozenset({"127.0.0.1", "localhost", "::1"})
+_ANYWHERE = frozenset({"0.0.0.0", "::", ""})
+
+
+def refuse_itself(worker: Worker, host: str, port: int) -> None:
+    """A gateway that listens there would send requests to itself."""
+    url = urlsplit(worker.url)
+    same = url.hostname == host or (url.hostname in _HERE and host in _HERE | _ANYWHERE)
+    if same and url.port == port:
+        raise ConfigError(f"worker.url {worker.url} is the gateway's own address")
+
+
 def worker_of(entry: WorkerEntry, where: str) -> Worker:
     try:
         url = urlsplit(entry.url)
@@ -319,10 +364,12 @@ def worker_of(entry: WorkerEntry, where: str) -> Worker:
     plain = entry.url.isascii() and entry.url.isprintable() and not {*" ?#@"} & {*entry.url}
     if url.scheme not in ("http", "https") or not address[0] or not plain:
         raise ConfigError(f"{where}.url must be http://HOST:PORT, got {entry.url!r}")
-    for key in ("name", "api_key"):
+    for key in ("name", "api_key", "bootstrap_host", "model", "host"):
         value = getattr(entry, key)
-        if not (value.isascii() and value.isprintable()):
-            raise ConfigError(f"{where}.{key} stands in headers: printable ASCII only")
+        if not value.isprintable() or (key in _IN_HEADERS and not value.isascii()):
+            raise ConfigError(f"{where}.{key} stands in headers and logs: printable ASCII only")
+        if len(value) > _MOST_CHARS:
+            raise ConfigError(f"{where}.{key} must not be longer than {_MOST_CHARS} letters")
     hostname = f"[{address[0]}]" if ":" in address[0] else address[0]
     return Worker(
         name=entry.name or url.netloc,
@@ -356,18 +403,20 @@ def control_of(ratio: RatioSettings, targets: Targets) -> Control | None:
 
 
 def rules_of(config: Config) -> Rules:
-    admission, retry, breaker = config.admission, config.retry, config.breaker
+    retry, breaker, colocation = config.retry, config.breaker, config.colocation
     return Rules(
         order=ORDER[config.policies.order](),
         displace=DISPLACE[config.policies.displace](),
         place=PLACE[config.policies.place](),
-        pools=POOLS[config.policies.pools](),
-        admit=Headroom(
-            prefill_cap_tokens=admission.prefill_cap_tokens,
-            prefill_chunks=admission.prefill_chunks,
-            kv_watermark=admission.kv_watermark,
-            output_reserve_tokens=admission.output_reserve_tokens,
+        pools=_pools(config),
+        admit=_admit(config),
+        give_way=_give_way(config),
+        aborts=AbortRule(
+            per_request=colocation.victims_per_request,
+            per_s=colocation.aborts_per_s,
+            burst=colocation.abort_burst,
         ),
+        holds_offline=colocation.without_relaxed is WithoutRelaxed.HOLD,
         breaker=BreakerRule(
             failures=breaker.failures,
             cooldown_us=_us(breaker.cooldown_ms),
@@ -388,6 +437,53 @@ def rules_of(config: Config) -> Rules:
         ),
         max_queued=config.limits.max_queued,
         load_stale_us=_us(config.telemetry.stale_ms),
+    )
+
+
+def _is_colocated(config: Config) -> bool:
+    return POOLS[config.policies.pools] is ByLatency
+
+
+def _pools(config: Config) -> Pools:
+    if not _is_colocated(config):
+        return POOLS[config.policies.pools]()
+    colocation = config.colocation
+    return ByLatency(lends=colocation.lend, without_relaxed=colocation.without_relaxed)
+
+
+def _admit(config: Config) -> Admit:
+    admission, online = config.admission, config.classes.online
+    plain = Headroom(
+        prefill_cap_tokens=admission.prefill_cap_tokens,
+        prefill_chunks=admission.prefill_chunks,
+        kv_watermark=admission.kv_watermark,
+        output_reserve_tokens=admission.output_reserve_tokens,
+    )
+    if not _is_colocated(config):
+        return plain
+    colocation = config.colocation
+    return Colocated(
+        **asdict(plain),
+        ttft_us=_us(online.ttft_ms),
+        tpot_us=_us(online.tpot_ms),
+        gate=colocation.gate,
+        gate_share=colocation.gate_share,
+        headroom=colocation.headroom,
+        step_share=colocation.lend_share,
+    )
+
+
+def _give_way(config: Config) -> GiveWay:
+    if not _is_colocated(config) or PREEMPT[config.policies.preempt] is not ForSlack:
+        return Stay()
+    colocation = config.colocation
+    return ForSlack(
+        tpot_us=_us(config.classes.online.tpot_ms),
+        ttft_share=colocation.ttft_share,
+        step_share=colocation.shed_share,
+        protect_after=colocation.protect_after,
+        by_bottleneck=colocation.victims == "bottleneck",
+        pulls=colocation.pull,
     )
 
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from gateway.accounts import Accounts
 from gateway.agenda import Agenda, passed
-from gateway.books import Lane, Ticket
+from gateway.books import Lane, Ticket, free_computed
 from gateway.choice import (
     choose,
     fits_ever,
     is_worth_a_wait,
     outlook_of,
     predicted_wait_us,
-    reopens_in_us,
+    unserved,
     without_failed,
 )
 from gateway.lifecycle import State, Step
-from gateway.rules import Rules as Rules
+from gateway.preemption import Preemptor
+from gateway.rules import Rules
 from gateway.servers import Candidates, Fleet
 from gateway.switching import Switching
 from gateway.underway import Underway
@@ -33,7 +35,6 @@ from policies.events import (
     FirstToken,
     Freed,
     Left,
-    Load,
     LoadReport,
     Preempt,
     Preempted,
@@ -42,8 +43,6 @@ from policies.events import (
     Reason,
     Recall,
     Reject,
-    RoleSwitched,
-    SwitchWanted,
     WakeAt,
     Wakeup,
     WorkerDown,
@@ -53,17 +52,17 @@ from policies.events import (
 )
 from policies.ledger import Ledger
 from policies.order import NO_OUTLOOK, Outlook
+from policies.preempt import AbortBudget
 from policies.retry import RetryBudget, continued
-from policies.types import Job, Kind, Role, Worker
+from policies.types import Job, Kind, Pool, Role, Worker
 
-_REPORT_LAG_US = 500_000
-"""What was sent this long before a report must be in it."""
+__all__ = ["Core", "Rules"]
+
 # CPython 3.11 looks an enum's member up in Python, which costs as much as a call.
 _ONLINE, _OFFLINE = Kind.ONLINE, Kind.OFFLINE
 _QUEUED, _PREFILL, _CANCELLED = State.QUEUED, State.PREFILL, State.CANCELLED
 _DISPATCHED, _FIRST_TOKEN, _LAST_TOKEN = Step.DISPATCHED, Step.FIRST_TOKEN, Step.LAST_TOKEN
-_LEAST_WORK = Reason.LEAST_WORK
-_ENDED_UNPLACED = (State.REJECTED, State.CANCELLED)
+_LEAST_WORK, _ENDED_UNPLACED = Reason.LEAST_WORK, (State.REJECTED, State.CANCELLED)
 _MAX_LANES = 64
 """Beyond this, lanes without jobs are dropped: clients may make model names up."""
 
@@ -84,8 +83,10 @@ class Core:
         self._touched: dict[str, Lane] = {}
         self._all_look = False
         self.switching = Switching(
-            self._fleet, rules.switch, self._recall, self._fleet_changed, self._say
+            self._fleet, rules.switch, self._recall, self._fleet_changed, lambda: self._out
         )
+        self.accounts = Accounts()
+        self._preemptor = Preemptor(rules.give_way, rules.aborts, self._take_off)
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
             Arrived: self._arrived,
             Left: self._left,
@@ -102,8 +103,7 @@ class Core:
             WorkerDown: self._worker_down,
             WorkerDraining: self._worker_draining,
             WorkerGone: self._worker_gone,
-            SwitchWanted: self.switching.begin,
-            RoleSwitched: self.switching.ended,
+            **self.switching.handlers,
             Wakeup: self._wakeup,
         }
         for worker in workers:
@@ -136,6 +136,10 @@ class Core:
         return self._fleet.ledgers
 
     @property
+    def abort_budget(self) -> AbortBudget:
+        return self._preemptor.budget
+
+    @property
     def retry_budget_tokens(self) -> float:
         return self._budget.tokens
 
@@ -155,6 +159,7 @@ class Core:
         self._fleet.adopt(rules.breaker, rules.pools, rules.costs)
         self._budget.adopt(rules.retry)
         self.switching.rule = rules.switch
+        self._preemptor.adopt(rules.give_way, rules.aborts)
         for lane in self._lanes.values():
             for kind in Kind:
                 self._queue_anew(lane, kind, lane.jobs(kind))
@@ -167,7 +172,7 @@ class Core:
         self._fresh.append(ticket)
 
     def _take_in(self, now_us: int) -> None:
-        """Those of one instant in their order. Where nobody waits, the queue is spared."""
+        """Those of one instant in their order. Who would be first in the queue is spared it."""
         fresh, self._fresh = self._fresh, []
         if len(fresh) > 1:
             key = self._rules.order.key
@@ -176,7 +181,8 @@ class Core:
             if ticket.state is not _QUEUED:  # its client left in the same instant
                 continue
             lane = self._lane(ticket.job.model)
-            if lane.is_quiet and self._goes_at_once(ticket, lane, now_us):
+            is_first = lane.would_be_first(ticket.job, self._rules.order)
+            if is_first and self._goes_at_once(ticket, lane, now_us):
                 self._budget.earn(ticket.job)
             elif (refusal := self._refusal(ticket.job, lane, now_us)) is not None:
                 ticket.step(Step.REFUSED)
@@ -200,7 +206,7 @@ class Core:
         """What can be answered at once, before the job costs anything."""
         kind, candidates = job.kind, self._candidates(lane, job.kind, now_us)
         if not is_worth_a_wait(job, candidates, self._rules.admit, now_us):
-            refusal = self._unserved(job, candidates, now_us)
+            refusal = unserved(job, candidates, self._rules, now_us)
             if refusal is not None:
                 return refusal
         if not (queued := lane.queued(kind)):
@@ -213,16 +219,6 @@ class Core:
         wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
         late_us = now_us + wait_us - job.give_up_us
         return Reject(job, Reason.HOPELESS, late_us) if late_us > 0 else None
-
-    def _unserved(self, job: Job, candidates: Candidates, now_us: int) -> Reject | None:
-        """Nobody in rotation could ever take it: offline work waits for those that could."""
-        if not candidates.can_serve:
-            return Reject(job, Reason.NO_WORKER)
-        if not fits_ever(job, candidates, self._rules.admit):
-            return Reject(job, Reason.TOO_LARGE)
-        if job.kind is _OFFLINE:
-            return None
-        return Reject(job, Reason.UNAVAILABLE, reopens_in_us(candidates, now_us))
 
     def _left(self, event: Left, now_us: int) -> None:
         ticket = self._tickets.get(event.job_id)
@@ -260,7 +256,8 @@ class Core:
         tickets = self._tickets
         for job_id, generated in event.tokens:
             if (ticket := tickets.get(job_id)) is not None:
-                ticket.grow(generated)
+                ticket.grow(generated, now_us)
+        self._preemptor.shorten_all(self._fleet.ledgers.values(), now_us)
 
     def _finished(self, event: Finished, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is None:
@@ -271,6 +268,8 @@ class Core:
             self._succeeded(ticket.prefill)
         if ticket.decode is not None:
             self._succeeded(ticket.decode)
+        if ticket.job.kind is _OFFLINE:
+            self._preemptor.ended(ticket, event.generated)
         self._end(ticket)
 
     def _failed(self, event: Failed, now_us: int) -> None:
@@ -319,8 +318,12 @@ class Core:
 
     def _recall(self, event: Recall, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is not None and ticket.may_yield:
-            ticket.step(Step.PREEMPTED)
-            self._out.append(Preempt(ticket.job, event.reason))
+            self._take_off(ticket, event.reason)
+
+    def _take_off(self, ticket: Ticket, reason: Reason, ledger: Ledger | None = None) -> None:
+        ticket.step(Step.PREEMPTED)
+        worker = self.accounts.took(ticket, ledger, reason)
+        self._out.append(Preempt(ticket.job, reason, worker))
 
     def _preempted(self, event: Preempted, now_us: int) -> None:
         """Its place is free. Whatever ended the job meanwhile came first and stands."""
@@ -330,6 +333,7 @@ class Core:
             self._freed(Freed(event.job_id), now_us)
         elif ticket.state is State.YIELDING:
             self._end_trials(ticket)
+            self.accounts.returned(ticket, event)
             ticket.returned(event.generated, now_us)
             self._touch_all()
             self._enqueue(ticket, self._lane(ticket.job.model), now_us)
@@ -356,19 +360,13 @@ class Core:
         self._fleet.correct(ledger, event.load, stale_us)
         self._agenda.mind(stale_us)
         if ledger.worker.role is Role.UNIFIED and ledger.prefills:
-            self._free_computed(ledger, event.load)
+            free_computed(self._tickets.values(), ledger, event.load)
+        if ledger.worker.pool is Pool.STRICT and not any(e.offline for e in self._lanes.values()):
+            self._preemptor.pull(ledger, self._fleet.ledgers.values(), self._rules.admit, now_us)
         if ledger.kv_tokens == capacity_tokens:
             self._touch_all()
         else:
             self._reconsider()
-
-    def _free_computed(self, ledger: Ledger, load: Load) -> None:
-        """A whole answer of a unified server shows no first token; that nothing waits shows it."""
-        if load.waiting or load.waiting_uncached_tokens:
-            return
-        for ticket in self._tickets.values():
-            if ticket.prefill is ledger and ticket.sent_us < load.seen_us - _REPORT_LAG_US:
-                ticket.free_prefill()
 
     def _worker_up(self, event: WorkerUp, now_us: int) -> None:
         self._fleet.add(event.worker)
@@ -387,9 +385,6 @@ class Core:
         """What runs there keeps its own reference to the ledger and ends as it would have."""
         if self._fleet.remove(event.name):
             self._fleet_changed()
-
-    def _say(self, decision: Decision) -> None:
-        self._out.append(decision)
 
     def _fleet_changed(self) -> None:
         for lane in self._lanes.values():
@@ -475,8 +470,10 @@ class Core:
                 self._agenda.give_up.discard(job_id)
                 self._place(ticket, *pair, now_us)
             elif is_worth_a_wait(job, candidates, admit, now_us):
-                if kind is _ONLINE and self._rules.displace.least_chunks:
-                    self._displace(job, lane, candidates, now_us)
+                if kind is _ONLINE:
+                    self._make_room(ticket, lane, candidates, now_us)
+                return
+            elif not candidates.can_serve and self._rules.holds(kind):
                 return
             elif not candidates.can_serve:
                 self._reject(ticket, Reason.NO_WORKER, now_us)
@@ -487,14 +484,19 @@ class Core:
             else:
                 return
 
-    def _displace(self, head: Job, lane: Lane, candidates: Candidates, now_us: int) -> None:
-        """The first of the queue has to wait: perhaps for a long prompt that need not go first."""
-        outlook, rules = self._outlook(lane, _ONLINE, now_us), self._rules
-        found = self._underway.victim(head, candidates, rules.displace, rules.order, outlook)
+    def _make_room(self, ticket: Ticket, lane: Lane, candidates: Candidates, now_us: int) -> None:
+        """The first of the queue has to wait: for offline work, or for a long prompt behind it."""
+        rules = self._rules
+        self._preemptor.make_room(ticket, candidates, rules.admit, now_us)
+        if not rules.displace.least_chunks:
+            return
+        outlook = self._outlook(lane, _ONLINE, now_us)
+        found = self._underway.victim(ticket.job, candidates, rules.displace, rules.order, outlook)
         if found is not None:
-            ticket, job = found
-            ticket.makes_way(job)
-            self._out.append(Preempt(job, Reason.DISPLACED))
+            victim, job = found
+            worker = self.accounts.took(victim, victim.prefill, Reason.DISPLACED)
+            victim.makes_way(job)
+            self._out.append(Preempt(job, Reason.DISPLACED, worker))
 
     def _choose(
         self, ticket: Ticket, candidates: Candidates, now_us: int
@@ -502,6 +504,10 @@ class Core:
         job, admit = ticket.job, self._rules.admit
         if ticket.avoid:
             candidates = without_failed(job, candidates, ticket.avoid, admit, now_us)
+        if ticket.leaves:
+            others = candidates.without((ticket.leaves,))
+            if pair := choose(job, others, admit, self._rules.place, now_us):
+                return pair
         return choose(job, candidates, admit, self._rules.place, now_us)
 
     def _place(self, ticket: Ticket, prefill: Ledger, decode: Ledger, now_us: int) -> None:
@@ -522,6 +528,10 @@ class Core:
                 reason,
             )
         )
+        if ticket.job.kind is _OFFLINE:
+            self._preemptor.placed(ticket)
+        elif prefill.offline.prefills or decode.offline.decodes:
+            self._preemptor.make_way(ticket, now_us)
 
     def _enqueue(self, ticket: Ticket, lane: Lane, now_us: int) -> None:
         job, agenda, order = ticket.job, self._agenda, self._rules.order
@@ -547,7 +557,7 @@ class Core:
         own = lane.candidates.get(kind)
         if own is None:
             own = lane.candidates[kind] = self._fleet.candidates(lane.model, kind)
-        if own.has_usable(now_us):
+        if own.has_usable(now_us) or not self._rules.pools.shares(kind):
             return own
         shared = self._fleet.candidates(lane.model, kind, shared=True)
         return shared if shared.has_usable(now_us) else own
@@ -558,9 +568,8 @@ class Core:
         return outlook_of(self._candidates(lane, kind, now_us), before, now_us)
 
     def _predicted_wait_us(self, lane: Lane, kind: Kind, now_us: int) -> int:
-        return predicted_wait_us(
-            self._candidates(lane, kind, now_us), lane.tokens_before(kind), now_us
-        )
+        candidates = self._candidates(lane, kind, now_us)
+        return predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
 
     def _reject(self, ticket: Ticket, reason: Reason, now_us: int) -> None:
         lane = self._lane(ticket.job.model)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any, Final
 
 import orjson
 
 from gateway.errors import ApiError, Code, Dialect, invalid
-from gateway.prompts import MEDIA_FIELDS, all_of, prompt_start, read_prompts
+from gateway.prompts import MEDIA_FIELDS, all_of, read_prompts
 
-__all__ = ["ROUTES", "Ask", "Dialect", "Limits", "prefix_key", "read"]
+__all__ = ["ROUTES", "Ask", "Dialect", "Limits", "read"]
 
 ROUTES: Final = {
     "/generate": Dialect.GENERATE,
@@ -304,12 +303,3 @@ def _is_stateless(fields: dict[str, Any]) -> bool:
         return True
     present = _STATEFUL.intersection(fields)
     return all(fields[name] in _NEUTRAL.get(name, ()) or fields[name] in _OFF for name in present)
-
-
-def prefix_key(ask: Ask) -> int | None:
-    """Equal for requests whose prompts begin alike and may share a cache; None for batches."""
-    if ask.batched:
-        return None
-    salt = [ask.model, ask.body.get("cache_salt"), ask.body.get("extra_key")]
-    start = orjson.dumps(salt + prompt_start(ask.dialect, ask.body))
-    return int.from_bytes(blake2b(start, digest_size=8).digest(), "big")

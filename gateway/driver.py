@@ -95,8 +95,8 @@ class Driver:
         match decision:
             case Dispatch():
                 self._backend.start(decision)
-            case Preempt(job, _):
-                self._backend.preempt(job)
+            case Preempt():
+                self._backend.preempt(decision)
             case Cancel(job, _):
                 self._backend.stop(job)
             case Reject() | Fail():

@@ -25,6 +25,7 @@ class Dialect(StrEnum):
 class Code(StrEnum):
     """Stable names: clients and dashboards match on them, so none is ever renamed."""
 
+    MALFORMED_HTTP = "malformed_http"
     INVALID_JSON = "invalid_json"
     INVALID_REQUEST = "invalid_request"
     UNSUPPORTED = "unsupported"
@@ -54,6 +55,7 @@ class Code(StrEnum):
 
 
 STATUS: Final[dict[Code, int]] = {
+    Code.MALFORMED_HTTP: 400,
     Code.INVALID_JSON: 400,
     Code.INVALID_REQUEST: 400,
     Code.UNSUPPORTED: 400,

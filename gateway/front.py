@@ -10,11 +10,11 @@ from random import Random
 from aiohttp import ClientPayloadError, hdrs, web
 
 from backends.exchange import Client, Exchange
+from backends.pause import pause
 from backends.sglang import Sglang
 from backends.transcript import Transcript
 from gateway.asking import Caller, Keyring, job_of, kind_of
 from gateway.clients import StreamClient, UnaryClient
-from gateway.clock import pause
 from gateway.config import Config
 from gateway.dialects import ROUTES, Ask, Dialect, Limits, read
 from gateway.driver import Driver
@@ -22,12 +22,14 @@ from gateway.errors import ApiError, Code
 from gateway.fanout import split
 from gateway.log import WriteRequest
 from gateway.metrics import Metrics
+from gateway.prefixes import prefix_keys
 from gateway.report import fields_of, fields_of_refusal, header_lines
 from gateway.router import REQUEST_ID, Route, refusal
 from gateway.visit import FanOut, Part, Visit
 from gateway.wire import Dates, Sent, head
 from policies.clock import Clock
 from policies.events import Arrived, Left
+from policies.registry import PLACE
 from policies.types import Kind, Resume
 
 _EVENTS = "content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
@@ -68,6 +70,7 @@ class Front:
         """Everything that a reload may change here."""
         limits = config.limits
         self._classes, self._timeouts, self._log = config.classes, config.timeouts, config.log
+        self._by_prefix = PLACE[config.policies.place]().by_prefix
         self._body_timeout_s = config.server.body_timeout_s
         self._keys = Keyring(config.key)
         self._limits = Limits(
@@ -153,6 +156,8 @@ class Front:
             classes=self._classes,
             now_us=self._backend.now_us(),
         )
+        if self._by_prefix:
+            job = job._replace(prefixes=prefix_keys(ask))
         rid = ask.body.pop("rid", None) or ""
         online = kind is Kind.ONLINE
         first_s = timeouts.first_token_online_s if online else timeouts.first_token_offline_s

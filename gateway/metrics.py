@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from backends.exchange import Exchange
 from gateway.core import Core
+from policies.ledger import Ledger
 from policies.types import Job, Kind
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -156,7 +157,34 @@ class _CoreGauges(Collector):
         budget = GaugeMetricFamily("slackwater_retry_budget_tokens", "Prompt tokens for retries")
         budget.add_metric([], self._core.retry_budget_tokens)
         yield budget
+        yield from self._preemptions()
         yield from self._workers()
+
+    def _preemptions(self) -> Iterable[Metric]:
+        accounts, budget = self._core.accounts, self._core.abort_budget
+        taken = CounterMetricFamily(
+            "slackwater_preemptions",
+            "Jobs taken off their servers to go on later",
+            labels=["class", "worker", "reason"],
+        )
+        for (kind, worker, reason), count in accounts.preemptions.items():
+            taken.add_metric([kind.value, worker, reason.value], count)
+        lost = CounterMetricFamily(
+            "slackwater_preemption_lost_tokens", "Generated, and generated again", labels=["class"]
+        )
+        again = CounterMetricFamily(
+            "slackwater_preemption_prompt_tokens",
+            "Prompt tokens sent again, what a prefix cache holds included",
+            labels=["class"],
+        )
+        for kind in Kind:
+            lost.add_metric([kind.value], accounts.lost_tokens[kind])
+            again.add_metric([kind.value], accounts.recomputed_tokens[kind])
+        left = GaugeMetricFamily("slackwater_abort_budget", "Preemptions that may be made at once")
+        left.add_metric([], budget.left(self._now_us()))
+        shut = CounterMetricFamily("slackwater_abort_budget_spent", "Times that it was used up")
+        shut.add_metric([], budget.shut)
+        return (taken, lost, again, left, shut)
 
     def _workers(self) -> Iterable[Metric]:
         now_us = self._now_us()
@@ -169,6 +197,9 @@ class _CoreGauges(Collector):
                 ("context_tokens", "Tokens of their contexts"),
                 ("reserved_tokens", "KV tokens booked"),
                 ("foreign_tokens", "KV tokens that others use, by the server's own report"),
+                ("offline_decodes", "Offline jobs among those resident"),
+                ("online_expected", "Online jobs that room is kept for"),
+                ("step_slack", "Share of the tightest TPOT target that a step leaves"),
                 ("load_age_seconds", "Age of the server's last load report"),
             )
         }
@@ -179,6 +210,10 @@ class _CoreGauges(Collector):
             gauges["context_tokens"].add_metric([name], ledger.context_tokens)
             gauges["reserved_tokens"].add_metric([name], ledger.reserved_tokens)
             gauges["foreign_tokens"].add_metric([name], ledger.foreign_tokens)
+            gauges["offline_decodes"].add_metric([name], ledger.offline.decodes)
+            gauges["online_expected"].add_metric([name], ledger.online.expected)
+            if (slack := _step_slack(ledger)) is not None:
+                gauges["step_slack"].add_metric([name], slack)
             if ledger.load is not None:
                 age_s = (now_us - ledger.load.seen_us) / 1e6
                 gauges["load_age_seconds"].add_metric([name], age_s)
@@ -203,3 +238,11 @@ class _CoreGauges(Collector):
                     error.add_metric([name, phase], it.error)
                     age.add_metric([name, phase], it.age_us(now_us) / 1e6)
         return (size, error, age)
+
+
+def _step_slack(ledger: Ledger) -> float | None:
+    """Only where steps are predicted and somebody is there who has a target."""
+    if ledger.steps is None or not (target_us := ledger.online.tightest_us(0)):
+        return None
+    context_tokens = ledger.context_tokens + ledger.foreign_tokens
+    return 1 - ledger.steps.decode_us(ledger.decodes, context_tokens) / target_us

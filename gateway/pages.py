@@ -12,7 +12,7 @@ from aiohttp import hdrs, web
 
 from backends.sglang import Sglang
 from gateway.asking import secret_of
-from gateway.config import Config, WorkerEntry, hardware_of, worker_of
+from gateway.config import Config, WorkerEntry, hardware_of, refuse_itself, worker_of
 from gateway.core import Core
 from gateway.costs import Hardware
 from gateway.driver import Driver
@@ -53,6 +53,7 @@ class Pages:
         self._passing = passing
         self._tasks = tasks
         self._admin_key = config.server.admin_key
+        self._host = config.server.host
 
     @property
     def _core(self) -> Core:
@@ -149,6 +150,7 @@ class Pages:
         try:
             entry = decode(WorkerEntry, table)
             worker = worker_of(entry, "worker")
+            refuse_itself(worker, self._host, _port_of(request))
             if hardware_of(entry) != Hardware():
                 raise ConfigError("cost_model, device and tp are read from config.toml only")
         except ConfigError as error:
@@ -189,6 +191,12 @@ class Pages:
             if given in (name, ledger.worker.url):
                 return name
         raise ApiError(Code.NOT_FOUND, f"no worker is called {given!r}")
+
+
+def _port_of(request: web.BaseRequest) -> int:
+    """Where it came in: the configured port may be 0."""
+    here = request.transport.get_extra_info("sockname") if request.transport else None
+    return int(here[1]) if here else 0
 
 
 def _check_admin(request: web.BaseRequest, key: str) -> None:

@@ -92,16 +92,22 @@ class Passing:
 
     async def _cards(self) -> dict[str, Any]:
         """The models of all servers, each once, in the words of the first that has it."""
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(self._cards_of(server)) for server in self._usable()]
         known: dict[str, Any] = {}
-        for server in self._usable():
-            try:
-                path = _MODELS.encode()
-                answer = await fetch(server.upstream, b"GET", path, timeout_s=_READ_TIMEOUT_S)
-                for card in orjson.loads(answer.body)["data"] if answer.status == 200 else ():
-                    known.setdefault(card["id"], card)
-            except (HttpError, ValueError, KeyError, TypeError):
-                continue
+        for task in asked:
+            known = task.result() | known
         return known
+
+    @staticmethod
+    async def _cards_of(server: Server) -> dict[str, Any]:
+        try:
+            path = _MODELS.encode()
+            answer = await fetch(server.upstream, b"GET", path, timeout_s=_READ_TIMEOUT_S)
+            cards = orjson.loads(answer.body)["data"] if answer.status == 200 else ()
+            return {card["id"]: card for card in cards}
+        except (HttpError, ValueError, KeyError, TypeError):
+            return {}
 
     async def info(self, request: web.BaseRequest) -> web.Response:
         """The first server that answers: a question is asked again without harm."""
@@ -170,10 +176,13 @@ class Passing:
     async def flush(self, request: web.BaseRequest) -> web.Response:
         """All servers forget their cached prefixes; SGLang refuses while something runs there."""
         servers = sorted(self._backend.servers(), key=lambda server: server.name)
+        path = request.path_qs.encode()
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(self._flush(server, path)) for server in servers]
         refused = [
             f"{server.name}: {trouble}"
-            for server in servers
-            if (trouble := await self._flush(server, request.path_qs.encode()))
+            for server, task in zip(servers, asked, strict=True)
+            if (trouble := task.result())
         ]
         if refused:
             done = len(servers) - len(refused)

@@ -13,8 +13,8 @@ import structlog
 from backends.base import Post
 from backends.counters import counters_of
 from backends.fetch import fetch
+from backends.pause import pause
 from backends.sglang import Server, Sglang
-from gateway.clock import pause
 from gateway.config import Telemetry
 from policies.clock import Clock
 from policies.events import Load, LoadReport, WorkerDown, WorkerUp

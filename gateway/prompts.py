@@ -1,4 +1,4 @@
-"""How many prompts a body holds, how long they are, and how they begin."""
+"""How many prompts a body holds, and how long they are."""
 
 from __future__ import annotations
 
@@ -186,32 +186,3 @@ _PROMPTS: Final[dict[Dialect, Callable[[dict[str, Any]], Prompts]]] = {
 
 def read_prompts(dialect: Dialect, body: dict[str, Any]) -> Prompts:
     return _PROMPTS[dialect](body)
-
-
-PREFIX_CHARS: Final = 1_024
-PREFIX_IDS: Final = 256
-
-
-def prompt_start(dialect: Dialect, body: dict[str, Any]) -> list[Any]:
-    """About the first thousand characters of a body's only prompt."""
-    if type(ids := body.get("input_ids")) is list:
-        return ids[:PREFIX_IDS]
-    if dialect in (Dialect.CHAT, Dialect.MESSAGES):
-        turns = [message.get("content") for message in body["messages"]]
-        return _until_full([body.get("system"), *turns])
-    prompt = body.get("text") or body.get("prompt") or body.get("input") or ""
-    if type(prompt) is list and type(prompt[0]) is int:
-        return prompt[:PREFIX_IDS]
-    return _until_full([body.get("instructions"), prompt])
-
-
-def _until_full(parts: list[Any]) -> list[str]:
-    """Later turns of a conversation leave its start as it is."""
-    kept: list[str] = []
-    room = PREFIX_CHARS
-    for part in parts:
-        text = part if type(part) is str else orjson.dumps(part).decode()
-        kept.append(text[:room])
-        if (room := room - len(text)) <= 0:
-            break
-    return kept

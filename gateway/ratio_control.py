@@ -9,7 +9,7 @@ import structlog
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gateway.clock import pause
+from backends.pause import pause
 from gateway.config import Config, control_of
 from gateway.core import Core
 from gateway.driver import Driver

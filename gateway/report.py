@@ -17,14 +17,24 @@ def header_lines(visit: Visit) -> str:
         f"server-timing: {_server_timing(exchange)}\r\n"
         f"x-slackwater-class: {visit.kind}\r\n"
         f"x-slackwater-worker: {pair}\r\n"
+        f"{_preemption_line(visit)}"
     )
+
+
+def _preemption_line(visit: Visit) -> str:
+    """A stream's head goes out with its first token: it tells of those before that."""
+    count = sum(part.exchange.preemptions for part in visit.parts)
+    return f"x-slackwater-preemptions: {count}\r\n" if count else ""
 
 
 def _told_of(visit: Visit) -> Exchange:
     """A stream's head goes out with the first token of any part: others may not be sent yet."""
+    first = visit.parts[0].exchange
+    if len(visit.parts) == 1:
+        return first
     exchanges = (part.exchange for part in visit.parts)
     begun = (exchange for exchange in exchanges if exchange.timeline.first_token_us)
-    return next(begun, visit.parts[0].exchange)
+    return next(begun, first)
 
 
 def _server_timing(exchange: Exchange) -> str:
@@ -82,4 +92,4 @@ def fields_of_refusal(path: str, outcome: str, request_id: str) -> dict[str, Any
 
 
 def _ms(start_us: int, end_us: int) -> float | None:
-    return round((end_us - start_us) / 1000, 2) if start_us and end_us else None
+    return (end_us - start_us + 5) // 10 / 100 if start_us and end_us else None

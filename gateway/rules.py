@@ -1,4 +1,4 @@
-"""The choices that the core leaves to policies, in one value."""
+"""Every choice that the core leaves to policies, in one value."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from policies.displace import Displace, Never
 from policies.order import Edf, Order
 from policies.place import LeastWork, Place
 from policies.pools import Pools, Shared
+from policies.preempt import AbortRule, GiveWay, Stay
 from policies.retry import RetryRule
 from policies.steps import Costs
+from policies.types import Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,9 +27,16 @@ class Rules:
     displace: Displace = field(default_factory=Never)
     pools: Pools = field(default_factory=Shared)
     costs: Costs = field(default_factory=Costs)
+    give_way: GiveWay = field(default_factory=Stay)
+    aborts: AbortRule = field(default_factory=AbortRule)
     breaker: BreakerRule = field(default_factory=BreakerRule)
     retry: RetryRule = field(default_factory=RetryRule)
     switch: SwitchRule = field(default_factory=SwitchRule)
+    holds_offline: bool = False
+    """Offline work waits where no server of its pool is known, instead of being refused."""
     max_queued: int = 10_000
     """Jobs of one kind that may wait for one model."""
     load_stale_us: int = 5_000_000
+
+    def holds(self, kind: Kind) -> bool:
+        return self.holds_offline and kind is Kind.OFFLINE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -26,13 +25,17 @@ from backends.workload import (
 from gateway.config import (
     Admission,
     BreakerSettings,
+    Classes,
+    Colocation,
     Config,
+    Cost,
     Limits,
     Policies,
     RatioSettings,
     Retry,
 )
-from gateway.settings import ConfigError, bounded, decode, one_of
+from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
+from gateway.simulation.doors import DOORS
 from policies.packing import PACKING
 from policies.types import Kind, Pool, Role
 from policies.urgency import PREFILL_ORDER
@@ -95,6 +98,8 @@ class ServerEntry:
     role_switch_s: float = bounded(0.4, low=0)
     parked: bool = False
     """It does not run at the beginning: a ratio policy may start it, in either role."""
+    priority: bool = False
+    """Started with priority scheduling: online requests before offline ones in its queues."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,9 +144,6 @@ class FleetEntry:
     table_model: str = "meta-llama/Meta-Llama-3.1-8B"
     noise: float = bounded(0.05, low=0, high=1)
     """Sigma of the log-normal noise on each step."""
-    predicts: bool = False
-    """The gateway knows the hardware, as `[cost]` tells it; every ratio policy but static needs
-    that."""
     launch_s: float = bounded(45.0, low=0)
     """From the decision to start a parked server until it serves."""
     server: tuple[ServerEntry, ...] = ()
@@ -205,6 +207,8 @@ class WorkloadEntry:
     tick_s: float = bounded(0.0, low=0)
     """Times of the trace are told in such ticks: each request is moved within its own."""
     rate_scale: float = bounded(1.0, low=1e-6)
+    keep_share: float = bounded(1.0, low=1e-6, high=1.0)
+    """Of the rows of a trace, drawn anew for each seed: fewer requests, and bursts as long."""
     bad_rows: BadRows = BadRows.REFUSE
     too_large: BadRows = BadRows.REFUSE
     """The same for requests larger than any server."""
@@ -241,6 +245,13 @@ class PolicyEntry:
     retry: Retry = field(default_factory=Retry)
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
     ratio: RatioSettings = field(default_factory=RatioSettings)
+    cost: Cost = field(default_factory=Cost)
+    classes: Classes = field(default_factory=Classes)
+    colocation: Colocation = field(default_factory=Colocation)
+    door: str = one_of("open", DOORS)
+    """What stands before the gateway; all but `open` are other people's rules, to compare with."""
+    tells_classes: bool = True
+    """Whether the gateway is told which requests are offline ones; else all are online to it."""
 
     def config(self) -> Config:
         return Config(
@@ -250,6 +261,9 @@ class PolicyEntry:
             retry=self.retry,
             breaker=self.breaker,
             ratio=self.ratio,
+            cost=self.cost,
+            classes=self.classes,
+            colocation=self.colocation,
         )
 
 
@@ -357,13 +371,7 @@ class Plan:
 
 def load(path: Path, data: Path | None = None) -> Plan:
     """Reads the scenario, and with it every trace that it names."""
-    try:
-        table = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    scenario = decode(Scenario, table)
+    scenario = decode(Scenario, read_toml(path))
     return planned(scenario, data or path.parent / scenario.data)
 
 
@@ -399,8 +407,8 @@ def check(scenario: Scenario) -> None:
     for i, policy in enumerate(scenario.policy):
         if policy.fleet and policy.fleet not in fleets:
             raise ConfigError(f"policy[{i}].fleet must be one of {fleets}, got {policy.fleet!r}")
-        if policy.ratio.policy != "static" and not scenario.fleet_of(policy).predicts:
-            raise ConfigError(f"policy[{i}].ratio needs a fleet that predicts")
+        if policy.ratio.policy != "static" and not policy.cost.model:
+            raise ConfigError(f"policy[{i}].ratio needs policy[{i}].cost, as in config.toml")
     for i, fleet in enumerate(scenario.fleet):
         _check_roles(fleet, f"fleet[{i}]")
 

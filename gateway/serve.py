@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import random
 import sys
 from dataclasses import replace
@@ -18,6 +17,7 @@ from backends.engine import EngineConfig
 from backends.fleet.command import Board
 from backends.fleet.fleet import Fleet
 from backends.fleet.spec import FleetSpec, read_spec
+from gateway import collector
 from gateway.app import Reading, run
 from gateway.clock import LiveClock
 from gateway.config import Config, Server, Timeouts, WorkerEntry, check, load, with_workers
@@ -69,10 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_serve(given: argparse.Namespace) -> int:
     config = configuration(given)
-    # A request leaves no cycles worth looking for so often: by default the collector would run
-    # every few requests, over all that the start has made.
-    gc.freeze()
-    gc.set_threshold(20_000, 50, 100)
+    collector.run_rarely()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         clock = LiveClock(runner.get_loop())
         rng = random.Random(random.SystemRandom().getrandbits(128))
@@ -98,9 +95,14 @@ async def _run_embedded(given: argparse.Namespace, clock: Clock, rng: random.Ran
             )
             for name, server in fleet.servers.items()
         )
-        server = configuration(given).server
-        sys.stderr.write(_WELCOME.format(host=server.host, port=server.port))
-        await run(lambda: _read_or_emulate(given, entries), given.config, clock, rng)
+        host = configuration(given).server.host
+        await run(
+            lambda: _read_or_emulate(given, entries),
+            given.config,
+            clock,
+            rng,
+            greet=lambda port: sys.stderr.write(_WELCOME.format(host=host, port=port)),
+        )
 
 
 def _read(given: argparse.Namespace) -> Reading:

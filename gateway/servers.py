@@ -12,7 +12,7 @@ from policies.ledger import Ledger
 from policies.pools import Pools, Shared
 from policies.queue import KeyedHeap
 from policies.steps import Costs
-from policies.types import Kind, Role, Worker
+from policies.types import Kind, Pool, Role, Worker
 
 _NEVER_US = 2**63
 
@@ -164,6 +164,8 @@ class Fleet:
         ]
         prefills = [self.ledgers[w.name] for w in pools.prefills(kind, workers)]
         decodes = [self.ledgers[w.name] for w in pools.decodes(kind, workers)]
+        if kind is Kind.OFFLINE:
+            decodes = _lending(decodes)
         return Candidates(
             prefills=[e for e in prefills if e.worker.role is Role.PREFILL],
             decodes=decodes,
@@ -174,3 +176,10 @@ class Fleet:
     def _serves(worker: Worker, model: str) -> bool:
         """A server that did not name its model takes any, and so does a job."""
         return not model or not worker.model or worker.model == model
+
+
+def _lending(decodes: list[Ledger]) -> list[Ledger]:
+    """What a strict server can lend is known by its predicted steps alone."""
+    if not any(e.worker.pool is Pool.RELAXED for e in decodes):
+        return decodes
+    return [e for e in decodes if e.worker.pool is Pool.RELAXED or e.steps is not None]

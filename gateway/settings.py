@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tomllib
 import types
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -14,6 +16,15 @@ T = TypeVar("T")
 
 class ConfigError(ValueError):
     """Something in the configuration is wrong; the message names the key."""
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def bounded(default: Any, *, low: float | None = None, high: float | None = None) -> Any:

@@ -10,9 +10,9 @@ import orjson
 
 from backends.fetch import fetch
 from backends.http import HttpError
+from backends.pause import pause
 from backends.sglang import Server
 from backends.trouble import Blame, judge_answer
-from gateway.clock import pause
 from policies.clock import Clock
 
 ABORT_AFTER_S = 0.1

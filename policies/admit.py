@@ -20,6 +20,10 @@ class Admit(Protocol):
 
     def decode(self, job: Job, ledger: Ledger) -> bool: ...
 
+    def lacks(self, job: Job, ledger: Ledger) -> tuple[int, float]:
+        """The seats and the KV tokens that a decode server is short of for it; 0 and less: none."""
+        ...
+
     def reserved(self, job: Job) -> int:
         """The KV tokens to book for a job whose output length nobody knows."""
         ...
@@ -73,6 +77,13 @@ class Headroom:
         return taken + self.reserved(job) <= ledger.kv_tokens * self.kv_watermark or (
             not ledger.decodes and self.fits_ever(job, ledger)
         )
+
+    def lacks(self, job: Job, ledger: Ledger) -> tuple[int, float]:
+        seats = ledger.decodes + 1 - ledger.max_running if ledger.max_running else 0
+        if not ledger.kv_tokens:
+            return seats, 0
+        taken = ledger.reserved_tokens + ledger.foreign_tokens + self.reserved(job)
+        return seats, taken - ledger.kv_tokens * self.kv_watermark
 
     def reserved(self, job: Job) -> int:
         return job.prompt_tokens + min(job.max_tokens, self.output_reserve_tokens)

@@ -50,22 +50,26 @@ class ByCost:
     """When the order puts the waiting one first, and that saves more than is computed twice.
 
     The head of the queue is spared the rest of the long prompt. The long one pays for it with the
-    head's own work, and everybody with what is lost of the chunk under way. No prompt makes way
-    more than `most_times`.
+    head's own work, and everybody with what is lost of the chunk under way: more than `margin`
+    times that has to be saved, or `rescue_margin` times where the head is late if it waits and in
+    time if it does not. No prompt makes way more than `most_times`.
     """
 
     least_chunks: int = 2
-    most_times: int = 3
-    margin: float = 1.0
-    """How many times what is computed twice has to be saved."""
+    most_times: int = 10
+    margin: float = 4.0
+    rescue_margin: float = 1.0
 
     def makes_way(self, standing: Standing, head: Job, order: Order, outlook: Outlook) -> bool:
         if standing.times >= self.most_times:
             return False
         if order.key(head, outlook) >= order.key(standing.job, outlook):
             return False
-        paid_us = outlook.work_us(remaining_tokens(head)) + self.margin * standing.lost_us
-        return standing.rest_us > paid_us
+        own_us = outlook.work_us(remaining_tokens(head))
+        soonest_us = outlook.now_us + own_us
+        is_rescue = soonest_us <= head.deadline_us < soonest_us + standing.rest_us
+        margin = self.rescue_margin if is_rescue else self.margin
+        return standing.rest_us > own_us + margin * standing.lost_us
 
 
 def standing_of(job: Job, ledger: Ledger, sent_us: int, times: int, now_us: int) -> Standing | None:

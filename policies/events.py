@@ -35,6 +35,14 @@ class Reason(StrEnum):
     """Somebody asked for its place."""
     ROLE_SWITCH = "role_switch"
     """Its server is about to take another role."""
+    ONLINE_PREFILL = "online_prefill"
+    """Its prompt was in the way of an online one."""
+    ONLINE_DECODE = "online_decode"
+    """An online job needed its seat or its memory."""
+    STEP_TIME = "step_time"
+    """With it the steps of online jobs took too long."""
+    PULLED = "pulled"
+    """A strict server has room for it."""
     DISPLACED = "displaced"
     """A more urgent prompt has its prefill server."""
     QUEUE_FULL = "queue_full"
@@ -253,6 +261,8 @@ class Preempt:
 
     job: Job
     reason: Reason
+    worker: str = ""
+    """The server whose room was wanted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from policies.breaker import Breaker
 from policies.events import Load
+from policies.prefixes import Prefixes
 from policies.roofline import CostModel
 from policies.steps import Steps
+from policies.tide import Tide
 from policies.types import Job, Worker
 
 
@@ -26,6 +28,10 @@ class PrefillRate:
     def begin(self, now_us: int) -> None:
         self._since_us = now_us
 
+    def under_way(self, now_us: int) -> float:
+        """Tokens computed since the last prompt was, if the server kept to its rate."""
+        return (now_us - self._since_us) * (self.tokens_per_us or 0.0)
+
     def done(self, tokens: int, now_us: int) -> None:
         self._busy_us += now_us - self._since_us
         self._tokens += tokens
@@ -39,6 +45,37 @@ class PrefillRate:
         if self._tokens < self.EVIDENCE_TOKENS or self._busy_us <= 0:
             return None
         return self._tokens / self._busy_us
+
+
+class Offline:
+    """The part of a server's books that can be taken back."""
+
+    __slots__ = ("context_tokens", "decodes", "prefill_tokens", "prefills", "reserved_tokens")
+
+    def __init__(self) -> None:
+        self.prefills = 0
+        self.prefill_tokens = 0
+        self.decodes = 0
+        self.context_tokens = 0
+        self.reserved_tokens = 0
+
+    def add(self, context: int, reserved: int) -> None:
+        self.decodes += 1
+        self.context_tokens += context
+        self.reserved_tokens += reserved
+
+    def end(self, context: int, reserved: int) -> None:
+        self.decodes -= 1
+        self.context_tokens -= context
+        self.reserved_tokens -= reserved
+
+    def add_prefill(self, tokens: int) -> None:
+        self.prefills += 1
+        self.prefill_tokens += tokens
+
+    def end_prefill(self, tokens: int) -> None:
+        self.prefills -= 1
+        self.prefill_tokens -= tokens
 
 
 class Ledger:
@@ -60,9 +97,12 @@ class Ledger:
         "line",
         "load",
         "max_running",
+        "offline",
+        "online",
         "prefill_rate",
         "prefill_tokens",
         "prefills",
+        "prefixes",
         "reserved_tokens",
         "steps",
         "up",
@@ -81,11 +121,15 @@ class Ledger:
         self.context_tokens = 0
         self.reserved_tokens = 0
         self.dispatched = 0
+        self.prefixes = Prefixes()
+        """Of the prompts that went there to be computed."""
         self.foreign_tokens = 0
         self.load: Load | None = None
         self.kv_tokens = worker.kv_tokens
         """The capacity, by the operator's word or the server's; 0 when nobody knows it."""
         self.max_running = worker.max_running
+        self.offline = Offline()
+        self.online = Tide()
         self.steps: Steps | None = None
         """Predicted step times, where the hardware is known."""
         self.line: tuple[float, float] | None = None
@@ -116,6 +160,7 @@ class Ledger:
 
     def correct(self, load: Load) -> None:
         self.load = load
+        self.online.roll(load.seen_us)
         self.adopt(self.worker)
         foreign = max(0, load.total_tokens - self.context_tokens - self.prefill_tokens)
         self.foreign_tokens = min(foreign, self._foreign_before)

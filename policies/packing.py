@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import inf
 from typing import NamedTuple, Protocol
 
@@ -79,64 +80,52 @@ class Kairos:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slack:
-    """Whoever is on time stays so; whoever costs the others more than they gain waits its turn.
+    """Whoever is on time gets ahead of its target, and what is ahead is spent on long contexts.
 
-    * Requests that are late already do not bound the step: they would stop the whole for good.
-    * Short contexts come first. A longer one joins when nobody on time gets late by it and tokens
-      per second do not fall, or when it would itself be late with the step after this one.
-    * Nobody waits for more than `most_skipped` steps in a row.
-    * Where all together are as fast as the chosen ones, and nobody gets late by it, all step.
+    * Everybody steps, unless that takes longer than the limit: then the shortest that fit do.
+    * The limit is `aim` of the target, or what the least advanced request that is on time has in
+      hand at that pace, where this is more. Late requests set none: they would stop the whole.
+    * Nobody waits for more than `most_skipped` steps in a row; when a turn comes, all step, because
+      a step that one long context makes slow costs the others least when they are in it.
     """
 
-    most_skipped: int = 7
+    aim: float = 0.7
+    most_skipped: int = 15
     by_longest = False
 
     def choose(self, running: Sequence[Running], step_us: StepUs) -> list[int]:
         everybody = list(range(len(running)))
-        context = sum(row.context_tokens for row in running)
-        longest = max((row.context_tokens for row in running), default=0)
-        all_us = step_us(len(running), context, longest)
-        limit_us = least_slack_us(running, step_us)
-        chosen = self._packed(running, step_us, all_us, limit_us)
-        if len(chosen) == len(running):
+        contexts = [row.context_tokens for row in running]
+        limit_us = self.limit_us(running)
+        if (
+            len(running) < 2
+            or any(row.skipped >= self.most_skipped for row in running)
+            or step_us(len(running), sum(contexts), max(contexts)) <= limit_us
+        ):
             return everybody
-        took_us = _together_us(running, chosen, step_us)
-        if all_us <= limit_us and len(running) * took_us >= len(chosen) * all_us:
-            return everybody
-        return sorted(chosen)
+        everybody.sort(key=lambda i: (not running[i].must_step, contexts[i], i))
+        least = max(1, sum(row.must_step for row in running))
+        sums = list(accumulate(contexts[i] for i in everybody))
+        tops = list(accumulate((contexts[i] for i in everybody), max))
+        low, high = least, len(running)
+        while low + 1 < high:
+            middle = (low + high) // 2
+            if step_us(middle, sums[middle - 1], tops[middle - 1]) <= limit_us:
+                low = middle
+            else:
+                high = middle
+        return sorted(everybody[:low])
 
-    def _packed(
-        self, running: Sequence[Running], step_us: StepUs, all_us: float, limit_us: float
-    ) -> list[int]:
-        chosen = [i for i, row in enumerate(running) if self._has_its_turn(row)]
-        taken = set(chosen)
-        context = sum(running[i].context_tokens for i in chosen)
-        longest = max((running[i].context_tokens for i in chosen), default=0)
-        now_us = step_us(len(chosen), context, longest) if chosen else 0.0
-        for index in _shortest_first(running):
-            row, count = running[index], len(chosen) + 1
-            if index in taken:
+    def limit_us(self, running: Sequence[Running]) -> float:
+        """How long a step may take for the sake of those who are on time."""
+        least_us = inf
+        for row in running:
+            if row.tpot_us <= 0 or _slack_us(row) < 0:
                 continue
-            top = max(longest, row.context_tokens)
-            then_us = step_us(count, context + row.context_tokens, top)
-            if chosen and then_us > limit_us:
-                continue
-            slows = bool(chosen) and count * now_us < len(chosen) * then_us
-            if slows and not self._cannot_wait(row, step_us, now_us, all_us):
-                continue
-            chosen.append(index)
-            context, longest, now_us = context + row.context_tokens, top, then_us
-        return chosen
-
-    def _has_its_turn(self, row: Running) -> bool:
-        return row.must_step or row.skipped >= self.most_skipped
-
-    @staticmethod
-    def _cannot_wait(row: Running, step_us: StepUs, now_us: float, all_us: float) -> bool:
-        """On time now, and no longer so after a step without it and one of all together."""
-        slack_us = _slack_us(row)
-        alone_us = step_us(1, row.context_tokens, row.context_tokens)
-        return alone_us <= slack_us < now_us + all_us
+            pace_us = self.aim * row.tpot_us
+            in_hand_us = pace_us * (row.produced + 1) - row.since_first_us
+            least_us = min(least_us, max(pace_us, in_hand_us))
+        return least_us
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,26 +181,11 @@ PACKING: dict[str, Packing] = {
 }
 
 
-def least_slack_us(running: Sequence[Running], step_us: StepUs) -> float:
-    """How long a step may take before somebody who is on time gets late by it."""
-    least_us = inf
-    for row in running:
-        slack_us = _slack_us(row)
-        if slack_us < least_us and slack_us >= step_us(1, row.context_tokens, row.context_tokens):
-            least_us = slack_us
-    return least_us
-
-
 def _slack_us(row: Running) -> float:
     """Until its next token is due, at the pace of one token in each target since the first."""
     if row.tpot_us <= 0:
         return inf
     return row.tpot_us * (row.produced + 1) - row.since_first_us
-
-
-def _together_us(running: Sequence[Running], chosen: Sequence[int], step_us: StepUs) -> float:
-    tokens = [running[i].context_tokens for i in chosen]
-    return step_us(len(tokens), sum(tokens), max(tokens))
 
 
 def _shortest_first(running: Sequence[Running]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from policies.types import Kind, Pool, Role, Worker
@@ -16,6 +17,10 @@ class Pools(Protocol):
 
     def decodes(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]: ...
 
+    def shares(self, kind: Kind) -> bool:
+        """Whether it may use any server while nobody of its pool is in rotation."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Shared:
@@ -27,21 +32,47 @@ class Shared:
     def decodes(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]:
         return [w for w in workers if w.role is Role.DECODE]
 
+    def shares(self, kind: Kind) -> bool:
+        return True
 
-@dataclass(frozen=True, slots=True)
+
+class WithoutRelaxed(StrEnum):
+    """What becomes of offline work where no relaxed server is in rotation."""
+
+    SHARE = "share"
+    HOLD = "hold"
+    REJECT = "reject"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ByLatency:
-    """Online work decodes on strict servers and offline work on relaxed ones.
+    """Online work decodes on strict servers, offline work on relaxed ones and on what strict ones
+    lend.
 
-    A kind whose pool is empty shares what there is: holding it back would hang it.
+    A kind whose pool is empty shares what there is: holding it back would hang it. Offline work
+    can be kept from that.
     """
+
+    lends: bool = False
+    """Whether strict decode servers take offline work as far as their slack goes."""
+    without_relaxed: WithoutRelaxed = WithoutRelaxed.SHARE
 
     def prefills(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]:
         unified = self._own(kind, [w for w in workers if w.role is Role.UNIFIED])
         return [w for w in workers if w.role is Role.PREFILL] + unified
 
     def decodes(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]:
-        return self._own(kind, [w for w in workers if w.role is Role.DECODE])
+        decodes = [w for w in workers if w.role is Role.DECODE]
+        own = self._own(kind, decodes)
+        if kind is Kind.OFFLINE and self.lends and own:
+            return decodes
+        return own
+
+    def shares(self, kind: Kind) -> bool:
+        """Whether it may use the other pool while nobody of its own is in rotation."""
+        return kind is Kind.ONLINE or self.without_relaxed is WithoutRelaxed.SHARE
 
     def _own(self, kind: Kind, workers: list[Worker]) -> list[Worker]:
         wanted = Pool.STRICT if kind is Kind.ONLINE else Pool.RELAXED
-        return [w for w in workers if w.pool is wanted] or workers
+        own = [w for w in workers if w.pool is wanted]
+        return own or (workers if self.shares(kind) else [])

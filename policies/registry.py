@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from policies.displace import ByCost, Displace, Never
 from policies.order import Edf, Fcfs, Order, Shortest
-from policies.place import LeastWork, Place, RoundRobin
+from policies.place import CacheAware, LeastWork, Place, PowerOfTwo, RoundRobin
 from policies.planners import DynLoad, DynSla
 from policies.pools import ByLatency, Pools, Shared
+from policies.preempt import ForSlack, GiveWay, Stay
 from policies.ratio import Dopd, DopdPlus, Ratio, Static
 from policies.slack import Hrrn, Kairos, Salvage
 
@@ -19,7 +20,12 @@ ORDER: dict[str, type[Order]] = {
     "salvage": Salvage,
 }
 DISPLACE: dict[str, type[Displace]] = {"none": Never, "by-cost": ByCost}
-PLACE: dict[str, type[Place]] = {"least-work": LeastWork, "round-robin": RoundRobin}
+PLACE: dict[str, type[Place]] = {
+    "least-work": LeastWork,
+    "round-robin": RoundRobin,
+    "power-of-two": PowerOfTwo,
+    "cache-aware": CacheAware,
+}
 POOLS: dict[str, type[Pools]] = {"none": Shared, "latency": ByLatency}
 RATIO: dict[str, type[Ratio]] = {
     "static": Static,
@@ -28,3 +34,4 @@ RATIO: dict[str, type[Ratio]] = {
     "dyn-load": DynLoad,
     "dyn-sla": DynSla,
 }
+PREEMPT: dict[str, type[GiveWay]] = {"none": Stay, "slack": ForSlack}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from policies.calibration import DecodeMoments
 from policies.correction import Correction, observe
 from policies.roofline import CostModel
+from policies.sizing import saturation_batch
 from policies.types import Worker
 
 RATE_PROMPT_TOKENS = 2048
@@ -58,6 +59,7 @@ class Steps:
         "_pairs",
         "_prompt_tokens",
         "_prompts",
+        "_saturation",
         "_seen",
         "_token_us",
         "chunk_tokens",
@@ -81,6 +83,7 @@ class Steps:
         self._pairs = 0.0
         self._computed_tokens = self._busy_us = 0
         self._left = self._left_context = 0
+        self._saturation = 0
 
     def fits(self, cost: CostModel, chunk_tokens: int, replicas: int) -> bool:
         """Whether these predictions are still those of such a worker."""
@@ -110,6 +113,13 @@ class Steps:
         """At the size of a whole chunk, as corrected, all ranks together."""
         seconds = self.cost.prefill_one(self.chunk_tokens).seconds * self.prefill.factor
         return self.replicas * self.chunk_tokens / (seconds * 1e6)
+
+    @property
+    def saturation(self) -> int:
+        """Sequences beyond which a step's linear layers win nothing more, all ranks together."""
+        if not self._saturation:
+            self._saturation = saturation_batch(self.cost)
+        return self._saturation * self.replicas
 
     def _tabulate(self, count: int) -> None:
         for known in range(len(self._base_us), count + 64):

@@ -58,6 +58,8 @@ class Job(NamedTuple):
     resume: Resume = Resume.EXACT
     cached_on: str = ""
     """The server that holds them; empty: any."""
+    prefixes: tuple[int, ...] = ()
+    """Keys of its beginnings, where the policy of placement looks at them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 
@@ -31,7 +32,9 @@ Key = tuple[float, ...]
 PrefillOrder = Callable[[Sequence[Waiting], Speed], list[Key]]
 """A key for each prompt, of those in the order they came; the smallest goes first."""
 
-OLDEST_EVERY = {"salvage": 16, "shortest": 16}
+RESERVE = 1.05
+"""Rescue: work is taken to be so much more than predicted, because others will come."""
+OLDEST_EVERY = {"salvage": 16, "shortest": 16, "rescue": 16}
 """Orders that could put a prompt off for ever give each so many-th pass to the oldest ones."""
 
 
@@ -83,6 +86,32 @@ def salvage(waiting: Sequence[Waiting], speed: Speed) -> list[Key]:
     return keys
 
 
+def rescue(waiting: Sequence[Waiting], speed: Speed) -> list[Key]:
+    """As many as can be on time, first due first; then the others by what is left of them.
+
+    The rule of Moore and Hodgson: in the order of deadlines, whenever one would be late, whoever of
+    those before it has the most left is given up. It is optimal for those that are here.
+    """
+    first_due = sorted(
+        (row.arrival_us + row.ttft_us, i) for i, row in enumerate(waiting) if row.ttft_us > 0
+    )
+    kept: list[tuple[int, int]] = []
+    done_us, us_per_token = speed.now_us, RESERVE / speed.tokens_per_us
+    for due_us, i in first_due:
+        heappush(kept, (-waiting[i].rest_tokens, i))
+        done_us += waiting[i].rest_tokens * us_per_token
+        if done_us > due_us:
+            done_us += heappop(kept)[0] * us_per_token
+    on_time = {i for _, i in kept}
+    return [
+        _after_online(
+            row,
+            (0.0, row.arrival_us + row.ttft_us) if i in on_time else (1.0, row.rest_tokens),
+        )
+        for i, row in enumerate(waiting)
+    ]
+
+
 def fcfs_slacks(waiting: Sequence[Waiting], speed: Speed) -> list[float]:
     """What is left of each target, as a share of it, if all were computed as they came."""
     cursor_us, slacks = speed.now_us, []
@@ -104,4 +133,5 @@ PREFILL_ORDER: dict[str, PrefillOrder] = {
     "hrrn": hrrn,
     "kairos": kairos,
     "salvage": salvage,
+    "rescue": rescue,
 }

@@ -47,6 +47,7 @@ _SECTIONS = {
     "classes": "Who waits for an answer, and how long.",
     "classes.online": "A person waits: the first token is due, and then each further one.",
     "classes.offline": "Nobody waits: it fills what online work leaves free.",
+    "colocation": "Offline work beside online work, under policies.pools = latency.",
     "admission": "How much work a server is given at once.",
     "limits": "What one client, and all of them together, may ask for.",
     "timeouts": "How long each phase may take before its servers are given up.",

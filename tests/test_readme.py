@@ -23,7 +23,7 @@ from gateway.metrics import Metrics
 from gateway.ratio_control import RatioControl
 from gateway.settings import decode
 from policies.clock import VirtualClock
-from policies.registry import ORDER, PLACE, POOLS, RATIO
+from policies.registry import DISPLACE, ORDER, PLACE, POOLS, PREEMPT, RATIO
 from policies.types import Kind
 from tests import documents
 from tests.documents import CONFIG, EXAMPLE, README, ROOT, between, rows
@@ -74,7 +74,13 @@ def test_the_example_in_config_toml_is_a_fleet_once_its_comments_are_taken_away(
 
 def test_the_policies_are_those_of_the_registries() -> None:
     told = {tuple(code_names(" ".join(row[:2]))) for row in rows(section("Policies"))}
-    known: dict[str, Iterable[str]] = {"order": ORDER, "place": PLACE, "pools": POOLS}
+    known: dict[str, Iterable[str]] = {
+        "order": ORDER,
+        "displace": DISPLACE,
+        "place": PLACE,
+        "pools": POOLS,
+        "preempt": PREEMPT,
+    }
     keys = {(f"policies.{key}", name) for key, names in known.items() for name in names}
     assert told == keys | {("ratio.policy", name) for name in RATIO}
 
@@ -171,7 +177,7 @@ def test_curl_and_the_official_client_get_what_the_readme_promises() -> None:
 
 
 def test_a_policy_changed_in_the_file_acts_at_once(tmp_path: Path) -> None:
-    block = blocks("", section("Policies"))[0]
+    block = blocks("", section("Policies"))[1]
     commands = [line.split("  #")[0].strip() for line in block.splitlines()]
     before, after = (line for line in commands if line.startswith("curl"))
     edit = next(line for line in commands if line.startswith("sed"))

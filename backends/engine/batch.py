@@ -71,7 +71,8 @@ class DecodeBatch:
     @property
     def longest_tokens(self) -> int:
         """The most that one member holds."""
-        return max((self.context_of(it) for it in self.members.values()), default=0)
+        ahead = (it.prefilled - it.joined for it in self.members.values())
+        return self.steps + max(ahead, default=-self.steps)
 
     def context_of(self, resident: Resident) -> int:
         return resident.prefilled + self.steps - resident.joined

@@ -488,7 +488,7 @@ class Engine:
             case _:
                 self.prefilling.remove(resident)
                 self.sending.drop(resident)
-                self.machine.end(resident, aborted("Abort in waiting queue"))
+                self.machine.end(resident, aborted("Abort in waiting queue"), keep=False)
 
     def _retract_all(self) -> None:
         for resident in list(self.machine.batch.members.values()):

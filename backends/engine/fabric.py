@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from backends.addresses import canonical
 from backends.engine.request import Peer, Resident
 from policies.clock import Clock
 
@@ -78,7 +79,3 @@ class Fabric:
                     other.peer_lost(server.name, life, address)
 
         self._clock.call_at(self._clock.time() + notice_s, notice)
-
-
-def canonical(host: str) -> str:
-    return "127.0.0.1" if host.strip("[]") in {"localhost", "::1"} else host

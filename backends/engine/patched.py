@@ -16,7 +16,7 @@ from backends.engine.prefilling import Chunk, Prefilling
 from backends.engine.request import Resident
 from backends.steptimes import StepTimes
 from policies.clock import Clock
-from policies.packing import PACKING, Running
+from policies.packing import PACKING, All, Running
 from policies.step_table import StepTable
 from policies.urgency import OLDEST_EVERY, PREFILL_ORDER, Speed, Waiting
 
@@ -30,6 +30,7 @@ class PackedBatch(DecodeBatch):
     def __init__(self, page: int) -> None:
         super().__init__(page)
         self.stepping: list[Resident] = []
+        self._waited: list[Resident] = []
 
     def elect(self, stepping: list[Resident]) -> None:
         self.stepping = stepping
@@ -40,14 +41,18 @@ class PackedBatch(DecodeBatch):
         return sum(page for it in stepping if self.context_of(it) % page == 0)
 
     def pass_step(self) -> None:
-        chosen = {it.serial for it in self.stepping}
-        for resident in self.members.values():
-            if resident.serial in chosen:
+        waited, self._waited = self._waited, []
+        if len(self.stepping) < len(self.members):
+            chosen = {it.serial for it in self.stepping}
+            self._waited = [it for it in self.members.values() if it.serial not in chosen]
+        again = {it.serial for it in self._waited}
+        for resident in waited:
+            if resident.serial not in again:
                 resident.skipped = 0
-            else:
-                self._defer(resident)
+        for resident in self._waited:
+            self._defer(resident)
         self.steps += 1
-        self.context_tokens += len(chosen)
+        self.context_tokens += len(self.stepping)
 
     def step(self) -> list[Resident]:
         self.pass_step()
@@ -89,18 +94,19 @@ class Packed(Decoding):
             profile = partial(_profiled_us, predicted)
         by_longest = self._packing.by_longest or machine.config.straggler
         self.table = StepTable(profile, by_longest=by_longest)
+        self._planned = (0, 0, 0)
 
     def plan(self) -> int:
         self._elect()
         return len(self._packed.stepping) if super().plan() else 0
 
     def seconds(self, times: StepTimes) -> float:
-        count, context, longest = self._size()
+        count, context, longest = self._planned = self._size()
         return times.decode_s(count, longest if self._machine.config.straggler else context)
 
     def settle(self, step_us: float) -> None:
         machine, batch = self._machine, self._packed
-        self.table.observe(*self._size(), step_us)
+        self.table.observe(*self._planned, step_us)
         machine.counters.decoded(len(batch.stepping), step_us, since_launch_us=self._last_step_us)
         self._last_step_us = step_us
         stepped = batch.stepping
@@ -131,26 +137,19 @@ class Packed(Decoding):
         return batch
 
     def _elect(self) -> None:
-        members = list(self._packed.members.values())
-        now_s = self._machine.clock.time()
-        running = [self._running(it, now_s) for it in members]
-        chosen = self._packing.choose(running, self.table.step_us)
-        self._packed.elect([members[i] for i in chosen])
-
-    def _running(self, resident: Resident, now_s: float) -> Running:
-        first_s = resident.first_token_s
-        return Running(
-            context_tokens=self._packed.context_of(resident),
-            produced=resident.generated - 1,
-            since_first_us=0.0 if first_s is None else (now_s - first_s) * 1e6,
-            tpot_us=resident.request.tpot_s * 1e6,
-            skipped=resident.skipped,
-            is_online=resident.request.is_online,
-            must_step=resident.end_reason is not None,
-        )
+        batch, now_s = self._packed, self._machine.clock.time()
+        members = list(batch.members.values())
+        if not isinstance(self._packing, All):
+            running = [_running(it, batch.steps, now_s) for it in members]
+            members = [members[i] for i in self._packing.choose(running, self.table.step_us)]
+        batch.elect(members)
 
     def _size(self) -> tuple[int, int, int]:
-        tokens = [self._packed.context_of(it) for it in self._packed.stepping]
+        """How many step, their tokens together, and the longest's."""
+        batch = self._packed
+        if len(batch.stepping) == len(batch):
+            return len(batch), batch.context_tokens, batch.longest_tokens
+        tokens = [it.prefilled + batch.steps - it.joined for it in batch.stepping]
         return len(tokens), sum(tokens), max(tokens, default=0)
 
 
@@ -263,6 +262,20 @@ class Urgent(Prefilling):
         self._machine.release(victim, keep=True)
         self.enqueue(victim)
         return True
+
+
+def _running(resident: Resident, steps: int, now_s: float) -> Running:
+    request, passed = resident.request, steps - resident.joined
+    first_s = now_s if resident.first_token_s is None else resident.first_token_s
+    return Running(
+        resident.prefilled + passed,
+        resident.generated_before + passed - 1,
+        (now_s - first_s) * 1e6,
+        request.tpot_s * 1e6,
+        resident.skipped,
+        request.is_online,
+        resident.end_reason is not None,
+    )
 
 
 def _waiting(resident: Resident) -> Waiting:

@@ -83,7 +83,8 @@ class Prefilling:
             resident.prefilled += chunk.new_tokens
             resident.computed_tokens += chunk.new_tokens
             self._machine.counters.prefill_uncached_tokens += chunk.new_tokens
-            self._machine.share(resident)
+            if not resident.abort_sent:  # its last pass is not kept
+                self._machine.share(resident)
             if resident.prefilled == resident.fill_tokens:
                 resident.computed_s = resident.computed_s or self._machine.clock.time()
                 complete.append(resident)

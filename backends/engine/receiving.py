@@ -11,6 +11,8 @@ from backends.engine.prefilling import urgency
 from backends.engine.request import Peer, Resident, Stage, aborted
 from policies.clock import Timer
 
+Met = tuple[str, int, int]
+"""A prefill server, its life, and how often it had changed its role in it."""
 HANDSHAKE_FAILED = "Decode handshake"
 TRANSFER_FAILED = "Decode transfer"
 NO_BACKUP = "Retracted under decode memory pressure without a KV backup. Retry later."
@@ -32,8 +34,8 @@ class Receiving:
         self._myself = myself
         self._wake = wake
         self._retry: Timer | None = None
-        self._connected: dict[str, tuple[int, int]] = {}
-        """The life and the switches of each prefill server when it was last met."""
+        self._connected: dict[str, Met] = {}
+        """What answered at each bootstrap address, as it was spelled, when it was connected to."""
         self.handshaking: dict[int, tuple[float, Resident]] = {}
         self.prealloc: dict[int, Resident] = {}
         self.receiving: dict[int, Resident] = {}
@@ -92,6 +94,7 @@ class Receiving:
 
     def lost(self, server: str, life: int, address: str) -> None:
         why = f"Lost connection with prefill instance (bootstrap_addr: {address})"
+        self._connected = {at: met for at, met in self._connected.items() if met[0] != server}
         for resident in list(self.receiving.values()):
             if resident.peer is not None and (resident.peer.server, resident.peer.life) == (
                 server,
@@ -108,7 +111,7 @@ class Receiving:
         prefill = None if self._machine.is_fake(resident) else self._prefill(resident)
         room = resident.request.bootstrap_room or 0
         self._machine.fail(resident, HANDSHAKE_FAILED if before_transfer else TRANSFER_FAILED, why)
-        if prefill is not None:
+        if prefill is not None and not self._is_stale(resident, prefill):
             prefill.room_withdrawn(room, why)
 
     def drop(self, resident: Resident) -> None:
@@ -183,16 +186,19 @@ class Receiving:
         prefill = self._prefill(resident)
         if prefill is not None:
             resident.peer = Peer(prefill.name, prefill.life)
-            if not self._is_stale(prefill):
+            self._connected.setdefault(self._address(resident), met(prefill))
+            if not self._is_stale(resident, prefill):
                 prefill.room_offered(resident.request.bootstrap_room or 0, self._myself(resident))
 
-    def _is_stale(self, prefill: Server) -> bool:
-        """A server that was switched and came back in one life is met once on a dead connection:
-        that offer is lost, the one after it is not."""
-        now = (prefill.life, prefill.switches)
-        before = self._connected.get(prefill.name, now)
-        self._connected[prefill.name] = now
-        return before[0] == now[0] and before != now
+    def _is_stale(self, resident: Resident, prefill: Server) -> bool:
+        """The connection leads to a life, or to a turn at its role, that is over: what is sent
+        over it is lost. SGLang notices by missed heartbeats or when a request has timed out."""
+        known = self._connected.get(self._address(resident))
+        return known is not None and known != met(prefill)
+
+    def _address(self, resident: Resident) -> str:
+        request, port = resident.request, resident.request.bootstrap_port
+        return f"{request.bootstrap_host}:{port or self._machine.config.bootstrap_port}"
 
     def _make_ready(self, resident: Resident) -> None:
         resident.stage = Stage.READY
@@ -220,4 +226,9 @@ class Receiving:
         self.give_up(
             resident, f"Request {room} timed out after {after_s}s in KVPoll.WaitingForInput"
         )
+        self._connected.pop(self._address(resident), None)
         self._wake()
+
+
+def met(prefill: Server) -> Met:
+    return (prefill.name, prefill.life, prefill.switches)

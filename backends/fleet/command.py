@@ -53,10 +53,7 @@ def run_fleet(args: argparse.Namespace) -> int:
             return _install(args, console)
         return asyncio.run(serve(spec_of_arguments(args), args.output, console))
     except FleetError as error:
-        console.print(
-            f"slackwater fleet: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
-        return 1
+        return complain(console, str(error))
 
 
 def spec_of_arguments(args: argparse.Namespace) -> FleetSpec:
@@ -87,20 +84,21 @@ def groups_of(prefill: int | None, decode: int | None, unified: int | None) -> t
 
 
 def _install(args: argparse.Namespace, console: Console) -> int:
-    if (problem := install(interpreter.chosen(args.python or ""), args.index)) is not None:
-        console.print(
-            f"slackwater fleet: {problem}",
-            style="red",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-        return 1
-    return 0
+    problem = install(interpreter.chosen(args.python or ""), args.index)
+    return 0 if problem is None else complain(console, problem)
+
+
+def complain(console: Console, problem: str) -> int:
+    """The exit status that goes with it."""
+    told = f"slackwater fleet: {problem}"
+    console.print(told, style="red", markup=False, highlight=False, soft_wrap=True)
+    return 1
 
 
 async def serve(spec: FleetSpec, output: Path | None, console: Console) -> int:
     """Ready, announced, kept; SIGINT and SIGTERM end it in order."""
+    if output is not None and not output.parent.is_dir():
+        raise FleetError(f"cannot write {output}: there is no folder {output.parent}")
     task = asyncio.current_task()
     assert task is not None
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -133,8 +131,11 @@ class Board:
         self.settle()
 
     def settle(self) -> None:
-        self._starting = False
-        self._live.stop()
+        if self._starting:
+            self._starting = False
+            self._live.stop()
+            if self._news and not self._console.is_terminal:
+                self._console.line()  # on a terminal, the end of a live display is one
 
     def hear(self, name: str, news: str) -> None:
         self._news[name] = news
@@ -161,6 +162,7 @@ def announce(fleet: Fleet, output: Path | None, console: Console) -> None:
     if output is None:
         sys.stdout.write(fleet.worker_tables())
         sys.stdout.flush()
+        console.print("these tables are for a gateway's configuration; Ctrl-C ends the fleet")
         return
     try:
         output.write_text(fleet.worker_tables())

@@ -22,6 +22,8 @@ POLL_S = 0.2
 ANSWER_TIMEOUT_S = 5.0
 LOG_LINES = 12
 PORT_TAKEN = "address already in use"
+GAVE_UP = "kill_process_tree called"
+"""SGLang kills itself with all its processes when one of them has failed, and says so before."""
 RESTART_DELAY_S = 1.0
 LONGEST_RESTART_DELAY_S = 60.0
 STEADY_S = 60.0
@@ -73,7 +75,7 @@ class Fleet:
                 await self._start_all()
         except TimeoutError:
             await self._close()
-            raise FleetError(f"not ready after {self.spec.start_timeout_s:.0f} s") from None
+            raise FleetError(not_ready(self.spec)) from None
         except BaseException:
             await self._close()
             raise
@@ -88,8 +90,10 @@ class Fleet:
         await self._close()
 
     async def _close(self) -> None:
-        await self._link.close()
-        await self._http.close()
+        try:
+            await self._link.close()
+        finally:
+            await self._http.close()
 
     async def _checked_model(self) -> str:
         """All that can be known before anything runs."""
@@ -123,7 +127,7 @@ class Fleet:
             case {"event": "started", "name": name}:
                 self._report(name, "starting")
             case {"event": "ended", "name": name, "code": code}:
-                self._report(name, how_it_ended(code))
+                self._report(name, how_it_ended(code, last_lines(self.logs / f"{name}.log")))
                 self._ended[name].set_result(code)
             case _:
                 raise ValueError(f"unknown event {event}")
@@ -136,22 +140,24 @@ class Fleet:
         server = self.server(name)
         ended = self._ended[name] = asyncio.get_running_loop().create_future()
         log = self.logs / f"{name}.log"
+        earlier = size_of(log)
         self._link.send("start", name=name, argv=server.argv, env=server.env, log=str(log))
         while not await self._is_ready(server):
             await first_of(ended, self._link.lost, timeout_s=POLL_S)
             if self._link.lost.done():
                 raise self._lost()
+            words = last_lines(log, earlier)
             if ended.done():
-                raise FleetError(f"{name} {how_it_ended(ended.result())}{last_lines(log)}")
-            if PORT_TAKEN in last_lines(log):  # the server itself would wait for ever
+                raise FleetError(f"{name} {how_it_ended(ended.result(), words)}{words}")
+            if PORT_TAKEN in words:  # the server itself would wait for ever
                 await self.kill(name)
-                raise FleetError(f"{name} found its port taken{last_lines(log)}")
+                raise FleetError(f"{name} found its port taken{words}")
         self._report(name, "ready")
 
     async def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         """Sends the signal to the server and its children, and waits for its end."""
         self._link.send("kill", name=name, number=number)
-        await asyncio.wait([self._ended[name]])
+        await first_of(self._ended[name], self._link.lost)
 
     async def keep(self) -> None:
         """Restarts what ends by itself, later each time it ends at once; never returns."""
@@ -173,10 +179,18 @@ class Fleet:
             if self._link.lost.done():
                 raise self._lost()
             delay_s = min(2 * delay_s, LONGEST_RESTART_DELAY_S)
-            try:
-                await self.start(server.name)
-            except FleetError as error:
-                self._report(server.name, str(error).partition("\n")[0])
+            await self._start_again(server.name)
+
+    async def _start_again(self, name: str) -> None:
+        """A server that hangs while it starts is ended, so that it is tried again."""
+        try:
+            async with asyncio.timeout(self.spec.start_timeout_s):
+                await self.start(name)
+        except FleetError as error:
+            self._report(name, str(error).partition("\n")[0])
+        except TimeoutError:
+            self._report(name, not_ready(self.spec))
+            await self.kill(name)
 
     def _lost(self) -> FleetError:
         log = self.logs / "spawner.log"
@@ -218,7 +232,9 @@ async def first_of(*futures: asyncio.Future[Any], timeout_s: float | None = None
     return bool(done)
 
 
-def how_it_ended(code: int) -> str:
+def how_it_ended(code: int, words: str = "") -> str:
+    if code == -signal.SIGKILL and GAVE_UP in words:
+        return "gave up"
     if code == -signal.SIGKILL:
         return "was killed (SIGKILL; the system does that when memory runs out)"
     if code < 0:
@@ -226,10 +242,18 @@ def how_it_ended(code: int) -> str:
     return f"ended with exit status {code}"
 
 
-def last_lines(log: Path) -> str:
-    """The end of a log, indented below the message it explains."""
+def not_ready(spec: FleetSpec) -> str:
+    return f"not ready after {spec.start_timeout_s:.0f} s"
+
+
+def size_of(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0
+
+
+def last_lines(log: Path, earlier_bytes: int = 0) -> str:
+    """The end of a log, indented below the message it explains; an earlier life's is left out."""
     try:
-        lines = log.read_text(errors="replace").splitlines()
+        lines = log.read_bytes()[earlier_bytes:].decode(errors="replace").splitlines()
     except OSError:
         return ""
     shown = "".join(f"\n    {line}" for line in lines[-LOG_LINES:])

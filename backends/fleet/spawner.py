@@ -34,6 +34,7 @@ from typing import Any
 from backends.fleet.stand_ins import import_torch, send_plain_indices
 
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 SCRATCH = "slackwater-fleet-"
 """Its folder of temporary files is named by this and its process id."""
 POLL_S = 0.05
@@ -67,6 +68,11 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """What a server leaves behind becomes a child of this process, which can then end it."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def follow_parents() -> None:
@@ -175,16 +181,25 @@ class Spawner:
                 return
             if pid in self.names:
                 end_group(pid, signal.SIGKILL)  # its scheduler and detokenizer
-                code = os.waitstatus_to_exitcode(status)
-                self.tell("ended", name=self.names.pop(pid), code=code)
+                name = self.names.pop(pid)
+                self.end_orphans()
+                self.tell("ended", name=name, code=os.waitstatus_to_exitcode(status))
+
+    def end_orphans(self) -> None:
+        """Whoever has left a dead server's group may still hold its port or its memory."""
+        for pid in children_of(os.getpid()):
+            if pid not in self.names:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def end(self) -> None:
         for pid in self.names:
             unlink_shared_memory(pid)
             end_group(pid, signal.SIGKILL)
-        while self.names:
-            pid, _ = os.waitpid(-1, 0)
-            self.names.pop(pid, None)
+        self.names.clear()
+        while children_of(os.getpid()):
+            self.end_orphans()
+            os.waitpid(-1, 0)
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def obey(self, command: dict[str, Any]) -> None:
@@ -209,13 +224,22 @@ class Spawner:
 def unlink_shared_memory(pid: int) -> None:
     """What a killed server cannot remove itself; SGLang shares its load counters in such files."""
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        maps = [Path(f"/proc/{member}/maps").read_text() for member in (str(pid), *children)]
+        members = (pid, *children_of(pid))
+        maps = [Path(f"/proc/{member}/maps").read_text() for member in members]
     except OSError:
         return
     lines = "".join(maps).splitlines()
     for path in {line.rpartition(" ")[2] for line in lines if " /dev/shm/sglang_" in line}:
         Path(path).unlink(missing_ok=True)
+
+
+def children_of(pid: int) -> list[int]:
+    """Of all its threads, zombies too."""
+    found: list[int] = []
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, listed.read_text().split())
+    return found
 
 
 def end_group(pid: int, number: int) -> None:
@@ -272,6 +296,7 @@ def main(argv: list[str]) -> None:
     os.environ |= {"PROMETHEUS_MULTIPROC_DIR": scratch, "TMPDIR": scratch}
     tempfile.tempdir = scratch
     follow_parents()
+    adopt_orphans()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, leave)
     spawner = Spawner(replace_by(program), events, scratch)

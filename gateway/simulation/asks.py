@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from random import Random
 
 from backends.engine import Prompt, named_prompt
@@ -13,6 +14,7 @@ from gateway.scenario import BACKLOG, CLOSED, OPEN, BadRows, Plan, Source, Workl
 from gateway.settings import ConfigError
 from gateway.simulation.fleet import capacities, fits, servers_of
 from gateway.simulation.records import Record
+from policies.prefixes import FIRST_PREFIX_TOKENS
 from policies.types import Job, Kind, Role
 
 
@@ -94,8 +96,11 @@ def prepared(plan: Plan, load: float, seed: int) -> Asks:
 def _drawn(source: Source, scale: float, until_s: float, random: Random) -> Iterable[Ask]:
     entry = source.entry
     if source.is_replayed and source.trace is not None:
+        rows: Iterable[Ask] = source.trace.rows
+        if entry.keep_share < 1.0:
+            rows = [row for row in rows if random.random() < entry.keep_share]
         return replayed(
-            source.trace.rows,
+            rows,
             from_s=entry.from_s,
             until_s=until_s,
             rate_scale=entry.rate_scale * scale,
@@ -173,3 +178,13 @@ def _prompt(job_id: str, stream: Stream, ask: Ask) -> Prompt:
     family = f"{stream.entry.name}/{stream.random.randrange(stream.entry.prefix_groups)}"
     own = ask.input_tokens - ask.cached_tokens
     return named_prompt((family, ask.cached_tokens), (job_id, own))
+
+
+def prefixes_of(prompt: Prompt) -> tuple[int, ...]:
+    """The keys that the gateway would make of its text: equal names are equal text."""
+    keys, tokens = list[int](), FIRST_PREFIX_TOKENS
+    while tokens <= prompt.tokens:
+        digest = blake2b(prompt.cut(0, tokens).seed(), digest_size=8).digest()
+        keys.append(int.from_bytes(digest, "big"))
+        tokens *= 2
+    return tuple(keys)

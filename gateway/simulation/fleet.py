@@ -35,8 +35,6 @@ class ServerPlan:
     times: StepTimes
     times_source: str
     believed: StepTimes
-    cost: CostModel
-    """What the gateway predicts by, where it does."""
     """What a patched engine takes its steps to be, before it has seen any."""
     gpus: int
 
@@ -120,8 +118,7 @@ def _plan(fleet: FleetEntry, entry: ServerEntry, data: Path) -> ServerPlan:
     constants = lookup(SHIPPED, device.name, model.family, tp)
     cost = build(model, device, moved(constants), Parallel(tp=tp))
     times, source = _times(fleet, entry, data, cost, tp)
-    shipped = build(model, device, constants, Parallel(tp=tp))
-    believed: StepTimes = Modelled(shipped)
+    believed: StepTimes = Modelled(build(model, device, constants, Parallel(tp=tp)))
     if fleet.fit.prefill_token_us:
         believed = fitted(fleet.fit, error=BELIEVED)
     config = EngineConfig(
@@ -142,6 +139,7 @@ def _plan(fleet: FleetEntry, entry: ServerEntry, data: Path) -> ServerPlan:
         link_latency_s=entry.link_latency_ms / 1e3,
         ingest_s=entry.ingest_ms / 1e3,
         role_switch_s=entry.role_switch_s,
+        priority=entry.priority,
     )
     return ServerPlan(
         entry=entry,
@@ -149,7 +147,6 @@ def _plan(fleet: FleetEntry, entry: ServerEntry, data: Path) -> ServerPlan:
         times=times,
         times_source=source,
         believed=believed,
-        cost=shipped,
         gpus=tp,
     )
 

@@ -8,14 +8,15 @@ from random import Random
 
 from backends.actuators.simulated import SimulatedActuator
 from backends.engine import Engine, Resident
-from backends.simulated import Delays, Grid, SimulatedBackend, load_of
+from backends.simulated import Delays, Grid, SimulatedBackend, Work, load_of
 from backends.workload import Ask
 from gateway.config import control_of, rules_of
-from gateway.core import Core, Rules
+from gateway.core import Core
 from gateway.driver import Driver
 from gateway.planning import URGENT_S, Look, Planner
 from gateway.scenario import CLOSED, FleetEntry, Plan, PolicyEntry
-from gateway.simulation.asks import Stream, opened, prepared
+from gateway.simulation.asks import Stream, opened, prefixes_of, prepared
+from gateway.simulation.doors import DOORS, Door
 from gateway.simulation.fleet import ServerPlan, engines_of, servers_of, worker_for
 from gateway.simulation.records import Ended, Record, RunFacts
 from policies.clock import VirtualClock
@@ -29,13 +30,14 @@ from policies.events import (
     Failed,
     Finished,
     FirstToken,
+    Left,
     LoadReport,
     Preempted,
     Reject,
     WorkerUp,
 )
-from policies.steps import Costs
-from policies.types import Kind, Worker
+from policies.registry import PLACE
+from policies.types import Job, Kind, Role, Worker
 
 SAMPLES = 240
 """Points of a timeline while requests arrive."""
@@ -145,6 +147,62 @@ class Recorder:
             record.computed_us = None if computed_s is None else round(computed_s * 1e6)
 
 
+class Entrance:
+    """The way from a client through a door into the gateway."""
+
+    def __init__(
+        self,
+        core: Core,
+        driver: Driver,
+        backend: SimulatedBackend,
+        engines: list[Engine],
+        clock: Grid,
+    ) -> None:
+        self._core, self._driver, self._backend, self._clock = core, driver, backend, clock
+        self._decoding = [engine for engine in engines if engine.role is not Role.PREFILL]
+        self._work: dict[str, Work] = {}
+
+    def open(self, job: Job, work: Work) -> None:
+        self._work[job.id] = work
+        self._backend.open(job.id, work)
+
+    def close(self, job_id: str) -> None:
+        self._work.pop(job_id, None)
+
+    # What a door sees and does.
+
+    @property
+    def slots(self) -> int:
+        return sum(engine.config.max_running for engine in self._decoding)
+
+    @property
+    def online_waiting(self) -> int:
+        return self._core.queued(Kind.ONLINE)
+
+    @property
+    def kv_use(self) -> float:
+        ledgers = [self._core.ledgers[engine.name] for engine in self._decoding]
+        return max(e.load.used_tokens / e.kv_tokens if e.load else 0.0 for e in ledgers)
+
+    def enter(self, job: Job) -> None:
+        self._driver.post(Arrived(job))
+
+    def turn_out(self, job: Job, again_s: float) -> None:
+        self._driver.post(Left(job.id))
+        self.call_in(again_s, self._come_again, job)
+
+    def call_in(self, seconds: float, callback: Callable[..., object], *given: object) -> None:
+        self._clock.call_at(self._clock.time() + seconds, callback, *given)
+
+    def _come_again(self, job: Job) -> None:
+        """Unless its answer was complete when it was turned out."""
+        if (work := self._work.get(job.id)) is not None:
+            self._backend.open(job.id, work)
+            self.door.arrived(job)
+
+    door: Door
+
+
 class World:
     """Everything of one run, on one clock."""
 
@@ -169,7 +227,8 @@ class World:
         )
         self._recorder = Recorder(self._ended)
         self._looks: list[Look] = []
-        self._core = Core(self._rules(), self._first_workers())
+        self._by_prefix = PLACE[case.policy.policies.place]().by_prefix
+        self._core = Core(rules_of(case.policy.config()), self._first_workers())
         self._actuator = self._new_actuator()
         self._planner = self._new_planner()
         self._driver = Driver(
@@ -180,6 +239,10 @@ class World:
             actuator=self._actuator,
             listen=None if self._planner is None else self._planner.hear,
         )
+        self._entrance = Entrance(
+            self._core, self._driver, self._backend, self._engines, self._clock
+        )
+        self._door = self._entrance.door = DOORS[case.policy.door](self._entrance)
         self._backend.connect(self._heard)
         self._backend.on_leg_end = self._recorder.leg_ended
         self._asks = prepared(plan, case.load, case.seed)
@@ -243,13 +306,19 @@ class World:
 
     def _arrive(self, stream: Stream, ask: Ask) -> None:
         job, work, record = opened(stream, ask, self._now_us(), self._asks.room)
+        if self._by_prefix:
+            job = job._replace(prefixes=prefixes_of(work.prompt))
         self._recorder.records[job.id] = record
         self._open += 1
-        self._backend.open(job.id, work)
-        self._driver.post(Arrived(job))
+        if not self._case.policy.tells_classes:
+            job = job._replace(kind=Kind.ONLINE)
+        self._entrance.open(job, work)
+        self._door.arrived(job)
 
     def _ended(self, record: Record) -> None:
         self._open -= 1
+        self._entrance.close(record.id)
+        self._door.ended(record.id)
         self._last_s = self._clock.time()
         stream = self._streams[record.workload]
         if stream.entry.arrivals == CLOSED:
@@ -258,14 +327,6 @@ class World:
     @property
     def _is_over(self) -> bool:
         return not self._open and not self._coming
-
-    def _rules(self) -> Rules:
-        rules = rules_of(self._case.policy.config())
-        if not self._fleet.predicts:
-            return rules
-        return replace(
-            rules, costs=Costs(by_name={it.config.name: it.cost for it in self._servers})
-        )
 
     # Who moves servers.
 
@@ -329,6 +390,8 @@ class World:
 
     def _heard(self, event: Event) -> None:
         self._recorder.heard(event, self._now_us())
+        if isinstance(event, FirstToken):
+            self._door.first_token(event.job_id)
         self._driver.post(event)
 
     def _first_workers(self) -> list[Worker]:

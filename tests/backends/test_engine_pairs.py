@@ -112,7 +112,7 @@ def test_an_aborted_prefill_keeps_its_finished_chunks() -> None:
     servers.run()
     again = servers.pair("s", room=2, prompt=prompt(12_000), max_new_tokens=1)
     servers.run()
-    assert servers["p"].machine.counters.prefill_cached_tokens == 6000
+    assert servers["p"].machine.counters.prefill_cached_tokens == 5000, "the one under way is lost"
     assert again[1].reason["type"] == "length"
 
 

@@ -73,3 +73,16 @@ def test_a_table_is_read_from_a_compressed_file(tmp_path: Path) -> None:
     assert table.decode_s(1, 128) == pytest.approx(6.6e-3)
     with pytest.raises(ValueError, match="no steps of x"):
         read_table(path, system="h100", model="x", tp=1)
+
+
+def test_prompts_of_one_pass_do_not_attend_to_each_other() -> None:
+    """Seconds of a quadratic law: 1e-5 a token, 1e-9 a square of a prompt's tokens."""
+
+    def seconds(*prompts: int) -> float:
+        return 1e-5 * sum(prompts) + 1e-9 * sum(n * n for n in prompts)
+
+    measured = [Row(1, n, seconds(n)) for n in range(1000, 9000, 1000)]
+    measured += [Row(2, n, seconds(n, n)) for n in (1000, 2000, 4000)]
+    table = Table(measured, DECODE)
+    assert table.prefill_s([(1000, 0), (3000, 0)]) == pytest.approx(seconds(1000, 3000))
+    assert table.prefill_s([(4000, 4000)]) == pytest.approx(seconds(8000) - seconds(4000))

@@ -14,9 +14,19 @@ import pytest
 from backends.exchange import Exchange, Timeline
 from backends.http import Upstream
 from backends.sglang import Patience, Sglang
-from backends.transcript import Transcript
+from backends.transcript import Kind, Transcript
 from backends.trouble import Trouble
-from policies.events import Dispatch, Event, Fail, Failed, Fault, Finished, Reason, Reject
+from policies.events import (
+    Dispatch,
+    Event,
+    Fail,
+    Failed,
+    Fault,
+    Finished,
+    Progress,
+    Reason,
+    Reject,
+)
 from policies.types import Role, Worker
 from tests.backends.http_peers import CHUNKED_HEAD, Handler, Peer, Server, serving, turns
 from tests.gateway.talk import online
@@ -137,6 +147,28 @@ async def test_an_answer_that_was_not_complete_when_its_server_died_is_one() -> 
         failed = await bench_.end()
         assert isinstance(failed, Failed)
         assert (failed.fault, failed.blamed) == (Fault.DIED, ("u",))
+
+
+def many(total: int, ids: str) -> bytes:
+    """An event with several tokens, as a server that speculates sends them."""
+    event = f'{{"text":" a b","output_ids":[{ids}],"meta_info":{{"finish_reason":null,'
+    return f'data: {event}"completion_tokens":{total}}}}}\n\n'.encode()
+
+
+async def test_tokens_are_those_of_the_server_where_its_events_tell_them() -> None:
+    async def speaks(peer: Peer) -> None:
+        chunks = [many(3, "1,2,3"), many(8, "4,5,6,7,8")]
+        await peer.answer(CHUNKED_HEAD, *(b"%x\r\n%b\r\n" % (len(c), c) for c in chunks))
+        await asyncio.sleep(0.3)
+        peer.reset()
+
+    async with bench(speaks) as (bench_, _):
+        bench_.start(Reader(), transcript=Transcript(Kind.INCREMENTAL))
+        failed = await bench_.end()
+        progress = [event for event in bench_.told if isinstance(event, Progress)]
+        assert progress[-1].tokens == (("a", 8),)
+        assert isinstance(failed, Failed)
+        assert failed.generated == 8
 
 
 @pytest.mark.parametrize("tokens", [b'{"tokens": 3}', b'{"tokens": null}', b"[]", b"no"])

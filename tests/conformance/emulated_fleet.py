@@ -11,6 +11,7 @@ from tests.conformance.under_test import (
     CONTEXT_TOKENS,
     HEARTBEAT_S,
     KV_TOKENS,
+    MISSED_HEARTBEATS,
     RELAXED_RUNNING,
     RENDEZVOUS_TIMEOUT_S,
     UNIFIED_QUEUED,
@@ -44,7 +45,7 @@ def config(
         priority=True,
         bootstrap_timeout_s=RENDEZVOUS_TIMEOUT_S,
         waiting_timeout_s=RENDEZVOUS_TIMEOUT_S,
-        heartbeat_s=2 * HEARTBEAT_S,
+        heartbeat_s=MISSED_HEARTBEATS * HEARTBEAT_S,
         role_switch=role is not Role.UNIFIED,
     )
 

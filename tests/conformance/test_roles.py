@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.conformance.under_test import Client, FleetUnderTest
+from tests.conformance.under_test import Client, FleetUnderTest, is_idle
 
 TO_PREFILL = {"new_role": "prefill"}
 TO_DECODE = {"new_role": "decode", "decode_cuda_graph_memory_gb": 0}
@@ -65,6 +65,45 @@ async def test_a_prefill_server_that_came_back_is_cold_and_works_at_the_second_t
     assert "timed out" in lost[1].finish["message"]
     assert decode.finish == {"type": "length", "length": 2}
     assert prefill.meta["cached_tokens"] == 0
+
+
+async def switched_and_back(client: Client, fleet: FleetUnderTest) -> None:
+    """Both servers know each other, and the connection between them leads nowhere."""
+    for _ in range(2):
+        _, met = await client.paired(client.prompt(9), 2)
+    assert met.finish["type"] == "length"
+    for body in (TO_DECODE, TO_PREFILL):
+        await switch(client, fleet.prefill, body)
+
+
+async def test_all_pairs_are_lost_until_one_has_waited_whoever_closes_them(
+    client: Client, fleet: FleetUnderTest
+) -> None:
+    await switched_and_back(client, fleet)
+    closed = client.pair(client.prompt(9), 2)
+    await client.until(fleet.decode, lambda load: not is_idle(load))
+    for leg in closed:
+        leg.task.cancel()
+    some, others = client.pair(client.prompt(9), 2), client.pair(client.prompt(9), 2)
+    for leg in (*some, *others):
+        await leg.task
+    _, decode = await client.paired(client.prompt(9), 2)
+    assert [leg.finish.get("status_code") for leg in (*some, *others)] == [500] * 4
+    assert decode.finish == {"type": "length", "length": 2}
+
+
+async def test_another_spelling_of_an_address_is_a_connection_of_its_own(
+    client: Client, fleet: FleetUnderTest
+) -> None:
+    """By this the gateway loses no pair to a server that has come back."""
+    await switched_and_back(client, fleet)
+    spellings = ("127.0.0.0x1", "LocalHost", "127.0.0.0x01")
+    anew = [
+        await client.paired(client.prompt(9), 2, bootstrap_host=spelling) for spelling in spellings
+    ]
+    _, lost = await client.paired(client.prompt(9), 2)
+    assert [decode.finish for _, decode in anew] == [{"type": "length", "length": 2}] * 3
+    assert "timed out" in lost.finish["message"]
 
 
 async def test_a_busy_server_refuses_to_switch(client: Client, fleet: FleetUnderTest) -> None:

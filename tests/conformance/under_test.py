@@ -23,6 +23,8 @@ RELAXED_RUNNING = 4
 RENDEZVOUS_TIMEOUT_S = 8
 """How long a leg waits for its peer."""
 HEARTBEAT_S = 2
+MISSED_HEARTBEATS = 3
+"""So many in a row, and a decode server knows that its prefill server is dead."""
 SLOW_S = 0.02
 """A step's floor where a test must act in the middle of one request."""
 

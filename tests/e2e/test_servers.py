@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from gateway.config import Classes, Online
+from tests.conformance.test_roles import TO_DECODE, TO_PREFILL, switch
 from tests.conformance.under_test import (
     CHUNK_TOKENS,
-    HEARTBEAT_S,
     SLOW_S,
     Client,
     Leg,
@@ -31,18 +31,29 @@ BACK_WITHIN_S = 10.0
 
 @asynccontextmanager
 async def dead(client: Client, url: str) -> AsyncIterator[None]:
-    """Killed when the block begins, started again and ready when it ends.
-
-    A prefill server stays away until decode servers know of its death: one that is back before
-    that loses their next pair.
-    """
+    """Killed when the block begins, started again and ready when it ends."""
     await client.fleet.kill(url)
     try:
         yield
-        if url == client.fleet.prefill:
-            await asyncio.sleep(3 * HEARTBEAT_S)
     finally:
         await client.fleet.start(url)
+        if url == client.fleet.prefill:
+            await reconnected(client)
+
+
+async def reconnected(client: Client) -> None:
+    """A dead connection to the prefill server, which costs a pair, is left to no later gateway."""
+    fleet = client.fleet
+
+    async def met(decode: str) -> None:
+        ended = ""
+        while ended != "length":
+            _, leg = await client.paired(client.prompt(9), 1, decode=decode)
+            ended = leg.finish["type"]
+
+    async with asyncio.TaskGroup() as group:
+        for decode in (fleet.decode, fleet.relaxed):
+            group.create_task(met(decode))
 
 
 async def some_tokens(leg: Leg, tokens: int = 20) -> None:
@@ -55,9 +66,11 @@ async def some_tokens(leg: Leg, tokens: int = 20) -> None:
 
 async def streaming_from(site: Site, server: str, prompt: list[int], **more: object) -> Leg:
     """A stream that this decode server makes slowly: another one keeps the first server busy."""
-    client = site.client
+    client, ledgers = site.client, site.gateway.core.ledgers
     for url in (client.fleet.decode, client.fleet.relaxed):
         await client.slow(url, SLOW_S)
+    # What an earlier test has left on one of them would make the other the first choice.
+    await site.until(lambda: not any(ledgers[it].foreign_tokens for it in ("decode", "relaxed")))
     if server == "relaxed":
         await some_tokens(site.generate(client.prompt(30), TOKENS), 1)
     leg = site.generate(prompt, TOKENS, **more)
@@ -107,6 +120,38 @@ async def test_a_killed_decode_server_is_used_again_once_it_is_back(client: Clie
             await asyncio.wait_for(leg.task, 15.0)
         assert leg.last["error"]["code"] == "stream_interrupted"
         await serves_again(site, "decode")
+
+
+async def test_a_prefill_server_that_is_back_before_decode_servers_miss_it_loses_no_request(
+    client: Client,
+) -> None:
+    """Only where the gateway names it anew does a decode server connect to it anew."""
+    async with standing(client, "prefill", "decode") as site:
+        await site.generated(client.prompt(30), 5)
+        await client.fleet.kill(client.fleet.prefill)
+        await site.until(lambda: not site.gateway.core.ledgers["prefill"].up)
+        await client.fleet.start(client.fleet.prefill)
+        await serves_again(site, "prefill")
+        assert site.lines[-1]["attempts"] == 1
+    await reconnected(client)
+
+
+async def test_a_pair_lost_to_a_switch_that_nobody_saw_is_tried_again_and_then_works(
+    client: Client,
+) -> None:
+    telemetry = replace(QUICK.telemetry, poll_ms=60_000.0)
+    timeouts = replace(QUICK.timeouts, first_token_online_s=3.0)
+    async with standing(
+        client, "prefill", "decode", telemetry=telemetry, timeouts=timeouts
+    ) as site:
+        await site.generated(client.prompt(30), 5)
+        for body in (TO_DECODE, TO_PREFILL):
+            assert (await switch(client, client.fleet.prefill, body))[0] == 200
+        first = await site.generated(client.prompt(30), 5)
+        second = await site.generated(client.prompt(30), 5)
+        assert first.finish == second.finish == {"type": "length", "length": 5}
+        assert [line["attempts"] for line in site.lines[-2:]] == [2, 1]
+    await reconnected(client)
 
 
 async def test_a_chat_stream_ends_with_an_error_in_the_stream_when_its_server_dies(

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.config import Key
+from gateway.config import ConfigError, Key, WorkerEntry
 from tests.gateway.gateway_under_test import (
     BODIES,
     PAIR,
@@ -24,6 +24,7 @@ from tests.gateway.gateway_under_test import (
     Site,
     Told,
     chat,
+    code_in,
     completion,
     generate,
     standing,
@@ -226,8 +227,9 @@ async def test_what_is_not_http_is_answered_400_and_closed(said: bytes) -> None:
         client = await RawClient.connect(site)
         client.say(said)
         told = await client.rest()
-        assert told.split()[1:2] == [b"400"]
-        assert b"Traceback" not in told
+        head, _, body = told.partition(b"\r\n\r\n")
+        assert head.split()[1:2] == [b"400"]
+        assert code_in(json.loads(body)) in ("malformed_http", "invalid_request")
         await site.serves()
 
 
@@ -273,6 +275,9 @@ WORKERS: dict[str, Any] = {
     "a-line-break": {"url": "http://127.0.0.1:1/\r\nx: y"},
     "a-name-with-a-line-break": {"url": "http://127.0.0.1:1", "name": "a\r\nb"},
     "a-key-with-a-line-break": {"url": "http://127.0.0.1:1", "api_key": "a\r\nb: c"},
+    "a-name-without-end": {"url": "http://127.0.0.1:1", "name": "a" * 1_000},
+    "a-host-with-a-line-break": {"url": "http://127.0.0.1:1", "bootstrap_host": "a\r\nb"},
+    "a-model-with-a-nul": {"url": "http://127.0.0.1:1", "model": "\0"},
     "an-unknown-key": {"url": "http://127.0.0.1:1", "colour": "red"},
     "an-unknown-role": {"url": "http://127.0.0.1:1", "role": "royal"},
     "a-role-that-is-a-list": {"url": "http://127.0.0.1:1", "role": ["decode"]},
@@ -281,6 +286,17 @@ WORKERS: dict[str, Any] = {
     "a-port-that-is-text": {"url": "http://127.0.0.1:1", "bootstrap_port": "x"},
     "a-list": [1],
 }
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_the_gateway_itself_is_no_server(host: str) -> None:
+    async with standing() as site:
+        url = f"http://{host}:{site.gateway.port}"
+        told = await site.ask("/workers", {"url": url})
+        assert (told.status, told.code) == (400, "invalid_request")
+        itself = (*site.config.worker, WorkerEntry(url=url))
+        with pytest.raises(ConfigError, match="the gateway's own address"):
+            site.gateway.adopt(replace(site.config, worker=itself))
 
 
 @pytest.mark.parametrize("case", WORKERS)

@@ -86,7 +86,7 @@ def test_who_is_set_aside_is_queued_but_does_not_wait_in_line() -> None:
     lane, job = Lane("m"), offline("a", 10)
     lane.put(job, Fcfs(), NO_OUTLOOK)
     lane.set_aside(job)
-    assert (lane.queued(Kind.OFFLINE), lane.is_quiet, len(lane)) == (1, True, 1)
+    assert (lane.queued(Kind.OFFLINE), lane.offline.peek(), len(lane)) == (1, None, 1)
     assert lane.take(job)
     assert len(lane) == 0
 
@@ -143,3 +143,11 @@ def test_without_the_failed_a_leg_that_has_no_other_stays() -> None:
     found = fleet(prefill("p"), decode("d1"), decode("d2")).candidates("", Kind.ONLINE)
     others = found.without(("p", "d1"))
     assert [e.worker.name for e in others.prefills + others.decodes] == ["p", "d2"]
+
+
+def test_who_is_more_urgent_than_all_that_wait_would_be_first() -> None:
+    lane, order = Lane("m"), Fcfs()
+    lane.put(online("a", 10)._replace(arrival_us=5), order, NO_OUTLOOK)
+    assert lane.would_be_first(online("b", 10)._replace(arrival_us=4), order)
+    assert not lane.would_be_first(online("c", 10)._replace(arrival_us=5), order)
+    assert lane.would_be_first(offline("d", 10)._replace(arrival_us=9), order)

@@ -18,9 +18,11 @@ from gateway.config import (
     workers_of,
 )
 from gateway.settings import decode
+from policies.colocation import Colocated
 from policies.order import Edf, Fcfs
 from policies.place import RoundRobin
 from policies.pools import ByLatency, Shared
+from policies.preempt import ForSlack
 from policies.types import Pool, Role
 
 Key = tuple[str, ...]
@@ -196,7 +198,10 @@ def test_the_rules_are_those_that_the_configuration_names() -> None:
 
 def test_defaults_of_the_configuration_are_those_of_the_rules() -> None:
     from_config = rules_of(Config())
-    assert from_config == dataclasses.replace(type(from_config)(), pools=ByLatency())
+    own = dataclasses.replace(
+        type(from_config)(), pools=ByLatency(lends=True), admit=Colocated(), give_way=ForSlack()
+    )
+    assert from_config == own
     assert patience_of(Config().timeouts) == type(patience_of(Config().timeouts))()
 
 

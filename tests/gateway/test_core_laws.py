@@ -20,6 +20,8 @@ from gateway.choice import fits_ever
 from gateway.core import Core, Rules
 from policies.admit import Headroom
 from policies.breaker import BreakerRule
+from policies.colocation import Colocated
+from policies.displace import ByCost, Never
 from policies.events import (
     Arrived,
     Cancel,
@@ -51,15 +53,20 @@ from policies.events import (
     WorkerUp,
 )
 from policies.order import Edf, Fcfs
-from policies.pools import ByLatency, Shared
+from policies.pools import ByLatency, Shared, WithoutRelaxed
+from policies.preempt import AbortRule, ForSlack
 from policies.retry import RetryRule
+from policies.slack import Salvage
+from policies.steps import Costs
 from policies.types import Kind, Pool, Resume, Role
 from tests.gateway.talk import load, offline, online, server
+from tests.policies.sites import COST
 
 ADMIT = Headroom(prefill_cap_tokens=600, output_reserve_tokens=50)
 RULES = [
     Rules(
         order=order,
+        displace=displace,
         pools=pools,
         admit=ADMIT,
         max_queued=12,
@@ -67,12 +74,34 @@ RULES = [
         breaker=BreakerRule(failures=2, cooldown_us=500_000),
         retry=RetryRule(burst_tokens=2_000, offline_attempts=4),
     )
-    for order in (Fcfs(), Edf())
+    for order, displace in (
+        (Fcfs(), Never()),
+        (Edf(), ByCost()),
+        (Salvage(), ByCost(least_chunks=1, margin=0)),
+    )
     for pools in (Shared(), ByLatency())
+]
+COLOCATED = Rules(
+    pools=ByLatency(lends=True),
+    admit=Colocated(
+        prefill_cap_tokens=600, output_reserve_tokens=50, ttft_us=40_000, tpot_us=9_000
+    ),
+    give_way=ForSlack(tpot_us=9_000, ttft_share=0.01),
+    aborts=AbortRule(per_request=2, per_s=2, burst=6),
+    costs=Costs(default=COST),
+    max_queued=12,
+    load_stale_us=3_000_000,
+    breaker=BreakerRule(failures=2, cooldown_us=500_000),
+    retry=RetryRule(burst_tokens=2_000, offline_attempts=4),
+)
+RULES += [
+    COLOCATED,
+    replace(COLOCATED, costs=Costs(), give_way=ForSlack(by_bottleneck=True)),
+    replace(COLOCATED, pools=ByLatency(lends=True, without_relaxed=WithoutRelaxed.HOLD)),
 ]
 WORKERS = {
     "p1": server("p1", Role.PREFILL),
-    "p2": server("p2", Role.PREFILL, chunk_tokens=200, pool=Pool.RELAXED),
+    "p2": server("p2", Role.PREFILL, chunk_tokens=100, pool=Pool.RELAXED),
     "d1": server("d1", Role.DECODE, kv_tokens=1500, model="x"),
     "d2": server("d2", Role.DECODE, kv_tokens=700, max_running=2, pool=Pool.RELAXED),
     "u1": server("u1", Role.UNIFIED, kv_tokens=900, model="y"),
@@ -114,6 +143,8 @@ class CoreMachine(RuleBasedStateMachine):
     def begin(self, rules: Rules, fleet: tuple[str, ...]) -> None:
         self.fleet = fleet
         self.core = Core(rules, [WORKERS[name] for name in fleet])
+        for ledger in self.core.ledgers.values():  # each has shown its rate: 1,000 tokens a second
+            ledger.prefill_rate.done(4_000, 4_000_000)
 
     # What may happen.
 

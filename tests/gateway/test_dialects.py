@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.dialects import ROUTES, Ask, Dialect, Limits, prefix_key, read
+from gateway.dialects import ROUTES, Ask, Dialect, Limits, read
 from gateway.errors import ApiError, Code
+from gateway.prefixes import prefix_keys
 from gateway.prompts import MEDIA_TOKENS
 
 LIMITS = Limits(max_tokens=10_000, default_max_tokens=500, max_prompts=8, max_asks=32)
@@ -310,28 +311,6 @@ def test_only_what_token_ids_describe_is_resumable(
     assert ask(dialect, **fields).resumable is resumable
 
 
-def test_a_longer_conversation_keeps_its_prefix_key() -> None:
-    start = [{"role": "system", "content": "s" * 2000}, {"role": "user", "content": "hi"}]
-    longer = [*start, {"role": "assistant", "content": "hello"}]
-
-    keys = {prefix_key(ask(Dialect.CHAT, messages=turns)) for turns in (start, longer)}
-    assert len(keys) == 1
-    assert prefix_key(ask(Dialect.CHAT, messages=start, cache_salt="b")) not in keys
-
-
-def test_a_field_of_another_protocol_has_no_say_in_the_prefix_key() -> None:
-    assert prefix_key(ask(Dialect.COMPLETIONS, input_ids=True, text=5)) is not None
-
-
-@every_dialect
-def test_prompts_that_begin_differently_have_different_keys(dialect: Dialect) -> None:
-    other = {"text": "b", "prompt": "b", "input": "b", "messages": [{"role": "user"}]}
-    fields = {name: other[name] for name in PROMPTS[dialect] if name in other}
-
-    assert prefix_key(ask(dialect)) != prefix_key(ask(dialect, **fields))
-    assert prefix_key(ask(dialect)) == prefix_key(ask(dialect))
-
-
 values = st.recursive(
     st.none()
     | st.booleans()
@@ -360,7 +339,7 @@ def test_no_body_raises_anything_but_an_api_error(dialect: Dialect, body: dict[s
         assert 400 <= found.status < 500
     else:
         assert found.prompt_tokens >= 0
-        assert prefix_key(found) is None or not found.batched
+        assert not (found.batched and prefix_keys(found))
 
 
 @given(st.sampled_from(Dialect), st.binary(max_size=200))

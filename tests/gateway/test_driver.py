@@ -17,6 +17,7 @@ from policies.events import (
     Finished,
     Freed,
     Left,
+    Preempt,
     Preempted,
     Recall,
     Reject,
@@ -38,10 +39,10 @@ class Scripted:
     def start(self, dispatch: Dispatch) -> None:
         self.told.append(("start", dispatch.job.id))
 
-    def preempt(self, job: Job) -> None:
-        self.told.append(("preempt", job.id))
+    def preempt(self, decision: Preempt) -> None:
+        self.told.append(("preempt", decision.job.id))
         if self.post is not None:
-            self.post(Preempted(job.id, 5))
+            self.post(Preempted(decision.job.id, 5))
 
     def stop(self, job: Job) -> None:
         self.told.append(("stop", job.id))
@@ -165,7 +166,7 @@ def test_a_decision_that_cannot_be_carried_out_leaves_no_job_behind() -> None:
 class Stubborn(Scripted):
     """Cannot preempt."""
 
-    def preempt(self, job: Job) -> None:
+    def preempt(self, decision: Preempt) -> None:
         raise ValueError("a bug")
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from policies.types import Role
 from tests.gateway.gateway_under_test import (
     OFFLINE,
     PAIR,
+    QUICK,
     TWO_PAIRS,
     UNIFIED,
     Site,
@@ -108,6 +111,47 @@ async def test_a_server_that_was_killed_and_restarted_is_used_again_soon(name: s
         await site.serves(within_s=BACK_WITHIN_S)
 
 
+async def switch(site: Site, name: str, role: Role) -> None:
+    body = {"new_role": role.value}
+    async with site.http.post(site.fleet[name].url + "/pd_role_switch", json=body) as done:
+        assert done.status == 200
+
+
+async def test_a_prefill_server_that_is_back_before_decode_servers_miss_it_loses_no_request() -> (
+    None
+):
+    """The gateway has missed it: the decode server is sent to another spelling of its address."""
+    async with standing() as site:
+        await site.serves()
+        await site.fleet.kill("p1")
+        await site.until("its probes fail", lambda: not site.core.ledgers["p1"].up)
+        await site.fleet.restart("p1")
+        await site.until("it is seen", lambda: site.core.ledgers["p1"].up)
+        told = await site.ask("/generate", generate())
+        assert (told.status, site.lines[-1]["attempts"]) == (200, 1)
+        hosts = [sent.body["bootstrap_host"] for sent in site.sent_to("d1")]
+        assert (hosts[0], hosts[-1]) == ("127.0.0.1", "127.0.0.0x1")
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions"])
+async def test_a_pair_lost_to_a_switch_that_nobody_saw_is_tried_again_and_then_works(
+    path: str,
+) -> None:
+    """There and back between two probes; the retry finds the server at once."""
+    body = generate() if path == "/generate" else chat()
+    slow = replace(QUICK.telemetry, poll_ms=8_000.0)
+    async with standing(telemetry=slow) as site:
+        await site.serves()
+        await switch(site, "p1", Role.DECODE)
+        await switch(site, "p1", Role.PREFILL)
+        first = await site.ask(path, body)
+        second = await site.ask(path, body)
+        patience_s = QUICK.timeouts.first_token_online_s
+        assert (first.status, site.lines[-2]["attempts"]) == (200, 2)
+        assert first.took_s < patience_s + 1.0
+        assert (second.status, site.lines[-1]["attempts"]) == (200, 1)
+
+
 async def test_a_fleet_that_was_down_at_the_start_is_used_when_it_comes() -> None:
     async with standing(workers=()) as site:
         for name in ("p1", "d1"):
@@ -123,9 +167,7 @@ async def test_a_role_that_is_switched_under_the_gateway_is_followed() -> None:
     fleet = (*PAIR, spec("x", Role.DECODE))
     async with standing(fleet) as site:
         await site.serves()
-        switch = {"new_role": "prefill"}
-        async with site.http.post(site.fleet["x"].url + "/pd_role_switch", json=switch) as done:
-            assert done.status == 200
+        await switch(site, "x", Role.PREFILL)
         await site.until(
             "the gateway knows", lambda: site.core.ledgers["x"].worker.role is Role.PREFILL, 2.0
         )
@@ -136,9 +178,7 @@ async def test_a_role_that_is_switched_under_the_gateway_is_followed() -> None:
 
 async def test_a_switched_server_is_called_by_its_new_role_in_the_list() -> None:
     async with standing((*PAIR, spec("x", Role.PREFILL))) as site:
-        switch = {"new_role": "decode"}
-        async with site.http.post(site.fleet["x"].url + "/pd_role_switch", json=switch) as done:
-            assert done.status == 200
+        await switch(site, "x", Role.DECODE)
         await site.until("a report", lambda: site.core.ledgers["x"].worker.role is Role.DECODE)
         told = await site.get("/workers")
         roles = {worker["id"]: worker["role"] for worker in told.body["workers"]}

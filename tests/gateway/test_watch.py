@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -75,9 +76,14 @@ def fill_with_noise(path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
 
 
-def forbid(path: Path) -> None:
+def link_to_itself(path: Path) -> None:
     path.unlink()
     path.symlink_to(path)
+
+
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 def clear(path: Path) -> None:
@@ -87,7 +93,9 @@ def clear(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("spoil", [remove, replace_by_folder, fill_with_noise, forbid])
+@pytest.mark.parametrize(
+    "spoil", [remove, replace_by_folder, replace_by_pipe, fill_with_noise, link_to_itself]
+)
 async def test_a_file_that_cannot_be_read_is_told_of_once_and_read_when_it_is_mended(
     spoil: Callable[[Path], None], tmp_path: Path
 ) -> None:

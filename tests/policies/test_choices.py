@@ -12,7 +12,7 @@ from policies.ledger import Ledger
 from policies.order import Edf, Fcfs
 from policies.place import LeastWork, RoundRobin
 from policies.pools import ByLatency, Shared
-from policies.registry import ORDER, PLACE, POOLS
+from policies.registry import ORDER, PLACE, POOLS, PREEMPT
 from policies.types import Kind, Pool, Worker
 from tests.gateway.talk import decode, load, online, prefill, unified
 
@@ -95,7 +95,7 @@ def test_without_pools_everybody_shares() -> None:
     assert [w.name for w in Shared().decodes(Kind.OFFLINE, WORKERS)] == ["ds", "dr"]
 
 
-@pytest.mark.parametrize("registry", [ORDER, PLACE, POOLS])
+@pytest.mark.parametrize("registry", [ORDER, PLACE, POOLS, PREEMPT])
 def test_every_registered_policy_needs_no_argument(registry: dict[str, type[object]]) -> None:
     for name, policy in registry.items():
         assert repr(policy())

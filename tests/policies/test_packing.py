@@ -17,7 +17,6 @@ from policies.packing import (
     Running,
     Slack,
     StepUs,
-    least_slack_us,
 )
 from policies.step_table import StepTable
 
@@ -77,34 +76,33 @@ def test_whoever_must_step_steps(packing: Packing, members: list[Running], step_
 
 
 @given(running, step_laws)
-def test_nobody_waits_longer_than_the_stated_number_of_steps(
-    members: list[Running], step_us: StepUs
-) -> None:
-    due = {i for i, member in enumerate(members) if member.skipped >= Slack().most_skipped}
-    assert due <= set(Slack().choose(members, step_us))
-
-
-@given(running, step_laws)
-def test_nobody_on_time_gets_late_by_a_chosen_step_unless_a_turn_had_to_come(
+def test_a_step_of_some_is_no_longer_than_those_on_time_can_bear(
     members: list[Running], step_us: StepUs
 ) -> None:
     chosen = Slack().choose(members, step_us)
-    forced = any(m.must_step or m.skipped >= Slack().most_skipped for m in members)
-    limit_us = least_slack_us(members, step_us)
-    if not forced and len(chosen) > 1:
-        assert took(members, chosen, step_us) <= limit_us
+    if 1 < len(chosen) < len(members) and not any(m.must_step for m in members):
+        assert took(members, chosen, step_us) <= Slack().limit_us(members)
 
 
 @given(running, step_laws)
-def test_a_chosen_step_is_as_fast_as_everybodys_unless_somebody_would_get_late_by_that(
+def test_nobody_is_left_out_where_a_step_of_all_keeps_to_the_limit_or_a_turn_has_come(
     members: list[Running], step_us: StepUs
 ) -> None:
-    """Tokens per second; so packing never costs throughput without keeping a target by it."""
-    chosen, everybody = Slack().choose(members, step_us), range(len(members))
-    mine = len(chosen) / took(members, chosen, step_us)
-    stock = len(members) / took(members, everybody, step_us)
-    is_late = took(members, everybody, step_us) > least_slack_us(members, step_us)
-    assert mine >= stock * (1 - 1e-9) or is_late
+    """So packing is stock, unless stock makes somebody late."""
+    chosen = Slack().choose(members, step_us)
+    if len(chosen) < len(members):
+        assert took(members, range(len(members)), step_us) > Slack().limit_us(members)
+        assert all(m.skipped < Slack().most_skipped for m in members)
+
+
+@given(running, step_laws)
+def test_whoever_is_left_out_holds_more_than_whoever_is_not(
+    members: list[Running], step_us: StepUs
+) -> None:
+    chosen = set(Slack().choose(members, step_us))
+    inside = [m.context_tokens for i, m in enumerate(members) if i in chosen and not m.must_step]
+    outside = [m.context_tokens for i, m in enumerate(members) if i not in chosen]
+    assert not inside or not outside or max(inside) <= min(outside)
 
 
 @given(st.lists(st.integers(1, 131_072), min_size=1, max_size=10), step_laws)
@@ -122,10 +120,11 @@ def test_who_waits_no_turn_is_left_out_for_longer_than_the_bound(
         assert max(skipped) <= Slack().most_skipped
 
 
-def test_a_long_context_waits_while_the_short_ones_are_pressed_for_time() -> None:
-    members = [row(4_000, slack_ms=12), row(4_000, slack_ms=12), row(120_000, slack_ms=500)]
-    assert Slack().choose(members, by_longest) == [0, 1]
-    assert Slack().choose([*members[:2], row(120_000, slack_ms=-900)], by_longest) == [0, 1]
+def test_a_long_context_waits_until_the_others_are_ahead_of_their_target() -> None:
+    short = [row(4_000, slack_ms=50)] * 2
+    assert Slack().choose([*short, row(120_000)], by_longest) == [0, 1]
+    ahead = [Running(4_000, 99, 1_000_000.0, TPOT_US)] * 2
+    assert Slack().choose([*ahead, row(120_000)], by_longest) == [0, 1, 2]
 
 
 def test_one_hopeless_request_stops_the_printed_rule_and_not_the_repaired_one() -> None:
@@ -151,9 +150,9 @@ def test_online_is_filled_in_first_and_offline_gets_the_room_that_is_left() -> N
 
 @given(st.permutations(range(5)))
 def test_equal_contexts_are_taken_in_the_order_they_joined(order: list[int]) -> None:
-    members = [row(8_000, slack_ms=14 + i) for i in order]
-    chosen = Slack().choose(members, lambda n, c, m: 10_000.0 + 1_500.0 * n)
-    assert chosen == list(range(len(chosen)))
+    members = [row(8_000, slack_ms=50 + i) for i in order]
+    chosen = Slack().choose(members, lambda n, c, m: 10_000.0 + 9_000.0 * n)
+    assert chosen == [0, 1]
 
 
 def test_observed_steps_correct_the_table_where_they_were_seen_and_elsewhere() -> None:

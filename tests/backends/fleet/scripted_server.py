@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 SLEEPER = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
 
@@ -27,9 +28,15 @@ def main(argv: list[str]) -> None:
     sys.stdout.flush()
     if "--die" in argv:
         raise SystemExit("weights do not fit")
-    if "--hang" in argv:
+    if "--taken" in argv:
+        sys.stdout.write("[Errno 98] error while attempting to bind: address already in use\n")
+        sys.stdout.flush()
+        time.sleep(600)
+    if "--hang" in argv or ("--hang-if" in argv and Path(argv[-1]).exists()):
         time.sleep(600)
     subprocess.Popen(SLEEPER)  # a scheduler
+    if "--stray" in argv:
+        subprocess.Popen(SLEEPER, start_new_session=True)
     address = ("127.0.0.1", int(argv[argv.index("--port") + 1]))
     HTTPServer(address, Answer).serve_forever()
 

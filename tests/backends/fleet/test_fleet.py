@@ -109,6 +109,19 @@ async def test_nothing_is_left_when_the_block_raises(spec: FleetSpec) -> None:
     await gone(pids)
 
 
+async def test_a_child_that_left_its_servers_group_ends_with_the_server(
+    spec: FleetSpec, http: aiohttp.ClientSession
+) -> None:
+    async with Fleet(replace(spec, flags=("--stray",)), program=PROGRAM) as fleet:
+        pids = family(fleet)
+        server = await pid_of(http, fleet.server("decode-0"))
+        descendants = set(memory.family(server))
+        await fleet.kill("decode-0")
+        await gone(descendants)
+        assert len(pids - descendants) == len(descendants) + 1 == 4  # the owner is left, too
+    await gone(pids)
+
+
 async def test_nothing_is_left_when_the_owner_of_the_servers_is_killed(spec: FleetSpec) -> None:
     async with Fleet(spec, program=PROGRAM) as fleet:
         servers = family(fleet) - {fleet.pid}
@@ -156,6 +169,43 @@ async def test_a_server_that_ends_by_itself_is_restarted(
     ]
 
 
+async def test_a_server_that_hangs_when_it_is_restarted_is_ended_and_tried_again(
+    spec: FleetSpec, http: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    sign = tmp_path / "hang"
+    hanging = replace(spec, flags=("--hang-if", str(sign)), servers=(Group(role=Role.UNIFIED),))
+    news: asyncio.Queue[str] = asyncio.Queue()
+    async with Fleet(hanging, program=PROGRAM, report=lambda _, new: news.put_nowait(new)) as fleet:
+        fleet.spec = replace(hanging, start_timeout_s=1.0)
+        keeping = asyncio.create_task(fleet.keep())
+        sign.touch()
+        os.kill(await pid_of(http, fleet.servers[0]), signal.SIGKILL)
+        async with asyncio.timeout(10):
+            while await news.get() != "not ready after 1 s":
+                pass
+            sign.unlink()
+            while await news.get() != "ready":
+                pass
+        keeping.cancel()
+
+
+@pytest.fixture
+def used_logs(spec: FleetSpec) -> FleetSpec:
+    """Its folder of logs has served an earlier fleet."""
+    logs = Path(spec.logs)
+    logs.mkdir()
+    (logs / "decode-0.log").write_text("address already in use\n")
+    return spec
+
+
+async def test_what_an_earlier_server_wrote_into_the_log_is_not_taken_for_this_ones(
+    used_logs: FleetSpec,
+) -> None:
+    spec = used_logs
+    async with Fleet(spec, program=PROGRAM) as fleet:
+        assert len(fleet.servers) == 2
+
+
 async def failing(spec: FleetSpec, **options: object) -> str:
     with pytest.raises(FleetError) as told:
         async with Fleet(spec, program=PROGRAM, **options):  # type: ignore[arg-type]
@@ -172,6 +222,14 @@ async def test_a_server_that_dies_while_starting_is_named_with_its_last_lines(
         "decode-0 ended with exit status 1",
     }
     assert told.endswith("\n    loading weights\n    weights do not fit")
+
+
+async def test_a_server_that_finds_its_port_taken_is_named_with_its_last_lines(
+    spec: FleetSpec,
+) -> None:
+    told = await failing(replace(spec, flags=("--taken",), servers=(Group(role=Role.UNIFIED),)))
+    assert told.startswith("unified-0 found its port taken; the last lines of ")
+    assert told.endswith("address already in use")
 
 
 async def test_a_server_that_never_gets_ready_is_given_up(spec: FleetSpec) -> None:
@@ -239,6 +297,19 @@ def test_the_estimate_grows_with_servers_tokens_and_weights() -> None:
         lambda: memory.needed_bytes(small, replace(shape, weight_bytes=1 << 30)),
     ]
     assert all(estimate() > least for estimate in larger)
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "told"),
+    [
+        (3, "", "ended with exit status 3"),
+        (-signal.SIGTERM, "", "was ended by SIGTERM"),
+        (-signal.SIGKILL, "no weights\nkill_process_tree called: parent_pid=7", "gave up"),
+        (-signal.SIGKILL, "", "was killed (SIGKILL; the system does that when memory runs out)"),
+    ],
+)
+def test_an_end_is_told_by_who_ended_it(code: int, words: str, told: str) -> None:
+    assert how_it_ended(code, words) == told
 
 
 def test_only_the_end_of_a_long_log_is_shown(tmp_path: Path) -> None:

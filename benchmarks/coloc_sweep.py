@@ -1,0 +1,274 @@
+"""How much offline load a system takes before online suffers: one curve for each trace and seed."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+
+from benchmarks.coloc_systems import (
+    DECODES,
+    PREFILLS,
+    TTFT_MS,
+    System,
+    Traffic,
+    fleets,
+    offline,
+    told,
+)
+from benchmarks.fluid import Bound, Mix, Servers, Targets, bound
+from gateway.scenario import Plan, PolicyEntry, Scenario, planned
+from gateway.simulation.asks import prepared
+from gateway.simulation.fleet import servers_of
+from gateway.simulation.records import Record, RunFacts
+from gateway.simulation.world import Case, World
+from policies.types import Kind
+
+T = TypeVar("T")
+
+DRAIN_S = 30.0
+LOADS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
+"""Offered offline requests, as shares of what the fluid bound serves; the last is a backlog."""
+QUICK_LOADS = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.2)
+AUTHORS, STRICTER = 0.03, 0.005
+"""The authors' line for online violations; and ours, beside what online alone violates."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One run."""
+
+    load: float
+    offered_per_s: float
+    violations: float
+    ttft_violations: float
+    tpot_violations: float
+    tokens_per_s: float
+    """Offline tokens generated while online requests came."""
+    requests_per_s: float
+    """Offline answers that ended meanwhile."""
+    wasted: float
+    """Tokens computed for nothing, beside those of offline prompts and answers that counted."""
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """What one system does under one trace with one seed."""
+
+    traffic: str
+    system: str
+    seed: int
+    alone: float
+    """Violations of online requests without any offline load."""
+    points: tuple[Point, ...] = ()
+
+    def most(self, limit: float) -> Point | None:
+        """The most offline throughput among the runs within the limit."""
+        kept = [it for it in self.points if it.violations <= limit]
+        return max(kept, key=lambda it: it.tokens_per_s, default=None)
+
+    @property
+    def stricter_limit(self) -> float:
+        return self.alone + STRICTER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    traffic: Traffic
+    system: System
+    seed: int
+    unit_per_s: float
+    """Offline requests per second at load 1."""
+    alone: float
+    loads: Sequence[float]
+    data: Path
+
+
+def scenario_of(traffic: Traffic, policy: PolicyEntry, rate: float) -> Scenario:
+    workload = (*traffic.online, offline(rate)) if rate else traffic.online
+    return Scenario(
+        name=traffic.key,
+        warm_up_s=traffic.warm_up_s,
+        duration_s=traffic.duration_s,
+        drain_s=DRAIN_S,
+        fleet=fleets(traffic.strict),
+        workload=workload,
+        policy=(told(policy, traffic),),
+    )
+
+
+def point(
+    traffic: Traffic, policy: PolicyEntry, seed: int, load: float, rate: float, data: Path
+) -> Point:
+    plan = planned(scenario_of(traffic, policy, rate), data)
+    case = Case(policy=plan.scenario.policy[0], load=1.0, seed=seed)
+    ran = World(plan, case).run()
+    return measured(ran.facts, ran.records, load, rate)
+
+
+def measured(facts: RunFacts, records: Sequence[Record], load: float, rate: float) -> Point:
+    online = [it for it in records if it.kind is Kind.ONLINE and it.arrival_us >= facts.from_us]
+    batch = [it for it in records if it.kind is Kind.OFFLINE]
+    seconds = facts.until_us / 1e6
+    ended = [it for it in batch if it.has_finished and (it.last_us or 0) < facts.until_us]
+    useful = sum(it.computed_tokens + it.generated for it in batch)
+    wasted = sum(it.wasted_tokens for it in batch)
+    return Point(
+        load=load,
+        offered_per_s=rate,
+        violations=_missed(it.keeps_all for it in online),
+        ttft_violations=_missed(it.keeps_ttft for it in online),
+        tpot_violations=_missed(it.keeps_tpot for it in online),
+        tokens_per_s=sum(it.tokens_between(0, facts.until_us) for it in batch) / seconds,
+        requests_per_s=len(ended) / seconds,
+        wasted=wasted / (useful - wasted) if useful > wasted else 0.0,
+        preemptions=sum(it.preemptions for it in batch),
+    )
+
+
+def _missed(kept: Iterable[bool]) -> float:
+    all_kept = list(kept)
+    return 1 - sum(all_kept) / len(all_kept)
+
+
+def curve(task: Task) -> Curve:
+    """Tries the largest load; if that is too much, halves the interval; then looks beyond.
+
+    The search ends at a load that is kept while the next two are not, at both limits.
+    """
+    found: dict[int, Point] = {}
+
+    def at(index: int) -> Point:
+        if index not in found:
+            load = task.loads[index]
+            rate = load * task.unit_per_s
+            found[index] = point(task.traffic, task.system.policy, task.seed, load, rate, task.data)
+        return found[index]
+
+    for limit in (task.alone + STRICTER, max(AUTHORS, task.alone)):
+        _search(at, len(task.loads), limit)
+    return Curve(
+        traffic=task.traffic.key,
+        system=task.system.key,
+        seed=task.seed,
+        alone=task.alone,
+        points=tuple(found[index] for index in sorted(found)),
+    )
+
+
+def _search(at: Callable[[int], Point], count: int, limit: float) -> None:
+    def kept(index: int) -> bool:
+        return at(index).violations <= limit
+
+    low, high = -1, count - 1
+    if kept(high):
+        return
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if kept(middle) else (low, middle)
+    beyond = high + 1
+    while beyond < count - 1 and kept(beyond):
+        beyond += 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ground:
+    """What is known of one trace and seed before any system is tried."""
+
+    traffic: str
+    seed: int
+    alone: Point
+    online: int
+    bounds: dict[float, Bound]
+    """By the share of online requests that may miss their targets."""
+    median_tpot_ms: float
+    source: str
+
+    @property
+    def unit_per_s(self) -> float:
+        """Offline requests that are offered at load 1: what the bound serves."""
+        return self.bounds[min(self.bounds)].requests_per_s
+
+
+def ground(traffic: Traffic, reference: PolicyEntry, seed: int, data: Path) -> Ground:
+    """Online alone, and the fluid bounds at both limits."""
+    plan = planned(scenario_of(traffic, reference, 0.0), data)
+    ran = World(plan, Case(policy=reference, load=1.0, seed=seed)).run()
+    alone = measured(ran.facts, ran.records, 0.0, 0.0)
+    limits = (alone.violations + STRICTER, max(AUTHORS, alone.violations))
+    return Ground(
+        traffic=traffic.key,
+        seed=seed,
+        alone=alone,
+        online=len(ran.records),
+        bounds={limit: fluid(traffic, reference, seed, limit, data) for limit in limits},
+        median_tpot_ms=usual_tpot_ms(ran.records),
+        source=ran.sources[0],
+    )
+
+
+def usual_tpot_ms(records: Sequence[Record]) -> float:
+    """The median over time: of each second's mean over the answers that came then."""
+    paces: dict[int, list[float]] = {}
+    for it in records:
+        if it.tpot_us is not None and it.first_us is not None and it.last_us is not None:
+            for second in range(it.first_us // 1_000_000, it.last_us // 1_000_000 + 1):
+                paces.setdefault(second, []).append(it.tpot_us / 1e3)
+    return statistics.median(statistics.fmean(of_one) for of_one in paces.values())
+
+
+def fluid(traffic: Traffic, reference: PolicyEntry, seed: int, missing: float, data: Path) -> Bound:
+    plan: Plan = planned(scenario_of(traffic, reference, 20.0), data)
+    *chats, batch = (list(it.asks) for it in prepared(plan, 1.0, seed).streams)
+    online = sorted(ask for chat in chats for ask in chat)
+    decode = servers_of(plan.scenario.fleet[0], data)[-1]
+    servers = Servers(
+        prefills=PREFILLS,
+        decodes=DECODES,
+        times=decode.times,
+        kv_tokens=decode.config.kv_tokens,
+        max_running=decode.config.max_running,
+    )
+    return bound(
+        servers,
+        online,
+        Mix.of(batch, servers),
+        Targets(ttft_s=TTFT_MS / 1e3, tpot_s=traffic.tpot_ms / 1e3),
+        from_s=0.0,
+        until_s=traffic.duration_s,
+        missing=round(missing * len(online)),
+    )
+
+
+def quiet() -> None:
+    """A gateway tells of each preemption: thousands in a run that nobody reads."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+
+
+def grounds(
+    wanted: Sequence[tuple[Traffic, PolicyEntry, int, Path]], processes: int
+) -> Iterator[Ground]:
+    return _each(ground, wanted, processes)
+
+
+def in_turn(tasks: Sequence[Task], processes: int) -> Iterator[Curve]:
+    return _each(curve, [(task,) for task in tasks], processes)
+
+
+def _each(work: Callable[..., T], given: Sequence[tuple[Any, ...]], processes: int) -> Iterator[T]:
+    """In the order in which they end."""
+    if processes < 2:
+        quiet()
+        yield from (work(*it) for it in given)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=quiet) as pool:
+        for done in as_completed([pool.submit(work, *it) for it in given]):
+            yield done.result()

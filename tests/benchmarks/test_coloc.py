@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import coloc_sweep
+from benchmarks.coloc import Found, checks_of, rows_of
+from benchmarks.coloc_sweep import Curve, Ground, Point, Task, curve, measured
+from benchmarks.coloc_systems import (
+    ABLATIONS,
+    BESIDE,
+    DECODES,
+    OURS,
+    PEERS,
+    PREFILLS,
+    TRAFFIC,
+    fleets,
+)
+from benchmarks.fluid import Bound
+from gateway.scenario import PolicyEntry
+from gateway.simulation.records import Ended, Record, RunFacts
+from policies.types import Kind, Role
+
+LOADS = tuple(k / 10 for k in range(1, 11))
+
+
+def at(load: float, violations: float, tokens: float | None = None) -> Point:
+    return Point(
+        load=load,
+        offered_per_s=load,
+        violations=violations,
+        ttft_violations=violations,
+        tpot_violations=0.0,
+        tokens_per_s=load * 100 if tokens is None else tokens,
+        requests_per_s=load,
+        wasted=0.01,
+    )
+
+
+def searched(monkeypatch: pytest.MonkeyPatch, kept_to: float, also: float = 0.0) -> Curve:
+    def point(
+        traffic: object, policy: PolicyEntry, seed: int, load: float, rate: float, data: Path
+    ) -> Point:
+        keeps = load <= kept_to + 1e-9 or abs(load - also) < 1e-9
+        return at(load, 0.0 if keeps else 0.5)
+
+    monkeypatch.setattr(coloc_sweep, "point", point)
+    task = Task(
+        traffic=TRAFFIC[0],
+        system=OURS,
+        seed=1,
+        unit_per_s=10.0,
+        alone=0.0,
+        loads=LOADS,
+        data=Path(),
+    )
+    return curve(task)
+
+
+@pytest.mark.parametrize("kept_to", [0.0, 0.1, 0.4, 0.7, 0.9, 1.0])
+def test_the_search_finds_the_largest_load_that_is_kept(
+    monkeypatch: pytest.MonkeyPatch, kept_to: float
+) -> None:
+    found = searched(monkeypatch, kept_to)
+    best = found.most(found.stricter_limit)
+    assert (best.load if best else 0.0) == pytest.approx(kept_to)
+    assert len(found.points) <= 6
+
+
+def test_one_load_that_fails_by_chance_does_not_end_the_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = searched(monkeypatch, 0.4, also=0.6)
+    best = found.most(found.stricter_limit)
+    assert best is not None
+    assert best.load == pytest.approx(0.6)
+
+
+def record(name: str, kind: Kind, **more: object) -> Record:
+    base = Record(
+        id=name,
+        workload=str(kind),
+        kind=kind,
+        arrival_us=0,
+        prompt_tokens=100,
+        output_tokens=11,
+        ttft_target_us=1_000_000,
+        tpot_target_us=50_000,
+        window_us=10**12,
+        ended=Ended.FINISHED,
+        first_us=500_000,
+        last_us=800_000,
+        generated=11,
+        computed_tokens=100,
+    )
+    for key, value in more.items():
+        setattr(base, key, value)
+    return base
+
+
+FACTS = RunFacts(
+    policy="any",
+    load=1.0,
+    seed=1,
+    from_us=0,
+    until_us=2_000_000,
+    ended_us=3_000_000,
+    gpu_s=1.0,
+    requests=4,
+)
+
+
+def test_only_what_offline_requests_got_while_online_ones_came_counts() -> None:
+    batch = [
+        record("b1", Kind.OFFLINE),
+        record("b2", Kind.OFFLINE, first_us=1_500_000, last_us=2_500_000, generated=20),
+        record("b3", Kind.OFFLINE, ended=Ended.UNFINISHED, first_us=None, last_us=None),
+    ]
+    found = measured(FACTS, [record("a", Kind.ONLINE), *batch], 1.0, 5.0)
+    assert found.tokens_per_s == pytest.approx((11 + 10) / 2)
+    assert found.requests_per_s == pytest.approx(0.5)
+
+
+def test_violations_are_of_all_online_requests_and_waste_of_all_offline_tokens() -> None:
+    late = record("late", Kind.ONLINE, first_us=1_200_000, last_us=1_300_000)
+    refused = record("refused", Kind.ONLINE, ended=Ended.REJECTED, first_us=None)
+    again = record("b", Kind.OFFLINE, computed_tokens=150)
+    online = [record("a", Kind.ONLINE), record("c", Kind.ONLINE), late, refused]
+    found = measured(FACTS, [*online, again], 1.0, 5.0)
+    assert found.violations == pytest.approx(0.5)
+    assert found.wasted == pytest.approx(50 / 111)
+
+
+def found_with(**best: float) -> Found:
+    """One seed; each system keeps everything up to its load."""
+    bound = Bound(tokens_per_s=100.0, requests_per_s=1.0)
+    ground = Ground(
+        traffic="c",
+        seed=1,
+        alone=at(0.0, 0.0),
+        online=100,
+        bounds={0.005: bound, 0.03: bound},
+        median_tpot_ms=10.0,
+        source="somewhere",
+    )
+    found = Found(next(it for it in TRAFFIC if it.key == "c"), {1: ground})
+    for system in (*PEERS, *BESIDE, OURS, *ABLATIONS):
+        load = best.get(system.key, 0.1)
+        points = (at(load, 0.0), at(1.2, 0.5))
+        found.add(Curve(traffic="c", system=system.key, seed=1, alone=0.0, points=points))
+    return found
+
+
+def test_ours_is_judged_by_the_best_of_the_others() -> None:
+    checks = {it.name: it for it in checks_of(found_with(ours=0.9, v1=0.3, AIMD=0.2))}
+    gain = checks["(c) offline tokens/s beside the best baseline, stricter score"]
+    assert gain.value == pytest.approx(3.0)
+    assert gain.ok
+    assert all(it.ok for it in checks.values())
+    worse = checks_of(found_with(ours=0.2, v1=0.3))
+    assert not any(it.ok for it in worse if "beside" in it.name)
+
+
+def test_the_table_has_a_row_for_each_system_and_one_for_the_bound() -> None:
+    systems = [*PEERS, OURS]
+    assert rows_of(found_with(), systems).row_count == len(systems) + 1
+
+
+@pytest.mark.parametrize("strict", [0, 1, 2])
+def test_every_fleet_has_the_same_servers(strict: int) -> None:
+    for fleet in fleets(strict):
+        counts = dict.fromkeys(Role, 0)
+        for server in fleet.server:
+            counts[server.role] += server.count
+        assert (counts[Role.PREFILL], counts[Role.DECODE]) == (PREFILLS, DECODES)
+        assert {(it.device, it.model, it.kv_tokens, it.speed) for it in fleet.server} == {
+            ("", "", 0, 1.0)
+        }

@@ -1,0 +1,122 @@
+"""Real servers give offline work up for online work, and the offline client never notices."""
+
+from __future__ import annotations
+
+import asyncio
+from statistics import median
+
+import pytest
+
+from gateway.config import Classes, Online
+from policies.events import Reason, Recall
+from policies.types import Kind
+from tests.conformance.under_test import CHUNK_TOKENS, Client, Leg
+from tests.e2e.site import OFFLINE, REAL, Site, over, standing
+
+pytestmark = REAL
+PAIRS = ("prefill", "decode", "relaxed")
+REQUESTS = 20
+TOKENS = 40
+STEP_S = 0.01
+LONG_STEP_S = 0.1
+"""Long enough that a poll of the load report is quick beside it."""
+LONG_TOKENS = 5 * CHUNK_TOKENS
+
+
+def preemptions(site: Site) -> int:
+    return site.gateway.core.accounts.preemptions.total()
+
+
+async def recall(site: Site) -> None:
+    before = preemptions(site)
+    (job_id,) = site.gateway.backend._live
+    site.gateway.driver.post(Recall(job_id))
+    await site.until(lambda: preemptions(site) > before)
+
+
+def made(site: Site) -> int:
+    """Tokens of the attempts under way."""
+    return sum(attempt.tokens for attempt in site.gateway.backend._live.values())
+
+
+async def slowed(client: Client, step_s: float | None) -> None:
+    for url in (client.fleet.decode, client.fleet.relaxed):
+        await client.slow(url, step_s)
+
+
+async def preempted(site: Site, leg: Leg, times: int, tokens: int) -> Leg:
+    """It is taken off so often, each time after at least so many more tokens."""
+    for _ in range(times):
+        await site.until(lambda: made(site) >= tokens)
+        await recall(site)
+    return await over(leg)
+
+
+@pytest.mark.parametrize("way", ["streamed", "whole"])
+async def test_preempted_requests_end_with_the_tokens_of_an_undisturbed_run(
+    client: Client, way: str
+) -> None:
+    async with standing(client, *PAIRS) as site:
+        await slowed(client, STEP_S)
+        for number in range(REQUESTS // 2):
+            prompt = client.prompt(30)
+            times, tokens = (5, 4) if number == 0 else (1, client.rng.randint(1, TOKENS - 5))
+            leg = site.generate(prompt, TOKENS, stream=way == "streamed", headers=OFFLINE)
+            await preempted(site, leg, times, tokens)
+            assert leg.ids == await site.alone(prompt, TOKENS)
+            assert leg.finish == {"type": "length", "length": TOKENS}
+            assert site.lines[-1]["preemptions"] == times
+        await slowed(client, None)
+        await site.freed()
+
+
+async def test_a_decode_slot_is_free_within_two_steps_of_the_decision(client: Client) -> None:
+    async with standing(client, "prefill", "relaxed") as site:
+        ledgers, clock = site.gateway.core.ledgers, asyncio.get_running_loop().time
+        waits_s = []
+        for _ in range(8):
+            await client.slow(client.fleet.relaxed, LONG_STEP_S)
+            leg = site.generate(client.prompt(30), TOKENS, headers=OFFLINE)
+            await site.until(lambda: made(site) >= 2)
+            for ledger in ledgers.values():
+                ledger.draining = True  # it is to wait, so that the slot can be seen to be free
+            began_s = clock()
+            await recall(site)
+            await client.until(client.fleet.relaxed, lambda load: not load["num_running_reqs"])
+            waits_s.append(clock() - began_s)
+            for ledger in ledgers.values():
+                ledger.draining = False
+            await client.slow(client.fleet.relaxed, None)
+            await over(leg)
+            assert len(leg.ids) == TOKENS
+        assert median(waits_s) <= 2 * LONG_STEP_S
+        assert max(waits_s) <= 3 * LONG_STEP_S
+        print("freed", waits_s)
+
+
+async def first_token_s(site: Site, tokens: int) -> float:
+    began_s = asyncio.get_running_loop().time()
+    leg = site.generate(site.client.prompt(tokens), 4)
+    await leg.begun.wait()
+    took_s = asyncio.get_running_loop().time() - began_s
+    await over(leg)
+    assert leg.status == 200
+    return took_s
+
+
+async def test_an_online_prompt_does_not_wait_behind_a_long_offline_one(client: Client) -> None:
+    classes = Classes(online=Online(ttft_ms=400.0))
+    async with standing(client, *PAIRS, classes=classes) as site:
+        chunk_s = min([await first_token_s(site, CHUNK_TOKENS) for _ in range(3)])
+        long = site.generate(client.prompt(LONG_TOKENS), 8, headers=OFFLINE)
+        busy = site.gateway.core.ledgers["prefill"]
+        await site.until(lambda: busy.offline.prefills)
+        await asyncio.sleep(chunk_s)
+        waited_s = await first_token_s(site, 200)
+        print("waited", waited_s, chunk_s)
+        assert waited_s <= 2 * chunk_s + 0.4
+        await over(long)
+        assert len(long.ids) == 8
+        taken = site.gateway.core.accounts.preemptions
+        assert taken[Kind.OFFLINE, "prefill", Reason.ONLINE_PREFILL] >= 1
+        await site.freed()

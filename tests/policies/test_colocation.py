@@ -1,0 +1,132 @@
+"""What a server takes of offline work, beside the online work that it has or expects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from policies.breaker import Breaker, BreakerRule
+from policies.colocation import Colocated
+from policies.ledger import Ledger
+from policies.types import Pool, Role
+from tests.gateway.talk import SECOND, offline, online, server
+from tests.policies.sites import COST
+
+RULE = Colocated(ttft_us=1_000_000, tpot_us=20_000)
+
+
+def ledger(role: Role = Role.DECODE, pool: Pool = Pool.STRICT, **fields: Any) -> Ledger:
+    made = Ledger(server("s", role, pool=pool, kv_tokens=400_000, **fields), Breaker(BreakerRule()))
+    made.predict_by(COST)
+    return made
+
+
+def chat(to: Ledger, count: int, tpot_us: int = 20_000) -> Ledger:
+    for _ in range(count):
+        to.add_decode(500, 1000)
+        to.online.came(1000, tpot_us, 0)
+    return to
+
+
+def ebbed(to: Ledger, count: int) -> Ledger:
+    """So many of them have gone since the last second."""
+    to.online.roll(SECOND)
+    for _ in range(count):
+        to.end_decode(500, 1000)
+        to.online.went(20_000)
+    return to
+
+
+def batch(to: Ledger, count: int, context: int = 2000) -> Ledger:
+    for _ in range(count):
+        to.add_decode(context, context + 500)
+        to.offline.add(context, context + 500)
+    return to
+
+
+def most(to: Ledger, rule: Colocated = RULE) -> int:
+    """Offline jobs that it takes on top of what it has."""
+    count = 0
+    while rule.decode(offline("x", 2000), to) and count < 400:
+        batch(to, 1)
+        count += 1
+    return count
+
+
+def test_a_strict_server_is_filled_up_to_its_share_of_the_target() -> None:
+    strict = chat(ledger(), 20)
+    assert most(strict) > 10
+    assert strict.steps is not None
+    step_us = strict.steps.decode_us(strict.decodes, strict.context_tokens)
+    assert 0.85 * 20_000 < step_us <= 0.9 * 20_000
+
+
+def test_it_takes_less_where_someone_has_a_tighter_target() -> None:
+    assert most(chat(chat(ledger(), 19), 1, 12_000)) < most(chat(ledger(), 20)) / 2
+
+
+def test_it_keeps_room_for_those_who_were_there_a_moment_ago() -> None:
+    quiet = most(chat(ledger(), 5))
+    assert most(ebbed(chat(ledger(), 60), 55)) < quiet
+    careless = Colocated(ttft_us=1_000_000, tpot_us=20_000, headroom=False)
+    assert most(ebbed(chat(ledger(), 60), 55), careless) == quiet
+
+
+@pytest.mark.parametrize("fields", [{"kv_tokens": 60_000}, {"max_running": 24}])
+def test_room_is_kept_in_memory_and_seats_too(fields: dict[str, int]) -> None:
+    strict = Ledger(server("s", Role.DECODE, **fields), Breaker(BreakerRule()))
+    strict.predict_by(COST)
+    ebbed(chat(strict, 20), 19)
+    assert most(strict) > 0
+    for _ in range(19):
+        assert RULE.decode(online("x", 500), strict)
+        chat(strict, 1)
+
+
+def test_an_empty_server_takes_one_however_long_its_steps() -> None:
+    slow = Colocated(ttft_us=1_000_000, tpot_us=1)
+    assert slow.decode(offline("x", 2000), ledger())
+    assert not slow.decode(offline("x", 2000), batch(ledger(), 1))
+
+
+def test_a_relaxed_server_is_filled_up_to_its_saturation_batch() -> None:
+    relaxed = batch(ledger(pool=Pool.RELAXED), 10, context=10)
+    assert relaxed.steps is not None
+    seats = relaxed.steps.saturation
+    assert RULE.decode(offline("x", 10), batch(relaxed, seats - 11, context=10))
+    assert not RULE.decode(offline("x", 10), batch(relaxed, 1, context=10))
+    assert Colocated(gate=False).decode(offline("x", 10), relaxed)
+
+
+def test_where_the_hardware_is_unknown_only_memory_counts() -> None:
+    unknown = chat(ledger(), 300)
+    unknown.predict_by(None)
+    assert RULE.decode(offline("x", 100), unknown)
+
+
+def prefilling(tokens: int, **fields: Any) -> Ledger:
+    at = ledger(Role.PREFILL, chunk_tokens=8192, **fields)
+    if tokens:
+        at.add_prefill(tokens, 0)
+    return at
+
+
+@pytest.mark.parametrize(("waiting", "tokens"), [(0, 15_000), (4000, 1000)])
+def test_an_offline_prompt_goes_where_it_keeps_nobody_waiting(waiting: int, tokens: int) -> None:
+    assert RULE.prefill(offline("x", tokens), prefilling(waiting))
+    assert RULE.prefills(offline("x", tokens), [prefilling(waiting)]) != []
+
+
+def test_an_offline_prompt_waits_where_it_would_delay_an_online_one() -> None:
+    busy = prefilling(4000)
+    assert not RULE.prefill(offline("x", 12_000), busy)
+    assert RULE.prefill(online("x", 12_000), busy)
+    assert Colocated(ttft_us=1_000_000, gate=False).prefill(offline("x", 12_000), busy)
+
+
+def test_where_no_rate_is_known_only_idle_servers_take_offline_prompts() -> None:
+    for waiting, goes in ((0, True), (10, False)):
+        unknown = prefilling(waiting)
+        unknown.predict_by(None)
+        assert RULE.prefill(offline("x", 10), unknown) is goes
