@@ -215,7 +215,9 @@ class Core:
             return Reject(job, Reason.QUEUE_FULL, wait_us)
         if kind is _OFFLINE or not lane.is_last(job, self._rules.order):
             return None
-        wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
+        wait_us = predicted_wait_us(
+            candidates, lane.tokens_before(kind), now_us, takes_back=self._rules.takes_back
+        )
         late_us = now_us + wait_us - job.give_up_us
         return Reject(job, Reason.HOPELESS, late_us) if late_us > 0 else None
 
