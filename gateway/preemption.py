@@ -88,6 +88,8 @@ class Preemptor:
 
     def shorten(self, ledger: Ledger, now_us: int) -> None:
         """Where the steps are too long for the online jobs of a server."""
+        if not self._rule.is_over(ledger):
+            return
         victims, leaving = self._at(ledger)
         chosen = self._rule.over(ledger, leaving, victims)
         if chosen:

@@ -43,6 +43,10 @@ class GiveWay(Protocol):
         """Who makes that much room."""
         ...
 
+    def is_over(self, ledger: Ledger) -> bool:
+        """Whether there is reason to ask who is: asked often, so it looks at sums only."""
+        ...
+
     def over(self, ledger: Ledger, leaving: Leaving, victims: Victims) -> Victims:
         """Who makes the steps of this server too long."""
         ...
@@ -86,6 +90,9 @@ class Stay:
 
     def for_decode(self, need: Need, victims: Victims) -> Victims:
         return ()
+
+    def is_over(self, ledger: Ledger) -> bool:
+        return False
 
     def over(self, ledger: Ledger, leaving: Leaving, victims: Victims) -> Victims:
         return ()
@@ -162,6 +169,18 @@ class ForSlack:
             chosen.append(victim)
             seats, tokens = seats - 1, tokens - victim.reserved_tokens
         return chosen if seats <= 0 and tokens <= 0 else ()
+
+    def is_over(self, ledger: Ledger) -> bool:
+        online = ledger.online
+        if not online.count:
+            return False
+        target_us = online.tightest_us(self.tpot_us)
+        if online.pace_us > target_us:
+            return True
+        if ledger.steps is None:
+            return False
+        context_tokens = ledger.context_tokens + ledger.foreign_tokens
+        return ledger.steps.decode_us(ledger.decodes, context_tokens) > self.step_share * target_us
 
     def over(self, ledger: Ledger, leaving: Leaving, victims: Victims) -> Victims:
         online = ledger.online

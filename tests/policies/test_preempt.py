@@ -110,6 +110,7 @@ def test_steps_are_shortened_to_the_target_and_no_further() -> None:
     victims = [victim(f"{i:02}", i) for i in range(60)]
     chosen = RULE.over(strict, Leaving(), victims)
     left, context = strict.decodes - len(chosen), strict.context_tokens - 2000 * len(chosen)
+    assert RULE.is_over(strict)
     assert 0 < len(chosen) < 60
     assert strict.steps.decode_us(left, context) <= 0.98 * 12_000
     assert strict.steps.decode_us(left + 1, context + 2000) > 0.98 * 12_000
@@ -126,6 +127,7 @@ def test_those_who_leave_already_are_counted_as_gone() -> None:
 
 def test_nobody_is_shed_where_no_online_job_is() -> None:
     assert RULE.over(batch(ledger(), 200), Leaving(), [victim("a")]) == ()
+    assert not RULE.is_over(batch(ledger(), 200))
 
 
 def test_the_longest_goes_first_where_attention_bounds_the_step() -> None:
