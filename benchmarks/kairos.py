@@ -28,6 +28,7 @@ from rich.table import Table
 from benchmarks.kairos_systems import (
     BASELINE,
     PATCHED,
+    PLACED,
     PRINTED,
     REPAIRED,
     RESCUED,
@@ -35,6 +36,7 @@ from benchmarks.kairos_systems import (
     System,
     Traffic,
     long_tail,
+    minimax,
     replayed,
 )
 from benchmarks.kairos_trace import PAPER_TTFT, Law
@@ -165,13 +167,19 @@ class Bench:
         return rates[-1]
 
 
-def table_of(bench: Bench, traffic: Traffic, rate: float, title: str) -> Table:
+def table_of(
+    bench: Bench,
+    traffic: Traffic,
+    rate: float,
+    title: str,
+    systems: Sequence[System] = SYSTEMS,
+) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("system")
     table.add_column("needs")
     for column in ("TTFT %", "TPOT %", "both %", "gain", "tokens/s", "TTFT p99, s", "TPOT p99, ms"):
         table.add_column(column, justify="right")
-    for system in SYSTEMS:
+    for system in systems:
         runs = bench.results.of(traffic, system.name, rate)
         if runs:
             gains = bench.results.gains(traffic, system.name, rate, "both")
@@ -256,6 +264,8 @@ def measure(bench: Bench, data: Path, *, quick: bool) -> Report:
         title = f"Long tail at {rate:g} QPS{', the knee' if rate == knee else ''}"
         report.tables.append(table_of(bench, tail, rate, title))
         report.notes.append(stock_keeps(bench, tail, rate))
+    if not quick:
+        _pools(bench, knee, report)
     if quick:
         report.notes.append("--quick: one seed, five systems, no curve, no other traffic")
     else:
@@ -266,6 +276,15 @@ def measure(bench: Bench, data: Path, *, quick: bool) -> Report:
         report.spread[f"gain of {what} at the knee, points"] = Spread.of(gains)
     report.notes.append(f"the knee is at {knee:g} QPS; seeds {bench.seeds}; {LAW}")
     return report
+
+
+def _pools(bench: Bench, knee: float, report: Report) -> None:
+    """What placing does for the decode side: two pairs of servers at twice the rate."""
+    tail = long_tail("two pairs", LAW, straggler=True, rates=(2 * knee,))
+    two = replace(tail, fleet=minimax(LAW, straggler=True, pairs=2))
+    bench.run(two, PLACED, two.rates)
+    title = f"Two pairs of servers at {2 * knee:g} QPS"
+    report.tables.append(table_of(bench, two, two.rates[0], title, PLACED))
 
 
 def _the_rest(bench: Bench, tail: Traffic, data: Path, report: Report) -> None:

@@ -30,7 +30,7 @@ from gateway.scenario import (
     WorkloadEntry,
     planned,
 )
-from policies.registry import DISPLACE, ORDER
+from policies.registry import DISPLACE, ORDER, PLACE
 from policies.types import Role
 
 BASELINE = "FCFS, continuous batching"
@@ -51,7 +51,6 @@ class System:
     held: bool = False
     """Prompts wait in the gateway, which sends two chunks ahead; else all go to the server."""
     place: str = "least-work"
-    admit: str = ""
     schedule_policy: str = "fcfs"
     packing: str = "all"
     prefill_order: str = "fcfs"
@@ -123,6 +122,22 @@ SYSTEMS: tuple[System, ...] = (
     System(name=REPAIRED, needs=PATCHED, prefill_order="salvage", packing="slack"),
     System(name=RESCUED, needs=PATCHED, prefill_order="rescue", packing="slack"),
 )
+
+PLACED: tuple[System, ...] = (
+    System(name=BASELINE),
+    *(System(name=f"place {place}", place=place) for place in PLACE if place != "least-work"),
+    System(name="salvage, place length-split", order="salvage", held=True, place="length-split"),
+    System(name="slack, decode only", needs=PATCHED, packing="slack"),
+    System(name=RESCUED, needs=PATCHED, prefill_order="rescue", packing="slack"),
+    System(
+        name="rescue + slack, place length-split",
+        needs=PATCHED,
+        prefill_order="rescue",
+        packing="slack",
+        place="length-split",
+    ),
+)
+"""Where there are several servers of a role, the choice among them counts too."""
 
 
 def minimax(law: Law, *, straggler: bool, pairs: int = 1) -> FleetEntry:

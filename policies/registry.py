@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from policies.displace import ByCost, Displace, Never
+from policies.lengths import LengthSplit
 from policies.order import Edf, Fcfs, Order, Shortest
 from policies.place import CacheAware, LeastWork, Place, PowerOfTwo, RoundRobin
 from policies.planners import DynLoad, DynSla
@@ -25,6 +26,7 @@ PLACE: dict[str, type[Place]] = {
     "round-robin": RoundRobin,
     "power-of-two": PowerOfTwo,
     "cache-aware": CacheAware,
+    "length-split": LengthSplit,
 }
 POOLS: dict[str, type[Pools]] = {"none": Shared, "latency": ByLatency}
 PREEMPT: dict[str, type[GiveWay]] = {"none": Stay, "slack": ForSlack}

@@ -110,7 +110,7 @@ def test_steps_are_shortened_to_the_target_and_no_further() -> None:
     victims = [victim(f"{i:02}", i) for i in range(60)]
     chosen = RULE.over(strict, Leaving(), victims)
     left, context = strict.decodes - len(chosen), strict.context_tokens - 2000 * len(chosen)
-    assert RULE.is_over(strict)
+    assert RULE.may_be_over(strict)
     assert 0 < len(chosen) < 60
     assert strict.steps.decode_us(left, context) <= 0.98 * 12_000
     assert strict.steps.decode_us(left + 1, context + 2000) > 0.98 * 12_000
@@ -127,7 +127,7 @@ def test_those_who_leave_already_are_counted_as_gone() -> None:
 
 def test_nobody_is_shed_where_no_online_job_is() -> None:
     assert RULE.over(batch(ledger(), 200), Leaving(), [victim("a")]) == ()
-    assert not RULE.is_over(batch(ledger(), 200))
+    assert not RULE.may_be_over(batch(ledger(), 200))
 
 
 def test_the_longest_goes_first_where_attention_bounds_the_step() -> None:
@@ -136,6 +136,18 @@ def test_the_longest_goes_first_where_attention_bounds_the_step() -> None:
     longest = ForSlack(tpot_us=20_000, by_bottleneck=True)
     assert RULE.over(strict, Leaving(), victims)[0].job_id == "b"
     assert longest.over(strict, Leaving(), victims)[0].job_id == "a"
+
+
+@given(st.integers(0, 40), st.integers(8_000, 40_000), st.integers(0, 120), st.booleans())
+def test_whenever_somebody_has_to_go_it_is_worth_a_look(
+    chats: int, tpot_us: int, batched: int, is_slow: bool
+) -> None:
+    strict = batch(chat(ledger(), chats, tpot_us), batched)
+    if is_slow:
+        strict.online.paced(300_000, 10)
+    victims = [victim(f"{i:03}", i) for i in range(batched)]
+    assert RULE.may_be_over(strict) or not RULE.over(strict, Leaving(), victims)
+    assert not Stay().may_be_over(strict)
 
 
 def test_a_pace_that_is_seen_to_be_too_slow_costs_one_at_a_time() -> None:
