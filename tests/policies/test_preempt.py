@@ -140,7 +140,10 @@ def test_the_longest_goes_first_where_attention_bounds_the_step() -> None:
 
 @given(st.integers(0, 40), st.integers(8_000, 40_000), st.integers(0, 120), st.booleans())
 def test_whenever_somebody_has_to_go_it_is_worth_a_look(
-    chats: int, tpot_us: int, batched: int, is_slow: bool
+    chats: int,
+    tpot_us: int,
+    batched: int,
+    is_slow: bool,  # noqa: FBT001  # hypothesis draws it
 ) -> None:
     strict = batch(chat(ledger(), chats, tpot_us), batched)
     if is_slow:
