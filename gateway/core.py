@@ -484,7 +484,8 @@ class Core:
         """Booked in the step that decides, so that the next decision sees it."""
         ticket.step(_DISPATCHED)
         ticket.book(prefill, decode, self._rules.admit.reserved(ticket.job), now_us)
-        self._underway.sent(ticket, prefill, self._rules.displace.least_chunks)
+        if least_chunks := self._rules.displace.least_chunks:
+            self._underway.sent(ticket, prefill, least_chunks)
         ticket.attempt += 1
         reason = _LEAST_WORK
         if ticket.attempt > 1 or ticket.preemptions:
