@@ -13,13 +13,17 @@ from collections.abc import Iterator
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 
-LETTERS = 6
+SPELLINGS = 1 << 16
+"""Larger than the number of spellings of nearly every host."""
+LETTERS = 10
 """Of a name, the case of so many is changed: its end is left to those who match domains."""
+ZEROS = 4
+"""A hexadecimal number may begin with fewer than so many."""
 
 
 @lru_cache(maxsize=1024)
 def respelled(host: str, number: int) -> str:
-    """The same host: 0 is as it was given; there are dozens, then they come again."""
+    """The same host: 0 is as it was given; there are hundreds, then they come again."""
     if not number:
         return host
     bare = host.strip("[]")
@@ -59,7 +63,9 @@ def _alternatives(host: str) -> tuple[str, list[tuple[str, ...]]]:
             return "", [(host,)]
         groups = address.exploded.split(":")
         return ":", [tuple(dict.fromkeys((f"{int(it, 16):x}", it))) for it in groups]
-    return ".", [(it, f"0x{int(it):x}", f"0x0{int(it):x}") for it in host.split(".")]
+    return ".", [
+        (it, *(f"0x{zeros * '0'}{int(it):x}" for zeros in range(ZEROS))) for it in host.split(".")
+    ]
 
 
 def _cases(name: str) -> Iterator[tuple[str, ...]]:

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 import structlog
 
-from backends.addresses import respelled
+from backends.addresses import SPELLINGS, respelled
 from backends.attempt import Attempt
 from backends.base import Post
 from backends.exchange import Exchange
@@ -139,9 +139,14 @@ class Sglang:
         """The same server, better known; met again, it has been away or has changed its role."""
         server = self._servers[worker.name]
         server.worker = worker
-        server.spelling += server.is_met
+        if server.is_met:
+            self._name_anew(server)
         server.is_met = True
         self._note_models()
+
+    def _name_anew(self, server: Server) -> None:
+        """By chance: a gateway before this one may have used any spelling."""
+        server.spelling = self._rng.randrange(1, SPELLINGS)
 
     def remove(self, name: str) -> None:
         """Attempts under way keep their own reference and their own sockets."""
@@ -289,8 +294,9 @@ class Sglang:
             # A new attempt goes on from what is kept: events may hold more tokens than one.
             generated = max(0, exchange.kept_tokens - exchange.tokens)
         exchange.tokens += generated
-        if fault in _LOST_PAIR and attempt.prefill is not None and not attempt.flowing:
-            attempt.prefill.spelling += attempt.prefill.name in blamed
+        prefill = attempt.prefill
+        if fault in _LOST_PAIR and prefill is not None and prefill.name in blamed:
+            self._name_anew(prefill)
         self._post(Failed(exchange.job_id, fault, blamed, generated, exchange.is_restartable))
 
     def client_stalled(self, exchange: Exchange) -> None:

@@ -44,7 +44,8 @@ PROMPT_TOKENS, ANSWER_TOKENS = 512, 128
 JOBS = {"30 min": 1800.0, "2 h": 7200.0, "24 h": 86_400.0}
 ROWS = 1000
 REPLICAS = 2
-TTFT_MS, TPOT_MS = 150.0, 15.0
+TTFT_MS, TPOT_MS = 150.0, 9.4
+"""What the gateway is told: a token a fifth above what chat alone takes (7.8 ms)."""
 TTFT_WORSE, TPOT_WORSE = 10.0, 20.0
 SEEDS = (1, 2, 3)
 
@@ -67,7 +68,7 @@ def waves(cycles: int, random: Random) -> list[float]:
     times: list[float] = []
     for phase in range(2 * cycles):
         now_s, end_s = phase * PHASE_S, (phase + 1) * PHASE_S
-        rate = LOW_PER_S if phase % 2 else HIGH_PER_S
+        rate = HIGH_PER_S if _is_high(now_s) else LOW_PER_S
         while (now_s := now_s + random.expovariate(rate)) < end_s:
             times.append(now_s)
     return times
@@ -152,8 +153,12 @@ def run(policy: PolicyEntry, cycles: int, seed: int, data: Path, *, batch: bool)
     return figures(ran.records)
 
 
+def _is_high(at_s: float) -> bool:
+    return int(at_s // PHASE_S) % 2 == 0
+
+
 def figures(records: Sequence[Record]) -> Waved:
-    chat = [it for it in records if it.kind is Kind.ONLINE]
+    chat = [it for it in records if it.kind is Kind.ONLINE and _is_high(it.arrival_us / 1e6)]
     batch = [it for it in records if it.kind is Kind.OFFLINE]
     ended = [it for it in batch if it.has_finished]
     first = sorted(it.ttft_us / 1e3 for it in chat if it.ttft_us is not None)
@@ -213,7 +218,8 @@ def measure(asked: argparse.Namespace) -> Report:
     report.notes.append(
         f"{REPLICAS} unified servers, Llama-3.1-8B on h100; {cycles} times {PHASE_S:g} s at "
         f"{HIGH_PER_S:g}/s and {PHASE_S:g} s at {LOW_PER_S:g}/s; the batch is there from the "
-        "beginning; percentiles over all chat requests; the checks take the worst seed"
+        "beginning; percentiles over the chat requests of the high phases, as theirs are; the "
+        "checks take the worst seed"
     )
     if asked.quick:
         report.notes.append(f"--quick: one seed and {QUICK_CYCLES} cycle instead of {CYCLES}")

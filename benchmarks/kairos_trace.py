@@ -42,10 +42,13 @@ RATES = sorted({*PAPER_TTFT, *PAPER_TPOT, *PAPER_E2E, *PAPER_TOKENS_PER_S})
 class Law:
     """What the trace and the machine are taken to be."""
 
-    prompt_mean: float = 6_100.0
-    prompt_sigma: float = 1.4
-    answer_mean: float = 1_000.0
-    experts_s: float = 0.016
+    prompt_mean: float = 5_600.0
+    prompt_sigma: float = 1.6
+    answer_mean: float = 1_200.0
+    experts_s: float = 0.014
+    """What `search` finds. It lies in a valley: answers of 700 to 1,400 tokens with 20 to 14 ms for
+    the experts differ by one point of error. Reading 229 GB of weights with four H200 takes 12 ms.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +207,7 @@ def search() -> list[tuple[float, Law]]:
         print(f"TTFT rms {rms(ttft_errors(law)):.1f} points: {law}")
     best = laws[0]
     found = []
-    for mean, ms in itertools.product((700, 850, 1000, 1200), (12, 14, 16, 18, 20)):
+    for mean, ms in itertools.product((700, 850, 1000, 1200, 1400), (12, 14, 16, 18, 20)):
         law = Law(
             prompt_mean=best.prompt_mean,
             prompt_sigma=best.prompt_sigma,

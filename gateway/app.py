@@ -43,7 +43,7 @@ from gateway.ratio_control import RatioControl
 from gateway.router import Router
 from policies.clock import Clock
 from policies.events import Wakeup, WorkerGone
-from policies.types import Worker
+from policies.types import Pool, Role, Worker
 
 log = structlog.get_logger("slackwater")
 
@@ -113,6 +113,7 @@ class Gateway:
             keepalive_timeout=server.header_timeout_s,
         )
         self._say_what_predicts()
+        self._say_who_is_relaxed()
         self._runner = web.ServerRunner(listener, shutdown_timeout=1.0)
         await self._runner.setup()
         try:
@@ -144,6 +145,16 @@ class Gateway:
                 "no model and device under [cost] for some servers: their step times are ranked "
                 "in the proportions of an 8B model on an H100, prefill times by what is seen",
                 workers=unknown,
+            )
+
+    def _say_who_is_relaxed(self) -> None:
+        workers = [ledger.worker for ledger in self.core.ledgers.values()]
+        decodes = [worker for worker in workers if worker.role is not Role.PREFILL]
+        is_relaxed = any(worker.pool is Pool.RELAXED for worker in decodes)
+        if decodes and not is_relaxed and self._config.policies.pools == "latency":
+            log.info(
+                "no relaxed server decodes: colocation.without_relaxed says what offline work does",
+                without_relaxed=self._config.colocation.without_relaxed.value,
             )
 
     async def _wait_for_first_looks(self, looks: list[asyncio.Event]) -> None:

@@ -120,10 +120,13 @@ def outlook_of(candidates: Candidates, waiting_tokens: int, now_us: int) -> Outl
     return Outlook(now_us, tokens_per_us / max(1, known), max(1, servers), waiting_tokens)
 
 
-def predicted_wait_us(candidates: Candidates, waiting_tokens: int, now_us: int) -> int:
+def predicted_wait_us(
+    candidates: Candidates, waiting_tokens: int, now_us: int, *, takes_back: bool = False
+) -> int:
     """How long the prompts that wait keep the servers busy, at the rate seen or predicted; else 0.
 
-    Servers that have not shown their rate are taken to be as fast as the others.
+    Servers that have not shown their rate are taken to be as fast as the others. Offline prompts
+    keep nobody waiting who `takes_back` their place.
     """
     tokens, count, known, rates = waiting_tokens, 0, 0, 0.0
     for ledger in (*candidates.prefills, *candidates.unified):
@@ -131,6 +134,8 @@ def predicted_wait_us(candidates: Candidates, waiting_tokens: int, now_us: int) 
             continue
         count += 1
         tokens += ledger.prefill_tokens
+        if takes_back:
+            tokens -= ledger.offline.prefill_tokens
         if (rate := ledger.prefill_tokens_per_us) is not None:
             known += 1
             rates += rate

@@ -147,7 +147,7 @@ class Colocation:
     lend_share: float = bounded(0.9, low=0, high=1)
     """They take more while a step is predicted to stay below this share of the TPOT target."""
     headroom: bool = True
-    """They keep room for online work to come: the q90 of the last minute's peaks."""
+    """They keep room for online work to come: the q90 of its rise in a second."""
     pull: bool = True
     """Relaxed servers hand running work over to strict ones where that pays for its prefill."""
     shed_share: float = bounded(0.98, low=0, high=2)

@@ -7,16 +7,16 @@ from typing import Any
 
 from gateway.accounts import Accounts
 from gateway.agenda import Agenda, passed
-from gateway.books import Lane, Ticket, free_computed
+from gateway.books import Lane, Ticket
 from gateway.choice import (
     choose,
     fits_ever,
     is_worth_a_wait,
-    outlook_of,
     predicted_wait_us,
     unserved,
     without_failed,
 )
+from gateway.lanes import Lanes
 from gateway.lifecycle import State, Step
 from gateway.preemption import Preemptor
 from gateway.rules import Rules
@@ -35,6 +35,7 @@ from policies.events import (
     FirstToken,
     Freed,
     Left,
+    Load,
     LoadReport,
     Preempt,
     Preempted,
@@ -43,6 +44,8 @@ from policies.events import (
     Reason,
     Recall,
     Reject,
+    RoleSwitched,
+    SwitchWanted,
     WakeAt,
     Wakeup,
     WorkerDown,
@@ -51,20 +54,20 @@ from policies.events import (
     WorkerUp,
 )
 from policies.ledger import Ledger
-from policies.order import NO_OUTLOOK, Outlook
+from policies.order import NO_OUTLOOK
 from policies.preempt import AbortBudget
 from policies.retry import RetryBudget, continued
 from policies.types import Job, Kind, Pool, Role, Worker
 
 __all__ = ["Core", "Rules"]
 
+_REPORT_LAG_US = 500_000
+"""What was sent this long before a report must be in it."""
 # CPython 3.11 looks an enum's member up in Python, which costs as much as a call.
 _ONLINE, _OFFLINE = Kind.ONLINE, Kind.OFFLINE
 _QUEUED, _PREFILL, _CANCELLED = State.QUEUED, State.PREFILL, State.CANCELLED
 _DISPATCHED, _FIRST_TOKEN, _LAST_TOKEN = Step.DISPATCHED, Step.FIRST_TOKEN, Step.LAST_TOKEN
 _LEAST_WORK, _ENDED_UNPLACED = Reason.LEAST_WORK, (State.REJECTED, State.CANCELLED)
-_MAX_LANES = 64
-"""Beyond this, lanes without jobs are dropped: clients may make model names up."""
 
 
 class Core:
@@ -75,18 +78,16 @@ class Core:
         self._fleet = Fleet(rules.breaker, rules.pools, rules.costs)
         self._budget = RetryBudget(rules.retry)
         self._tickets: dict[str, Ticket] = {}
-        self._lanes: dict[str, Lane] = {}
         self._agenda = Agenda()
         self._underway = Underway()
         self._fresh: list[Ticket] = []
         self._out: list[Decision] = []
-        self._touched: dict[str, Lane] = {}
-        self._all_look = False
-        self.switching = Switching(
-            self._fleet, rules.switch, self._recall, self._fleet_changed, lambda: self._out
-        )
+        self._lanes = Lanes(rules, self._fleet, lambda job_id: self._tickets[job_id].job)
         self.accounts = Accounts()
         self._preemptor = Preemptor(rules.give_way, rules.aborts, self._take_off)
+        self.switching = Switching(
+            self._fleet, rules.switch, self._recall, self._lanes.forget_candidates, self._say
+        )
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
             Arrived: self._arrived,
             Left: self._left,
@@ -103,7 +104,8 @@ class Core:
             WorkerDown: self._worker_down,
             WorkerDraining: self._worker_draining,
             WorkerGone: self._worker_gone,
-            **self.switching.handlers,
+            SwitchWanted: self.switching.begin,
+            RoleSwitched: self.switching.ended,
             Wakeup: self._wakeup,
         }
         for worker in workers:
@@ -111,7 +113,7 @@ class Core:
 
     def handle(self, events: Sequence[Event], now_us: int) -> list[Decision]:
         if now_us >= self._fleet.stale_us and self._fleet.forget_stale(now_us):
-            self._touch_all()
+            self._lanes.touch_all()
         for event in events:
             self._on[type(event)](event, now_us)
         if self.switching.moves:
@@ -122,7 +124,7 @@ class Core:
         if agenda.give_up.entries:  # all that wait, for a server or for their next attempt
             if now_us >= agenda.alarm_us:
                 self._pass_time(now_us)
-            if self._all_look or self._touched:
+            if self._lanes.look:
                 self._dispatch(now_us)
             if now_us >= agenda.alarm_us and agenda.give_up.entries:
                 self._set_alarm(now_us)
@@ -144,7 +146,7 @@ class Core:
         return self._budget.tokens
 
     def queued(self, kind: Kind) -> int:
-        return sum(lane.queued(kind) for lane in self._lanes.values())
+        return self._lanes.queued(kind)
 
     def placed(self, kind: Kind) -> int:
         return sum(t.is_placed and t.job.kind is kind for t in self._tickets.values())
@@ -158,12 +160,9 @@ class Core:
         self._rules = rules
         self._fleet.adopt(rules.breaker, rules.pools, rules.costs)
         self._budget.adopt(rules.retry)
-        self.switching.rule = rules.switch
         self._preemptor.adopt(rules.give_way, rules.aborts)
-        for lane in self._lanes.values():
-            for kind in Kind:
-                self._queue_anew(lane, kind, lane.jobs(kind))
-        self._fleet_changed()
+        self.switching.rule = rules.switch
+        self._lanes.adopt(rules)
 
     # Jobs.
 
@@ -180,7 +179,7 @@ class Core:
         for ticket in fresh:
             if ticket.state is not _QUEUED:  # its client left in the same instant
                 continue
-            lane = self._lane(ticket.job.model)
+            lane = self._lanes.of(ticket.job.model)
             is_first = lane.would_be_first(ticket.job, self._rules.order)
             if is_first and self._goes_at_once(ticket, lane, now_us):
                 self._budget.earn(ticket.job)
@@ -194,9 +193,9 @@ class Core:
 
     def _goes_at_once(self, ticket: Ticket, lane: Lane, now_us: int) -> bool:
         kind = ticket.job.kind
-        if kind is _OFFLINE and self._online_waits_beside(lane):
+        if kind is _OFFLINE and self._lanes.online_waits_beside(lane):
             return False
-        pair = self._choose(ticket, self._candidates(lane, kind, now_us), now_us)
+        pair = self._choose(ticket, self._lanes.candidates(lane, kind, now_us), now_us)
         if pair is None:
             return False
         self._place(ticket, *pair, now_us)
@@ -204,7 +203,7 @@ class Core:
 
     def _refusal(self, job: Job, lane: Lane, now_us: int) -> Reject | None:
         """What can be answered at once, before the job costs anything."""
-        kind, candidates = job.kind, self._candidates(lane, job.kind, now_us)
+        kind, candidates = job.kind, self._lanes.candidates(lane, job.kind, now_us)
         if not is_worth_a_wait(job, candidates, self._rules.admit, now_us):
             refusal = unserved(job, candidates, self._rules, now_us)
             if refusal is not None:
@@ -216,7 +215,9 @@ class Core:
             return Reject(job, Reason.QUEUE_FULL, wait_us)
         if kind is _OFFLINE or not lane.is_last(job, self._rules.order):
             return None
-        wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
+        wait_us = predicted_wait_us(
+            candidates, lane.tokens_before(kind), now_us, takes_back=self._rules.takes_back
+        )
         late_us = now_us + wait_us - job.give_up_us
         return Reject(job, Reason.HOPELESS, late_us) if late_us > 0 else None
 
@@ -229,7 +230,7 @@ class Core:
             self._out.append(Cancel(ticket.job, Reason.CLIENT_LEFT))
         else:
             self._forget(ticket)
-            self._touch_all()
+            self._lanes.touch_all()
 
     def _prefill_done(self, event: PrefillDone, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is None or ticket.prefill is None:
@@ -237,7 +238,7 @@ class Core:
         if ticket.prefill is not ticket.decode:
             self._succeeded(ticket.prefill)
             ticket.prefilled(now_us)
-            self._touch_all()
+            self._lanes.touch_all()
 
     def _first_token(self, event: FirstToken, now_us: int) -> None:
         ticket = self._tickets.get(event.job_id)
@@ -250,7 +251,7 @@ class Core:
             self._succeeded(ticket.decode)
         if ticket.prefill is not None:
             ticket.prefilled(now_us)
-            self._touch_all()
+            self._lanes.touch_all()
 
     def _progress(self, event: Progress, now_us: int) -> None:
         tickets = self._tickets
@@ -285,7 +286,7 @@ class Core:
             self._end(ticket)
             return
         ticket.release()
-        self._touch_all()
+        self._lanes.touch_all()
         ticket.job = continued(ticket.job, event.generated, now_us)
         if (refusal := self._no_retry(ticket, event, now_us)) is not None:
             ticket.step(Step.BROKE)
@@ -309,7 +310,7 @@ class Core:
             self._agenda.put(self._agenda.later, job.id, now_us + delay_us)
             self._agenda.put(self._agenda.give_up, job.id, job.give_up_us)
         else:
-            self._enqueue(ticket, self._lane(job.model), now_us)
+            self._enqueue(ticket, self._lanes.of(job.model), now_us)
 
     def _freed(self, event: Freed, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is not None:
@@ -335,20 +336,20 @@ class Core:
             self._end_trials(ticket)
             self.accounts.returned(ticket, event)
             ticket.returned(event.generated, now_us)
-            self._touch_all()
-            self._enqueue(ticket, self._lane(ticket.job.model), now_us)
+            self._lanes.touch_all()
+            self._enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
 
     def _end_trials(self, ticket: Ticket) -> None:
         if ticket.trials:
             ticket.end_trials()
-            self._reconsider()
+            self._lanes.reconsider()
 
     def _succeeded(self, ledger: Ledger) -> None:
         breaker = ledger.breaker
         was_open = breaker.open_until_us
         breaker.succeeded()
         if was_open:
-            self._reconsider()
+            self._lanes.reconsider()
 
     # Servers.
 
@@ -360,50 +361,42 @@ class Core:
         self._fleet.correct(ledger, event.load, stale_us)
         self._agenda.mind(stale_us)
         if ledger.worker.role is Role.UNIFIED and ledger.prefills:
-            free_computed(self._tickets.values(), ledger, event.load)
-        if ledger.worker.pool is Pool.STRICT and not any(e.offline for e in self._lanes.values()):
+            self._free_computed(ledger, event.load)
+        if ledger.worker.pool is Pool.STRICT and not self._lanes.offline_waits:
             self._preemptor.pull(ledger, self._fleet.ledgers.values(), self._rules.admit, now_us)
         if ledger.kv_tokens == capacity_tokens:
-            self._touch_all()
+            self._lanes.touch_all()
         else:
-            self._reconsider()
+            self._lanes.reconsider()
+
+    def _free_computed(self, ledger: Ledger, load: Load) -> None:
+        """A whole answer of a unified server shows no first token; that nothing waits shows it."""
+        if load.waiting or load.waiting_uncached_tokens:
+            return
+        for ticket in self._tickets.values():
+            if ticket.prefill is ledger and ticket.sent_us < load.seen_us - _REPORT_LAG_US:
+                ticket.free_prefill()
 
     def _worker_up(self, event: WorkerUp, now_us: int) -> None:
         self._fleet.add(event.worker)
-        self._fleet_changed()
+        self._lanes.forget_candidates()
 
     def _worker_down(self, event: WorkerDown, now_us: int) -> None:
         if self._fleet.silence(event.name):
-            self._touch_all()
+            self._lanes.touch_all()
 
     def _worker_draining(self, event: WorkerDraining, now_us: int) -> None:
         if (ledger := self._fleet.ledgers.get(event.name)) is not None:
             ledger.draining = event.draining
-            self._reconsider()
+            self._lanes.reconsider()
 
     def _worker_gone(self, event: WorkerGone, now_us: int) -> None:
         """What runs there keeps its own reference to the ledger and ends as it would have."""
         if self._fleet.remove(event.name):
-            self._fleet_changed()
+            self._lanes.forget_candidates()
 
-    def _fleet_changed(self) -> None:
-        for lane in self._lanes.values():
-            lane.candidates = {}
-        self._reconsider()
-
-    def _reconsider(self) -> None:
-        """A server may be able again to take what none could: those set aside queue up again."""
-        for lane in self._lanes.values():
-            for kind in Kind:
-                self._queue_anew(lane, kind, list(lane.aside[kind]))
-        self._touch_all()
-
-    def _queue_anew(self, lane: Lane, kind: Kind, job_ids: list[str]) -> None:
-        jobs = [self._tickets[job_id].job for job_id in job_ids]
-        for job in jobs:
-            lane.take(job)
-        for job in jobs:
-            lane.put(job, self._rules.order, NO_OUTLOOK)
+    def _say(self, decision: Decision) -> None:
+        self._out.append(decision)
 
     # Time.
 
@@ -413,9 +406,9 @@ class Core:
     def _look_again(self) -> None:
         self._agenda.alarm_us = 0
         if self._fleet.has_tripped:
-            self._reconsider()
+            self._lanes.reconsider()
         else:
-            self._touch_all()
+            self._lanes.touch_all()
 
     def _pass_time(self, now_us: int) -> None:
         if self._agenda.alarm_us:
@@ -423,10 +416,10 @@ class Core:
             self._look_again()
         for job_id in passed(self._agenda.later, now_us):
             ticket = self._tickets[job_id]
-            self._enqueue(ticket, self._lane(ticket.job.model), now_us)
+            self._enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
         for job_id in passed(self._agenda.give_up, now_us):
             self._reject(self._tickets[job_id], Reason.EXPIRED, now_us)
-            self._touch_all()
+            self._lanes.touch_all()
 
     def _set_alarm(self, now_us: int) -> None:
         """Asks to be woken for the next moment at which a job that waits may go or must end."""
@@ -436,30 +429,20 @@ class Core:
 
     def _dispatch(self, now_us: int) -> None:
         """Online first, over all models; offline work goes where no online job is left waiting."""
-        lanes = list((self._lanes if self._all_look else self._touched).values())
-        self._touched, self._all_look = {}, False
+        lanes = self._lanes.taken()
         for lane in lanes:
             if lane.online.entries:
                 self._fill(lane, _ONLINE, now_us)
         for lane in lanes:
-            if lane.offline.entries and not self._online_waits_beside(lane):
+            if lane.offline.entries and not self._lanes.online_waits_beside(lane):
                 self._fill(lane, _OFFLINE, now_us)
-
-    def _online_waits_beside(self, lane: Lane) -> bool:
-        """In this lane, or in one that uses the same servers."""
-        if lane.online.entries:
-            return True
-        others = [other for other in self._lanes.values() if other.online.entries]
-        if not others:
-            return False
-        return not lane.model or self._fleet.takes_any_model or any(not e.model for e in others)
 
     def _fill(self, lane: Lane, kind: Kind, now_us: int) -> None:
         """Until the first job has to wait for what runs; the order is kept."""
         order, admit = self._rules.order, self._rules.admit
-        candidates, outlook = self._candidates(lane, kind, now_us), NO_OUTLOOK
+        candidates, outlook = self._lanes.candidates(lane, kind, now_us), NO_OUTLOOK
         if order.moves:
-            outlook = self._outlook(lane, kind, now_us)
+            outlook = self._lanes.outlook(lane, kind, now_us)
             lane.rekey(kind, order, outlook)
         while (job_id := lane.first(kind, order, outlook)) is not None:
             ticket = self._tickets[job_id]
@@ -490,7 +473,7 @@ class Core:
         self._preemptor.make_room(ticket, candidates, rules.admit, now_us)
         if not rules.displace.least_chunks:
             return
-        outlook = self._outlook(lane, _ONLINE, now_us)
+        outlook = self._lanes.outlook(lane, _ONLINE, now_us)
         found = self._underway.victim(ticket.job, candidates, rules.displace, rules.order, outlook)
         if found is not None:
             victim, job = found
@@ -535,62 +518,31 @@ class Core:
 
     def _enqueue(self, ticket: Ticket, lane: Lane, now_us: int) -> None:
         job, agenda, order = ticket.job, self._agenda, self._rules.order
-        outlook = self._outlook(lane, job.kind, now_us) if order.moves else NO_OUTLOOK
+        outlook = self._lanes.outlook(lane, job.kind, now_us) if order.moves else NO_OUTLOOK
         lane.put(job, order, outlook)
         agenda.put(agenda.give_up, job.id, job.give_up_us)
         if lane.waiting[job.kind].peek() == job.id:
             # Behind another it changes nothing: whoever is first was looked at already.
-            self._touched[lane.model] = lane
+            self._lanes.touch(lane)
 
     # Small questions.
 
-    def _lane(self, model: str) -> Lane:
-        lane = self._lanes.get(model)
-        if lane is None:
-            if len(self._lanes) >= _MAX_LANES:
-                self._lanes = {name: old for name, old in self._lanes.items() if len(old)}
-            lane = self._lanes[model] = Lane(model)
-        return lane
-
-    def _candidates(self, lane: Lane, kind: Kind, now_us: int) -> Candidates:
-        """A pool of which nobody is in rotation is no reason to refuse what another could take."""
-        own = lane.candidates.get(kind)
-        if own is None:
-            own = lane.candidates[kind] = self._fleet.candidates(lane.model, kind)
-        if own.has_usable(now_us) or not self._rules.pools.shares(kind):
-            return own
-        shared = self._fleet.candidates(lane.model, kind, shared=True)
-        return shared if shared.has_usable(now_us) else own
-
-    def _outlook(self, lane: Lane, kind: Kind, now_us: int) -> Outlook:
-        """What lies before the first of the queue; online work lies before all offline work."""
-        before = lane.waiting_tokens[Kind.ONLINE] if kind is Kind.OFFLINE else 0
-        return outlook_of(self._candidates(lane, kind, now_us), before, now_us)
-
-    def _predicted_wait_us(self, lane: Lane, kind: Kind, now_us: int) -> int:
-        candidates = self._candidates(lane, kind, now_us)
-        return predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
-
     def _reject(self, ticket: Ticket, reason: Reason, now_us: int) -> None:
-        lane = self._lane(ticket.job.model)
+        lane = self._lanes.of(ticket.job.model)
         lane.take(ticket.job)
         ticket.step(Step.REFUSED)
-        wait_us = self._predicted_wait_us(lane, ticket.job.kind, now_us)
+        wait_us = self._lanes.wait_us(lane, ticket.job.kind, now_us)
         self._out.append(Reject(ticket.job, reason, wait_us))
         self._forget(ticket)
 
     def _end(self, ticket: Ticket) -> None:
         ticket.release()
         self._forget(ticket)
-        self._touch_all()
+        self._lanes.touch_all()
 
     def _forget(self, ticket: Ticket) -> None:
         job = ticket.job
         self._tickets.pop(job.id, None)
         if ticket.state in _ENDED_UNPLACED:
             self._agenda.forget(job.id)
-            self._lane(job.model).take(job)
-
-    def _touch_all(self) -> None:
-        """Something was freed: lanes share servers, so all that wait look again."""
-        self._all_look = True
+            self._lanes.of(job.model).take(job)

@@ -60,6 +60,8 @@ class Preemptor:
 
     def make_way(self, ticket: Ticket, now_us: int) -> None:
         """For an online job that has just gone to its servers."""
+        if not self._rule.acts:
+            return
         prefill, decode = ticket.prefill, ticket.decode
         if prefill is not None and prefill.offline.prefills:
             self._clear(ticket, prefill, ticket.booked_prefill, now_us)
@@ -68,7 +70,7 @@ class Preemptor:
 
     def make_room(self, ticket: Ticket, candidates: Candidates, admit: Admit, now_us: int) -> None:
         """For an online job that nobody could take."""
-        if ticket.looked_us and now_us < ticket.looked_us + LOOK_AGAIN_US:
+        if (ticket.looked_us and now_us < ticket.looked_us + LOOK_AGAIN_US) or not self._rule.acts:
             return
         ticket.looked_us = now_us
         job = ticket.job
@@ -88,6 +90,8 @@ class Preemptor:
 
     def shorten(self, ledger: Ledger, now_us: int) -> None:
         """Where the steps are too long for the online jobs of a server."""
+        if not self._rule.may_be_over(ledger):
+            return
         victims, leaving = self._at(ledger)
         chosen = self._rule.over(ledger, leaving, victims)
         if chosen:

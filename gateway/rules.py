@@ -38,5 +38,10 @@ class Rules:
     """Jobs of one kind that may wait for one model."""
     load_stale_us: int = 5_000_000
 
+    @property
+    def takes_back(self) -> bool:
+        """Whether offline work gives way to online work."""
+        return not isinstance(self.give_way, Stay)
+
     def holds(self, kind: Kind) -> bool:
         return self.holds_offline and kind is Kind.OFFLINE

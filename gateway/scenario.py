@@ -96,10 +96,10 @@ class ServerEntry:
     start_up_s: float = bounded(60.0, low=0)
     """From its start until it serves, where it joins later; it is paid for meanwhile."""
     role_switch_s: float = bounded(0.4, low=0)
-    parked: bool = False
-    """It does not run at the beginning: a ratio policy may start it, in either role."""
     priority: bool = False
     """Started with priority scheduling: online requests before offline ones in its queues."""
+    parked: bool = False
+    """It does not run at the beginning: a ratio policy may start it, in either role."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,7 +244,6 @@ class PolicyEntry:
     limits: Limits = field(default_factory=Limits)
     retry: Retry = field(default_factory=Retry)
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
-    ratio: RatioSettings = field(default_factory=RatioSettings)
     cost: Cost = field(default_factory=Cost)
     classes: Classes = field(default_factory=Classes)
     colocation: Colocation = field(default_factory=Colocation)
@@ -252,6 +251,7 @@ class PolicyEntry:
     """What stands before the gateway; all but `open` are other people's rules, to compare with."""
     tells_classes: bool = True
     """Whether the gateway is told which requests are offline ones; else all are online to it."""
+    ratio: RatioSettings = field(default_factory=RatioSettings)
 
     def config(self) -> Config:
         return Config(
@@ -260,10 +260,10 @@ class PolicyEntry:
             limits=self.limits,
             retry=self.retry,
             breaker=self.breaker,
-            ratio=self.ratio,
             cost=self.cost,
             classes=self.classes,
             colocation=self.colocation,
+            ratio=self.ratio,
         )
 
 

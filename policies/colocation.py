@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from policies.admit import Headroom
 from policies.ledger import Ledger
-from policies.types import Job, Kind, Pool
+from policies.types import Job, Kind, Pool, Role
 
 _ONLINE = Kind.ONLINE
 
@@ -17,7 +17,8 @@ class Colocated(Headroom):
     """Online work is admitted as ever; offline work by what it would do to online work.
 
     At prefill the prompts outstanding may keep a server busy for a share of the TTFT target at
-    most, or it must be idle. A relaxed decode server is filled to its saturation batch. A strict
+    most, or it must be idle; unified ones that decode online work take one at a time, and none
+    while that goes slowly. A relaxed decode server is filled to its saturation batch. A strict
     one lends what its predicted step leaves below the TPOT target, with room for the online work
     that is expected.
     """
@@ -33,7 +34,11 @@ class Colocated(Headroom):
     def prefill(self, job: Job, ledger: Ledger) -> bool:
         if not Headroom.prefill(self, job, ledger):
             return False
-        if job.kind is _ONLINE or not self.gate or not ledger.prefills:
+        if job.kind is _ONLINE or not self.gate:
+            return True
+        if ledger.worker.role is Role.UNIFIED and ledger.online.count and self._stalls(ledger):
+            return False
+        if not ledger.prefills:
             return True
         rate = ledger.prefill_tokens_per_us
         tokens = ledger.prefill_tokens + ledger.uncached(job)
@@ -43,6 +48,20 @@ class Colocated(Headroom):
         if job.kind is _ONLINE:
             return Headroom.prefills(self, job, ledgers)
         return [ledger for ledger in ledgers if self.prefill(job, ledger)]
+
+    def _stalls(self, ledger: Ledger) -> bool:
+        """A unified server computes prompts instead of decode steps: one offline prompt at a time,
+        and none while the tokens of online answers come slowly."""
+        online = ledger.online
+        most_us = self.step_share * online.tightest_us(self.tpot_us)
+        return ledger.offline.prefills > 0 or online.pace_us > most_us
+
+    def _stall_us(self, job: Job, ledger: Ledger) -> float:
+        """What prompts add to each step of a unified server: one for each offline job that ends."""
+        rate, answer_tokens = ledger.prefill_tokens_per_us, self.reserved(job) - job.prompt_tokens
+        if rate is None or answer_tokens < 1:
+            return 0.0
+        return (ledger.offline.decodes + 1) * ledger.uncached(job) / rate / answer_tokens
 
     def decode(self, job: Job, ledger: Ledger) -> bool:
         if not Headroom.decode(self, job, ledger):
@@ -69,4 +88,6 @@ class Colocated(Headroom):
         context = ledger.context_tokens + ledger.foreign_tokens + coming
         context += (job.prompt_tokens + self.reserved(job)) / 2
         step_us = ledger.steps.decode_us(ledger.decodes + 1 + expected, context)
+        if ledger.worker.role is Role.UNIFIED:
+            step_us += self._stall_us(job, ledger)
         return step_us <= self.step_share * online.tightest_us(self.tpot_us)

@@ -13,10 +13,12 @@ from policies.types import Job
 
 Arrival = tuple[int, str]
 
-BLOCK_JOBS: Final = 16
+TURN_JOBS: Final = 8
 """Keys computed anew at one look, besides those of the heads: the bound on its work."""
-HEADS: Final = 8
+HEADS: Final = 4
 """Heads that may turn out to be no heads any more at one look."""
+_BLOCK_JOBS: Final = 96
+_BEFORE_ALL: Final[Arrival] = (-1, "")
 
 
 class Arrivals:
@@ -29,10 +31,6 @@ class Arrivals:
         self._blocks: list[tuple[list[Arrival], list[int]]] = []
         self._tokens: list[int] = []
 
-    def __len__(self) -> int:
-        """Blocks, not jobs."""
-        return len(self._blocks)
-
     def add(self, arrival: Arrival, tokens: int) -> None:
         at = max(0, bisect_right(self._firsts, arrival) - 1)
         if not self._blocks:
@@ -43,9 +41,9 @@ class Arrivals:
         counts.insert(place, tokens)
         self._firsts[at] = arrivals[0]
         self._tokens[at] += tokens
-        if len(arrivals) > BLOCK_JOBS:
+        if len(arrivals) > _BLOCK_JOBS:
             # A queue grows at its end: what is full stays full.
-            cut = BLOCK_JOBS if at == len(self._blocks) - 1 else BLOCK_JOBS // 2
+            cut = _BLOCK_JOBS if at == len(self._blocks) - 1 else _BLOCK_JOBS // 2
             self._drop(at)
             self._insert(at, arrivals[cut:], counts[cut:])
             self._insert(at, arrivals[:cut], counts[:cut])
@@ -67,11 +65,19 @@ class Arrivals:
         arrivals, counts = self._blocks[at]
         return sum(self._tokens[:at]) + sum(counts[: bisect_left(arrivals, arrival)])
 
-    def block(self, at: int) -> Iterator[tuple[str, int]]:
-        """The ids of one block, each with the tokens of those that came earlier."""
+    def after(self, arrival: Arrival, count: int) -> Iterator[tuple[Arrival, int]]:
+        """Up to so many that came next, each with the tokens of those that came earlier."""
+        at = max(0, bisect_right(self._firsts, arrival) - 1)
+        if at == len(self._blocks):
+            return iter(())
         arrivals, counts = self._blocks[at]
-        ahead = accumulate(counts, initial=sum(self._tokens[:at]))
-        return ((job_id, tokens) for (_, job_id), tokens in zip(arrivals, ahead, strict=False))
+        place = bisect_right(arrivals, arrival)
+        if place == len(arrivals) and at + 1 < len(self._blocks):
+            at, place = at + 1, 0
+            arrivals, counts = self._blocks[at]
+        ahead = sum(self._tokens[:at]) + sum(counts[:place])
+        end = place + count
+        return zip(arrivals[place:end], accumulate(counts[place:end], initial=ahead), strict=False)
 
     def _insert(self, at: int, arrivals: list[Arrival], counts: list[int]) -> None:
         self._blocks.insert(at, (arrivals, counts))
@@ -86,17 +92,17 @@ class Arrivals:
 class Moving:
     """Keys that move, at a cost that does not grow with the queue.
 
-    At each look the heads are seen to until one stays the head, and one block of the others is, in
-    turn. So a key is at most as old as it takes to look once for every block; up to a block of
-    jobs, every key is new at every look.
+    At each look the heads are seen to until one stays the head, and some of the others are, in
+    turn. So a key is at most as old as it takes to see to all of them; in a queue no longer than
+    that, every key is new at every look.
     """
 
-    __slots__ = ("_arrivals", "_jobs", "_turn")
+    __slots__ = ("_arrivals", "_jobs", "_last")
 
     def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
         self._arrivals = Arrivals()
-        self._turn = 0
+        self._last = _BEFORE_ALL
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -111,16 +117,23 @@ class Moving:
             self._arrivals.discard((known.arrival_us, known.id))
 
     def turn(self, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> None:
-        """The next block has its keys computed anew."""
-        if not self._jobs:
-            return
-        self._turn %= len(self._arrivals)
-        for job_id, tokens in self._arrivals.block(self._turn):
-            moment = outlook.behind(tokens)
-            key = order.key(self._jobs[job_id], moment)
-            if key != heap.entries[job_id]:
+        """The next ones have their keys computed anew; after the last comes the first."""
+        left = min(TURN_JOBS, len(self._jobs))
+        while left > 0:
+            seen = self._see_to(left, heap, order, outlook)
+            left -= seen
+            if not seen:
+                self._last = _BEFORE_ALL
+
+    def _see_to(self, count: int, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> int:
+        now_us, rate, servers, first_tokens = outlook
+        jobs, entries, seen = self._jobs, heap.entries, 0
+        for arrival, tokens in self._arrivals.after(self._last, count):
+            self._last, job_id, seen = arrival, arrival[1], seen + 1
+            key = order.key(jobs[job_id], Outlook(now_us, rate, servers, first_tokens + tokens))
+            if key != entries[job_id]:
                 heap.put(job_id, key)
-        self._turn += 1
+        return seen
 
     def first(self, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> str | None:
         """The head, by keys of this moment."""

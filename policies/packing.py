@@ -103,8 +103,10 @@ class Slack:
             or step_us(len(running), sum(contexts), max(contexts)) <= limit_us
         ):
             return everybody
-        everybody.sort(key=lambda i: (not running[i].must_step, contexts[i], i))
-        least = max(1, sum(row.must_step for row in running))
+        everybody.sort(key=contexts.__getitem__)  # stable: in a tie, who joined first
+        must = [i for i in everybody if running[i].must_step]
+        everybody = must + [i for i in everybody if not running[i].must_step]
+        least = max(1, len(must))
         sums = list(accumulate(contexts[i] for i in everybody))
         tops = list(accumulate((contexts[i] for i in everybody), max))
         low, high = least, len(running)
@@ -118,13 +120,14 @@ class Slack:
 
     def limit_us(self, running: Sequence[Running]) -> float:
         """How long a step may take for the sake of those who are on time."""
-        least_us = inf
+        least_us, aim = inf, self.aim
         for row in running:
-            if row.tpot_us <= 0 or _slack_us(row) < 0:
-                continue
-            pace_us = self.aim * row.tpot_us
-            in_hand_us = pace_us * (row.produced + 1) - row.since_first_us
-            least_us = min(least_us, max(pace_us, in_hand_us))
+            tpot_us, since_us = row.tpot_us, row.since_first_us
+            due_us = tpot_us * (row.produced + 1)
+            if tpot_us > 0 and since_us <= due_us:
+                in_hand_us = aim * due_us - since_us
+                if in_hand_us < least_us:
+                    least_us = max(in_hand_us, aim * tpot_us)
         return least_us
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from policies.ledger import Ledger
 from policies.sizing import preferred_length
@@ -41,6 +41,15 @@ class GiveWay(Protocol):
 
     def for_decode(self, need: Need, victims: Victims) -> Victims:
         """Who makes that much room."""
+        ...
+
+    @property
+    def acts(self) -> bool:
+        """Whether it ever names anybody."""
+        ...
+
+    def may_be_over(self, ledger: Ledger) -> bool:
+        """Asked after every token: whether it is worth a look at who is there."""
         ...
 
     def over(self, ledger: Ledger, leaving: Leaving, victims: Victims) -> Victims:
@@ -81,6 +90,11 @@ class Leaving(NamedTuple):
 class Stay:
     """Whoever runs may end."""
 
+    acts: ClassVar[bool] = False
+
+    def may_be_over(self, ledger: Ledger) -> bool:
+        return False
+
     def for_prefill(self, job: Job, ahead: Ahead, victims: Victims, now_us: int) -> Victims:
         return ()
 
@@ -102,6 +116,7 @@ class ForSlack:
     prefill for as long as the online prompt keeps its target behind them.
     """
 
+    acts: ClassVar[bool] = True
     tpot_us: int = 100_000
     """Where nobody is present who has another target."""
     ttft_share: float = 0.5
@@ -162,6 +177,17 @@ class ForSlack:
             chosen.append(victim)
             seats, tokens = seats - 1, tokens - victim.reserved_tokens
         return chosen if seats <= 0 and tokens <= 0 else ()
+
+    def may_be_over(self, ledger: Ledger) -> bool:
+        """With those that are leaving: without them steps are shorter."""
+        online, steps = ledger.online, ledger.steps
+        if not online.count:
+            return False
+        target_us = online.tightest_us(self.tpot_us)
+        if online.pace_us > target_us or steps is None:
+            return online.pace_us > target_us
+        held_tokens = ledger.context_tokens + ledger.foreign_tokens
+        return steps.decode_us(ledger.decodes, held_tokens) > self.step_share * target_us
 
     def over(self, ledger: Ledger, leaving: Leaving, victims: Victims) -> Victims:
         online = ledger.online

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from policies.displace import ByCost, Displace, Never
+from policies.lengths import LengthSplit
 from policies.order import Edf, Fcfs, Order, Shortest
 from policies.place import CacheAware, LeastWork, Place, PowerOfTwo, RoundRobin
 from policies.planners import DynLoad, DynSla
@@ -25,8 +26,10 @@ PLACE: dict[str, type[Place]] = {
     "round-robin": RoundRobin,
     "power-of-two": PowerOfTwo,
     "cache-aware": CacheAware,
+    "length-split": LengthSplit,
 }
 POOLS: dict[str, type[Pools]] = {"none": Shared, "latency": ByLatency}
+PREEMPT: dict[str, type[GiveWay]] = {"none": Stay, "slack": ForSlack}
 RATIO: dict[str, type[Ratio]] = {
     "static": Static,
     "dopd": Dopd,
@@ -34,4 +37,3 @@ RATIO: dict[str, type[Ratio]] = {
     "dyn-load": DynLoad,
     "dyn-sla": DynSla,
 }
-PREEMPT: dict[str, type[GiveWay]] = {"none": Stay, "slack": ForSlack}

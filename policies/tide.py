@@ -1,4 +1,4 @@
-"""How much online work a server has had lately, and so how much more of it may come any moment."""
+"""How fast online work has come to a server lately, and so how much of it may come any moment."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ _PACE_TOKENS = 8
 
 
 class Tide:
-    """Online jobs resident at one server: how many now, and the peak of each second of a minute.
+    """Online jobs resident at one server: how many now, and by how many they rose in each second
+    of the last minute.
 
-    Lent room has to be there again when the flood comes: what is expected beyond the present level
-    is the q90 of those peaks. A level that was passed in fewer seconds than one in ten costs a
-    preemption when it comes, which is cheaper than room that stands empty.
+    Lent room is taken back within about a second, so that much has to stand empty and no more: the
+    q90 of those rises. What comes faster in fewer seconds than one in ten costs preemptions, which
+    are cheaper than room that stands empty from one flood to the next.
     """
 
     __slots__ = (
-        *("_level", "_paced_tokens", "_paced_us", "_peaks", "_second", "_tpots"),
-        *("count", "tokens_each"),
+        *("_began", "_paced_tokens", "_paced_us", "_peak", "_rises", "_second", "_tpots"),
+        *("count", "expected", "tokens_each"),
     )
 
     SECONDS = 60
@@ -34,21 +35,16 @@ class Tide:
         """KV tokens that one of them takes."""
         self._paced_us = self._paced_tokens = 0.0
         self._tpots: dict[int, int] = {}
-        self._peaks: deque[int] = deque(maxlen=self.SECONDS)
-        self._second = 0
-        self._level = 0
-
-    @property
-    def expected(self) -> int:
-        """Online jobs that may come on top of those present."""
-        return max(0, self._level - self.count)
+        self._rises: deque[int] = deque(maxlen=self.SECONDS)
+        self._second = self._began = self._peak = 0
+        self.expected = 0
+        """Online jobs that may come on top of those present before room is made for them."""
 
     def came(self, tokens: int, tpot_us: int, now_us: int) -> None:
         self.roll(now_us)
         self.count += 1
         self._tpots[tpot_us] = self._tpots.get(tpot_us, 0) + 1
-        if self._peaks:
-            self._peaks[-1] = max(self._peaks[-1], self.count)
+        self._peak = max(self._peak, self.count)
         known = self.tokens_each or tokens
         self.tokens_each = known + _WEIGHT * (tokens - known)
 
@@ -62,15 +58,17 @@ class Tide:
             self.forget_pace()
 
     def roll(self, now_us: int) -> None:
-        """A new second begins at the present level; nothing is known of those that were missed."""
+        """A second ends at its peak, and the next begins at the present level."""
         second = now_us // _SECOND_US
-        if second == self._second and self._peaks:
+        passed = second - self._second
+        if passed <= 0:
             return
-        missed = min(second - self._second, self.SECONDS) if self._peaks else 1
-        self._peaks.extend([self.count] * missed)
+        self._rises.append(self._peak - self._began)
+        self._rises.extend([0] * min(passed - 1, self.SECONDS))
         self._second = second
-        ranked = sorted(self._peaks)
-        self._level = ranked[ceil(self.QUANTILE * len(ranked)) - 1]
+        self._began = self._peak = self.count
+        ranked = sorted(self._rises)
+        self.expected = ranked[ceil(self.QUANTILE * len(ranked)) - 1]
 
     def paced(self, us: int, tokens: int) -> None:
         """A job got so many tokens in that time."""

@@ -32,13 +32,19 @@ class PackedBatch(DecodeBatch):
         self.stepping: list[Resident] = []
         self._waited: list[Resident] = []
 
+    def leave(self, resident: Resident) -> None:
+        super().leave(resident)
+        if resident in self.stepping:
+            self.stepping.remove(resident)
+
     def elect(self, stepping: list[Resident]) -> None:
         self.stepping = stepping
 
     def tokens_due(self) -> int:
         page = self._page
-        stepping = (it for it in self.stepping if it.batch is self)
-        return sum(page for it in stepping if self.context_of(it) % page == 0)
+        if page == 1:
+            return len(self.stepping)
+        return sum(page for it in self.stepping if self.context_of(it) % page == 0)
 
     def pass_step(self) -> None:
         waited, self._waited = self._waited, []
@@ -109,7 +115,7 @@ class Packed(Decoding):
         self.table.observe(*self._planned, step_us)
         machine.counters.decoded(len(batch.stepping), step_us, since_launch_us=self._last_step_us)
         self._last_step_us = step_us
-        stepped = batch.stepping
+        stepped = list(batch.stepping) if batch.streaming else []
         over = batch.step()
         for resident in stepped:
             if resident.serial in batch.streaming:
@@ -122,10 +128,7 @@ class Packed(Decoding):
         batch, kv = self._packed, self._machine.kv
         while True:
             super()._retract()
-            left = [it for it in batch.stepping if it.batch is batch]
-            if left:
-                batch.elect(left)
-            else:
+            if not batch.stepping:
                 self._elect()
             if batch.tokens_due() <= kv.available or len(batch) <= 1:
                 return

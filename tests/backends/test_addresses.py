@@ -17,7 +17,7 @@ numbers = st.integers(0, 10_000)
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_the_first_is_as_it_was_given_and_dozens_follow(host: str) -> None:
+def test_the_first_is_as_it_was_given_and_many_follow(host: str) -> None:
     spelled = [respelled(host, number) for number in range(8)]
     assert spelled[0] == host
     assert len(set(spelled)) == 8
@@ -43,7 +43,7 @@ def test_the_resolver_reads_every_spelling_of_a_long_address(
 
 def test_brackets_stay_and_the_end_of_a_name_stays() -> None:
     assert respelled("[fe80::1]", 1) == "[fe80:0:0:0:0:0:0:0001]"
-    assert respelled("prefill-0.fleet.svc", 63).endswith("l-0.fleet.svc")
+    assert respelled("prefill-0.fleet.svc", 65535).endswith("et.svc")
 
 
 @pytest.mark.parametrize("host", ["localhost", "LocalHost", "::1", "[::1]", "127.1", "127.0.0.0x1"])

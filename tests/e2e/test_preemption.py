@@ -13,7 +13,7 @@ from policies.types import Kind
 from tests.conformance.under_test import CHUNK_TOKENS, Client, Leg
 from tests.e2e.site import OFFLINE, REAL, Site, over, standing
 
-pytestmark = REAL
+pytestmark = [*REAL[:1], pytest.mark.timeout(150, func_only=True)]
 PAIRS = ("prefill", "decode", "relaxed")
 REQUESTS = 20
 TOKENS = 40
@@ -91,7 +91,6 @@ async def test_a_decode_slot_is_free_within_two_steps_of_the_decision(client: Cl
             assert len(leg.ids) == TOKENS
         assert median(waits_s) <= 2 * LONG_STEP_S
         assert max(waits_s) <= 3 * LONG_STEP_S
-        print("freed", waits_s)
 
 
 async def first_token_s(site: Site, tokens: int) -> float:
@@ -108,13 +107,13 @@ async def test_an_online_prompt_does_not_wait_behind_a_long_offline_one(client: 
     classes = Classes(online=Online(ttft_ms=400.0))
     async with standing(client, *PAIRS, classes=classes) as site:
         chunk_s = min([await first_token_s(site, CHUNK_TOKENS) for _ in range(3)])
+        alone_s = max([await first_token_s(site, 200) for _ in range(3)])
         long = site.generate(client.prompt(LONG_TOKENS), 8, headers=OFFLINE)
         busy = site.gateway.core.ledgers["prefill"]
         await site.until(lambda: busy.offline.prefills)
         await asyncio.sleep(chunk_s)
         waited_s = await first_token_s(site, 200)
-        print("waited", waited_s, chunk_s)
-        assert waited_s <= 2 * chunk_s + 0.4
+        assert waited_s <= 2 * chunk_s + alone_s
         await over(long)
         assert len(long.ids) == 8
         taken = site.gateway.core.accounts.preemptions

@@ -21,7 +21,7 @@ from policies.events import (
 )
 from policies.order import Fcfs
 from policies.pools import ByLatency, WithoutRelaxed
-from policies.preempt import AbortRule, ForSlack, Stay
+from policies.preempt import AbortRule, ForSlack, GiveWay, Stay
 from policies.steps import Costs
 from policies.types import Kind, Pool, Worker
 from tests.gateway.talk import SECOND, Talk, decode, load, offline, online, prefill
@@ -96,6 +96,19 @@ def test_an_offline_prompt_goes_behind_no_online_one_that_would_delay_the_next()
     assert talk.arrive(offline("b", 8000)) == [("go", "b", "p", "r")]
     assert talk.arrive(offline("c", LONG)) == []
     assert talk.say(PrefillDone("a"), PrefillDone("b")) == [("go", "c", "p", "r")]
+
+
+@pytest.mark.parametrize(
+    ("give_way", "said"), [(ForSlack(), []), (Stay(), [("reject", "c", "deadline_hopeless")])]
+)
+def test_no_online_prompt_is_hopeless_for_what_gives_way(
+    give_way: GiveWay, said: list[tuple[Any, ...]]
+) -> None:
+    rules = replace(RULES, give_way=give_way, aborts=AbortRule(per_s=0, burst=0))
+    talk = Talk(fleet(), rules)
+    talk.arrive(offline("a", 600_000))
+    talk.arrive(online("b"))
+    assert talk.arrive(online("c")) == said
 
 
 # Decode.

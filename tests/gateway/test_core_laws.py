@@ -368,14 +368,14 @@ class CoreMachine(RuleBasedStateMachine):
     @invariant()
     def nobody_waits_while_a_server_is_free(self) -> None:
         """Free: empty, in rotation and large enough; who has failed there may wait for another."""
-        lanes = self.core._lanes.values()
+        lanes = list(self.core._lanes)
         online_waits = any(lane.waiting[Kind.ONLINE] for lane in lanes)
         for lane in lanes:
             kind = Kind.ONLINE if online_waits else Kind.OFFLINE
             first = lane.waiting[kind].peek()
             if first is not None and not self.core._tickets[first].avoid:
                 job = self.core._tickets[first].job
-                free = self.core._candidates(lane, kind, self.now_us)._only(
+                free = self.core._lanes.candidates(lane, kind, self.now_us)._only(
                     lambda e: e.is_empty and e.usable(self.now_us)
                 )
                 assert not fits_ever(job, free, ADMIT), (job, free)

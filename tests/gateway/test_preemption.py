@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from backends.emulator import ServerSpec
+from gateway.config import Policies
 from policies.events import Recall
 from policies.types import Role
 from tests.gateway.gateway_under_test import (
@@ -172,3 +174,47 @@ async def test_an_abort_of_its_own_client_is_not_undone_by_a_preemption() -> Non
             told = await asking
         assert preemptions(site) == 0
         assert told.body["meta_info"]["finish_reason"]["type"] == "abort"
+
+
+ONE_SEAT = (spec("p1", Role.PREFILL), spec("d1", Role.DECODE, max_running=1))
+
+
+@pytest.mark.parametrize("way", ["streamed", "whole"])
+async def test_an_online_request_takes_the_seat_of_an_offline_one_that_never_notices(
+    way: str,
+) -> None:
+    body = generate(200, stream=way == "streamed")
+    async with standing(ONE_SEAT) as site:
+        undisturbed = await site.ask("/generate", body, OFFLINE)
+        async with site.meanwhile(site.ask("/generate", body, OFFLINE)) as asking:
+            await site.until("it decodes", lambda: site.fleet["d1"].engine.machine.batch)
+            urgent = await site.ask("/generate", generate(4, text="Quick"))
+            assert urgent.took_s < undisturbed.took_s / 4
+            told = await asking
+        assert told.status == urgent.status == 200
+        last = [(it.events[-2] if way == "streamed" else it.body) for it in (told, undisturbed)]
+        assert last[0]["output_ids"] == last[1]["output_ids"]
+        assert site.lines[-1]["preemptions"] == 1
+
+
+async def test_each_preemption_leaves_a_line_a_count_and_a_header() -> None:
+    async with standing(ONE_SEAT) as site:
+        with capture_logs() as told:
+            async with site.meanwhile(site.ask("/generate", generate(200), OFFLINE)) as asking:
+                await site.until("it decodes", lambda: site.fleet["d1"].engine.machine.batch)
+                await site.ask("/generate", generate(4))
+                answer = await asking
+        (line,) = [one for one in told if one["event"] == "preempted"]
+        assert (line["reason"], line["worker"], line["times"]) == ("online_decode", "d1", 1)
+        assert answer.headers["x-slackwater-preemptions"] == "1"
+        metrics = (await site.get("/metrics")).raw.decode()
+        count = 'preemptions_total{class="offline",reason="online_decode",worker="d1"} 1.0'
+        assert count in metrics
+
+
+@pytest.mark.parametrize("pools", ["latency", "none"])
+async def test_a_fleet_without_a_relaxed_server_is_told_of_at_the_start(pools: str) -> None:
+    async with standing(PAIR, policies=Policies(pools=pools)) as site:
+        with capture_logs() as told:
+            site.gateway._say_who_is_relaxed()
+    assert [one["without_relaxed"] for one in told] == (["share"] if pools == "latency" else [])

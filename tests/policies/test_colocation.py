@@ -130,3 +130,36 @@ def test_where_no_rate_is_known_only_idle_servers_take_offline_prompts() -> None
         unknown = prefilling(waiting)
         unknown.predict_by(None)
         assert RULE.prefill(offline("x", 10), unknown) is goes
+
+
+def test_a_unified_server_with_online_answers_computes_one_offline_prompt_at_a_time() -> None:
+    unified = chat(ledger(Role.UNIFIED), 5)
+    assert RULE.prefill(offline("x", 500), unified)
+    unified.add_prefill(500, 0)
+    unified.offline.add_prefill(500)
+    assert not RULE.prefill(offline("y", 500), unified)
+    assert RULE.prefill(online("a", 500), unified)
+    without = Colocated(ttft_us=1_000_000, tpot_us=20_000, gate=False)
+    assert without.prefill(offline("y", 500), unified)
+
+
+def test_a_unified_server_takes_no_offline_prompt_while_online_tokens_come_slowly() -> None:
+    unified = chat(ledger(Role.UNIFIED), 5)
+    unified.online.paced(100 * 17_000, 100)
+    assert RULE.prefill(offline("x", 500), unified)
+    unified.online.forget_pace()
+    unified.online.paced(100 * 19_000, 100)
+    assert not RULE.prefill(offline("x", 500), unified)
+
+
+def test_a_prefill_server_does_not_mind_the_pace_of_answers() -> None:
+    prefill = ledger(Role.PREFILL)
+    assert RULE.prefill(offline("x", 500), prefill)
+
+
+def test_a_unified_server_counts_the_prompts_between_its_steps() -> None:
+    """As many jobs as begin also end: short answers bring more prompts than long ones."""
+    both = [chat(ledger(role), 20) for role in (Role.UNIFIED, Role.DECODE)]
+    assert 0 < most(both[0]) < most(both[1])
+    brief = Colocated(ttft_us=1_000_000, tpot_us=20_000, output_reserve_tokens=64)
+    assert most(chat(ledger(Role.UNIFIED), 20), brief) < most(chat(ledger(Role.UNIFIED), 20))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gateway.core import Core, Rules
 from policies.events import Arrived, Decision, Dispatch, PrefillDone
-from policies.moving import BLOCK_JOBS, HEADS
+from policies.moving import HEADS, TURN_JOBS
 from policies.order import NO_OUTLOOK, Key, Order, Outlook
 from policies.registry import ORDER
 from policies.types import Job
@@ -98,7 +98,7 @@ def test_a_decision_asks_for_no_more_keys_in_a_longer_queue(name: str, queued: i
     for turn in range(60):
         order.asked = 0
         running = sent(core.handle([PrefillDone(running)], queued + turn * SECOND // 4))[0]
-        assert order.asked <= BLOCK_JOBS + 2 * HEADS
+        assert order.asked <= TURN_JOBS + 2 * HEADS
 
 
 @every_order

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.moving import BLOCK_JOBS, Arrivals, Moving
+from policies.moving import TURN_JOBS, Arrival, Arrivals, Moving
 from policies.order import NO_OUTLOOK, Key, Order, Outlook
 from policies.queue import KeyedHeap
 from policies.slack import Hrrn, Kairos, Salvage
@@ -37,8 +37,11 @@ def test_the_tokens_before_each_are_those_of_a_plain_list(
             del plain[us, str(number)]
     before = list(accumulate((plain[each] for each in sorted(plain)), initial=0))
     assert [arrivals.before(each) for each in sorted(plain)] == before[:-1]
-    blocks = [pair for at in range(len(arrivals)) for pair in arrivals.block(at)]
-    assert blocks == [(id, ahead) for (_, id), ahead in zip(sorted(plain), before, strict=False)]
+    walk, last = list[tuple[Arrival, int]](), (-1, "")
+    while some := list(arrivals.after(last, 7)):
+        walk += some
+        last = some[-1][0]
+    assert walk == list(zip(sorted(plain), before, strict=False))
 
 
 @dataclass
@@ -76,7 +79,7 @@ def test_a_short_queue_is_in_order_at_every_look(order: Order) -> None:
     chance, queue, waiting = Random(1), Queue(order), list[Job]()
     for turn in range(300):
         now_us = turn * SECOND // 2
-        if len(waiting) < BLOCK_JOBS:
+        if len(waiting) < TURN_JOBS:
             waiting.append(online(str(turn), chance.randint(1, 60_000), now_us))
             queue.put(waiting[-1])
         outlook = Outlook(now_us, 0.02 + 0.01 * chance.random(), 1, chance.randint(0, 9000))
@@ -93,8 +96,10 @@ def test_in_a_long_queue_every_key_is_seen_to_within_one_look_a_block() -> None:
     jobs = [online(f"{number:04}", 1000 - number % 900, number) for number in range(1000)]
     for job in jobs:
         queue.put(job)
+    for job in jobs[3::7]:  # so that no block of them is full
+        queue.take(job)
     late = Outlook(now_us=3 * SECOND)
-    for _ in range(-(-len(jobs) // BLOCK_JOBS) + 1):
+    for _ in range(-(-len(jobs) // TURN_JOBS) + 1):
         queue.look(late)
     assert all(key[0] == 1 for key in queue.heap.entries.values())
 
@@ -114,7 +119,7 @@ def test_heads_that_all_lose_their_place_end_the_search() -> None:
     for number in range(500):
         queue.put(online(str(number), at_us=number))
     assert queue.look(Outlook(now_us=7)) is not None
-    assert sum(key == (7,) for key in queue.heap.entries.values()) < 3 * BLOCK_JOBS
+    assert sum(key == (7,) for key in queue.heap.entries.values()) < 3 * TURN_JOBS
 
 
 def test_an_empty_queue_has_no_head() -> None:

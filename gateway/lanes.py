@@ -1,0 +1,127 @@
+"""Which models have jobs waiting, for which servers, and whose queue is to be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from gateway.books import Lane
+from gateway.choice import outlook_of, predicted_wait_us
+from gateway.rules import Rules
+from gateway.servers import Candidates, Fleet
+from policies.order import NO_OUTLOOK, Outlook
+from policies.types import Job, Kind
+
+_MAX_LANES = 64
+"""Beyond this, lanes without jobs are dropped: clients may make model names up."""
+_ONLINE, _OFFLINE = Kind.ONLINE, Kind.OFFLINE
+
+
+class Lanes:
+    """The lanes share servers: what frees one lets all look again."""
+
+    def __init__(self, rules: Rules, fleet: Fleet, job_of: Callable[[str], Job]) -> None:
+        self._rules = rules
+        self._fleet = fleet
+        self._job_of = job_of
+        self._lanes: dict[str, Lane] = {}
+        self._touched: dict[str, Lane] = {}
+        self._all_look = False
+
+    def adopt(self, rules: Rules) -> None:
+        """What waits is keyed anew."""
+        self._rules = rules
+        for lane in self._lanes.values():
+            for kind in Kind:
+                self._queue_anew(lane, kind, lane.jobs(kind))
+        self.forget_candidates()
+
+    def of(self, model: str) -> Lane:
+        lane = self._lanes.get(model)
+        if lane is None:
+            if len(self._lanes) >= _MAX_LANES:
+                self._lanes = {name: old for name, old in self._lanes.items() if len(old)}
+            lane = self._lanes[model] = Lane(model)
+        return lane
+
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    def __iter__(self) -> Iterator[Lane]:
+        return iter(self._lanes.values())
+
+    def queued(self, kind: Kind) -> int:
+        return sum(lane.queued(kind) for lane in self._lanes.values())
+
+    @property
+    def offline_waits(self) -> bool:
+        return any(lane.offline for lane in self._lanes.values())
+
+    def online_waits_beside(self, lane: Lane) -> bool:
+        """In this lane, or in one that uses the same servers."""
+        if lane.online.entries:
+            return True
+        others = [other for other in self._lanes.values() if other.online.entries]
+        if not others:
+            return False
+        return not lane.model or self._fleet.takes_any_model or any(not e.model for e in others)
+
+    # Who looks again.
+
+    @property
+    def look(self) -> bool:
+        return self._all_look or bool(self._touched)
+
+    def touch(self, lane: Lane) -> None:
+        self._touched[lane.model] = lane
+
+    def touch_all(self) -> None:
+        """Something was freed."""
+        self._all_look = True
+
+    def taken(self) -> Iterable[Lane]:
+        """Those to look at; from here on only what is touched anew."""
+        lanes = list((self._lanes if self._all_look else self._touched).values())
+        self._touched, self._all_look = {}, False
+        return lanes
+
+    def reconsider(self) -> None:
+        """A server may be able again to take what none could: those set aside queue up again."""
+        for lane in self._lanes.values():
+            for kind in Kind:
+                self._queue_anew(lane, kind, list(lane.aside[kind]))
+        self.touch_all()
+
+    def _queue_anew(self, lane: Lane, kind: Kind, job_ids: list[str]) -> None:
+        jobs = [self._job_of(job_id) for job_id in job_ids]
+        for job in jobs:
+            lane.take(job)
+        for job in jobs:
+            lane.put(job, self._rules.order, NO_OUTLOOK)
+
+    # Which servers, and how long.
+
+    def forget_candidates(self) -> None:
+        """The fleet is another one, or its pools are."""
+        for lane in self._lanes.values():
+            lane.candidates = {}
+        self.reconsider()
+
+    def candidates(self, lane: Lane, kind: Kind, now_us: int) -> Candidates:
+        """A pool of which nobody is in rotation is no reason to refuse what another could take."""
+        own = lane.candidates.get(kind)
+        if own is None:
+            own = lane.candidates[kind] = self._fleet.candidates(lane.model, kind)
+        if own.has_usable(now_us) or not self._rules.pools.shares(kind):
+            return own
+        shared = self._fleet.candidates(lane.model, kind, shared=True)
+        return shared if shared.has_usable(now_us) else own
+
+    def outlook(self, lane: Lane, kind: Kind, now_us: int) -> Outlook:
+        """What lies before the first of the queue; online work lies before all offline work."""
+        before = lane.waiting_tokens[_ONLINE] if kind is _OFFLINE else 0
+        return outlook_of(self.candidates(lane, kind, now_us), before, now_us)
+
+    def wait_us(self, lane: Lane, kind: Kind, now_us: int) -> int:
+        """For one more job of this kind, if it is the last."""
+        candidates = self.candidates(lane, kind, now_us)
+        return predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
