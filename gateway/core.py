@@ -7,7 +7,7 @@ from typing import Any
 
 from gateway.accounts import Accounts
 from gateway.agenda import Agenda, passed
-from gateway.books import Lane, Ticket, free_computed
+from gateway.books import Lane, Ticket
 from gateway.choice import (
     choose,
     fits_ever,
@@ -35,6 +35,7 @@ from policies.events import (
     FirstToken,
     Freed,
     Left,
+    Load,
     LoadReport,
     Preempt,
     Preempted,
@@ -43,6 +44,8 @@ from policies.events import (
     Reason,
     Recall,
     Reject,
+    RoleSwitched,
+    SwitchWanted,
     WakeAt,
     Wakeup,
     WorkerDown,
@@ -58,6 +61,8 @@ from policies.types import Job, Kind, Pool, Role, Worker
 
 __all__ = ["Core", "Rules"]
 
+_REPORT_LAG_US = 500_000
+"""What was sent this long before a report must be in it."""
 # CPython 3.11 looks an enum's member up in Python, which costs as much as a call.
 _ONLINE, _OFFLINE = Kind.ONLINE, Kind.OFFLINE
 _QUEUED, _PREFILL, _CANCELLED = State.QUEUED, State.PREFILL, State.CANCELLED
@@ -103,7 +108,8 @@ class Core:
             WorkerDown: self._worker_down,
             WorkerDraining: self._worker_draining,
             WorkerGone: self._worker_gone,
-            **self.switching.handlers,
+            SwitchWanted: self.switching.begin,
+            RoleSwitched: self.switching.ended,
             Wakeup: self._wakeup,
         }
         for worker in workers:
@@ -366,6 +372,14 @@ class Core:
             self._lanes.touch_all()
         else:
             self._lanes.reconsider()
+
+    def _free_computed(self, ledger: Ledger, load: Load) -> None:
+        """A whole answer of a unified server shows no first token; that nothing waits shows it."""
+        if load.waiting or load.waiting_uncached_tokens:
+            return
+        for ticket in self._tickets.values():
+            if ticket.prefill is ledger and ticket.sent_us < load.seen_us - _REPORT_LAG_US:
+                ticket.free_prefill()
 
     def _worker_up(self, event: WorkerUp, now_us: int) -> None:
         self._fleet.add(event.worker)
