@@ -90,7 +90,7 @@ class Core:
             rules.switch,
             self._recall,
             self._lanes.forget_candidates,
-            lambda: self._out,
+            self._say,
         )
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
             Arrived: self._arrived,
@@ -365,7 +365,7 @@ class Core:
         self._fleet.correct(ledger, event.load, stale_us)
         self._agenda.mind(stale_us)
         if ledger.worker.role is Role.UNIFIED and ledger.prefills:
-            free_computed(self._tickets.values(), ledger, event.load)
+            self._free_computed(ledger, event.load)
         if ledger.worker.pool is Pool.STRICT and not self._lanes.offline_waits:
             self._preemptor.pull(ledger, self._fleet.ledgers.values(), self._rules.admit, now_us)
         if ledger.kv_tokens == capacity_tokens:
@@ -398,6 +398,9 @@ class Core:
         """What runs there keeps its own reference to the ledger and ends as it would have."""
         if self._fleet.remove(event.name):
             self._lanes.forget_candidates()
+
+    def _say(self, decision: Decision) -> None:
+        self._out.append(decision)
 
     # Time.
 
