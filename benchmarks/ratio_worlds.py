@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 from backends.workload import Ask, Trace, read_trace
-from gateway.config import Admission, Policies, RatioSettings
+from gateway.config import Admission, Cost, Policies, RatioSettings
 from gateway.planning import Mode
 from gateway.scenario import (
     FleetEntry,
@@ -54,7 +54,6 @@ def fleet(name: str, entries: Iterable[ServerEntry], model: str = MODEL, tp: int
         tp=tp,
         table=TABLE,
         table_model=f"meta-llama/Meta-{model}",
-        predicts=True,
         launch_s=RELAUNCH_S,
         server=tuple(entries),
     )
@@ -82,10 +81,10 @@ def elastic(switch_s: float) -> FleetEntry:
     return fleet("elastic", entries)
 
 
-def controlled(name: str, fleet_name: str, policy: str, **more: float) -> PolicyEntry:
+def controlled(name: str, fleet_name: str, policy: str, cost: Cost) -> PolicyEntry:
     settings = {"attained": 0.997} if policy == "dopd+" else {"interval_s": PAPER_INTERVAL_S}
-    ratio = RatioSettings(policy=policy, mode=Mode.ACT, **{**settings, **more})
-    return PolicyEntry(name=name, fleet=fleet_name, ratio=ratio)
+    ratio = RatioSettings(policy=policy, mode=Mode.ACT, **settings)
+    return PolicyEntry(name=name, fleet=fleet_name, ratio=ratio, cost=cost)
 
 
 # (i) The closed loop.
@@ -98,12 +97,15 @@ def closed_plan(data: Path, clients: Sequence[int], duration_s: float, warm_up_s
     middle = f"{count // 2}P{count - count // 2}D"
     plain = Policies(order="fcfs", place="round-robin", pools="none")
     at_once = Admission(prefill_chunks=1_000_000, prefill_cap_tokens=10**9)
+    cost = Cost(model=model, device=DEVICE, tp=tp)
     policies = [
-        PolicyEntry(name="unified", fleet="unified"),
-        PolicyEntry(name="DistServe-like", fleet=middle, policies=plain, admission=at_once),
-        *(PolicyEntry(name=f"static {it.name}", fleet=it.name) for it in splits),
-        controlled("dopd", middle, "dopd"),
-        controlled("dopd+", middle, "dopd+"),
+        PolicyEntry(name="unified", fleet="unified", cost=cost),
+        PolicyEntry(
+            name="DistServe-like", fleet=middle, policies=plain, admission=at_once, cost=cost
+        ),
+        *(PolicyEntry(name=f"static {it.name}", fleet=it.name, cost=cost) for it in splits),
+        controlled("dopd", middle, "dopd", cost),
+        controlled("dopd+", middle, "dopd+", cost),
     ]
     workload = WorkloadEntry(
         name="closed",
@@ -205,9 +207,11 @@ def dynamic_plan(
     data: Path, sources: Sequence[Source], duration_s: float, switch_s: float, seeds: Sequence[int]
 ) -> Plan:
     fixed = [split(n, GPUS - n, switch_s) for n in (2, 4, 6)]
+    cost = Cost(model=MODEL, device=DEVICE)
+    names = ("dyn-load", "dyn-sla", "dopd", "dopd+")
     policies = [
-        *(PolicyEntry(name=f"static {it.name}", fleet=it.name) for it in fixed),
-        *(controlled(name, "elastic", name) for name in ("dyn-load", "dyn-sla", "dopd", "dopd+")),
+        *(PolicyEntry(name=f"static {it.name}", fleet=it.name, cost=cost) for it in fixed),
+        *(controlled(name, "elastic", name, cost) for name in names),
     ]
     scenario = Scenario(
         name="shifting load",

@@ -81,7 +81,7 @@ class Gateway:
         self._tasks = tasks
         self.backend = Sglang(clock, rng, patience_of(config.timeouts), self._connect)
         self.core = Core(rules_of(config))
-        actuator = SglangActuator(self.backend, clock, tasks, pause)
+        actuator = SglangActuator(self.backend, clock, tasks)
         self.control = RatioControl(self.core, clock, tasks)
         self.driver = Driver(
             self.core, clock, self.backend, self.control.decided, actuator=actuator

@@ -86,7 +86,11 @@ class Core:
         self.accounts = Accounts()
         self._preemptor = Preemptor(rules.give_way, rules.aborts, self._take_off)
         self.switching = Switching(
-            self._fleet, rules.switch, self._recall, self._lanes.forget_candidates, self._say
+            self._fleet,
+            rules.switch,
+            self._recall,
+            self._lanes.forget_candidates,
+            self._say,
         )
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
             Arrived: self._arrived,
@@ -497,7 +501,8 @@ class Core:
         """Booked in the step that decides, so that the next decision sees it."""
         ticket.step(_DISPATCHED)
         ticket.book(prefill, decode, self._rules.admit.reserved(ticket.job), now_us)
-        self._underway.sent(ticket, prefill, self._rules.displace.least_chunks)
+        if least_chunks := self._rules.displace.least_chunks:
+            self._underway.sent(ticket, prefill, least_chunks)
         ticket.attempt += 1
         reason = _LEAST_WORK
         if ticket.attempt > 1 or ticket.preemptions:

@@ -176,6 +176,7 @@ class Planner:
             waiting_tokens=ingress.waiting_tokens,
             oldest_wait_s=ingress.oldest_wait_s(now_us, len(self._core.ledgers)),
             kv_use=max((_kv_use(it) for it in decodes), default=0.0),
+            decode_is_full=all(_is_full(it) for it in decodes),
             resident=sum(it.decodes for it in decodes),
             ttft_s=_seconds(ingress.mean(Seen.TTFT, now_us)),
             tpot_s=_seconds(ingress.mean(Seen.TPOT, now_us)),
@@ -264,6 +265,16 @@ class Planner:
 
 def _kv_use(ledger: Ledger) -> float:
     return ledger.context_tokens / ledger.kv_tokens if ledger.kv_tokens else 0.0
+
+
+FULL = 0.88
+"""Of its cache or its seats: admission stops a little later."""
+
+
+def _is_full(ledger: Ledger) -> bool:
+    if ledger.max_running and ledger.decodes >= FULL * ledger.max_running:
+        return True
+    return bool(ledger.kv_tokens) and ledger.reserved_tokens >= FULL * ledger.kv_tokens
 
 
 def _seconds(us: float | None) -> float | None:

@@ -144,9 +144,6 @@ class FleetEntry:
     table_model: str = "meta-llama/Meta-Llama-3.1-8B"
     noise: float = bounded(0.05, low=0, high=1)
     """Sigma of the log-normal noise on each step."""
-    predicts: bool = False
-    """The gateway knows the hardware, as `[cost]` tells it; every ratio policy but static needs
-    that."""
     launch_s: float = bounded(45.0, low=0)
     """From the decision to start a parked server until it serves."""
     server: tuple[ServerEntry, ...] = ()
@@ -410,8 +407,8 @@ def check(scenario: Scenario) -> None:
     for i, policy in enumerate(scenario.policy):
         if policy.fleet and policy.fleet not in fleets:
             raise ConfigError(f"policy[{i}].fleet must be one of {fleets}, got {policy.fleet!r}")
-        if policy.ratio.policy != "static" and not scenario.fleet_of(policy).predicts:
-            raise ConfigError(f"policy[{i}].ratio needs a fleet that predicts")
+        if policy.ratio.policy != "static" and not policy.cost.model:
+            raise ConfigError(f"policy[{i}].ratio needs policy[{i}].cost, as in config.toml")
     for i, fleet in enumerate(scenario.fleet):
         _check_roles(fleet, f"fleet[{i}]")
 

@@ -60,6 +60,8 @@ class Demand:
     """Of prompts of offline requests that wait."""
     kv_use: float = 0.0
     """Of the fullest decode server."""
+    decode_is_full: bool = False
+    """No decode server may take one more: what waits, waits for them."""
     resident: int = 0
     """Requests that decode."""
     ttft_s: float | None = None

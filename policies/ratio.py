@@ -235,6 +235,8 @@ class DopdPlus:
             wanted += demand.offline.rate_per_s / decode_rate(
                 1, fleet.decode, demand.offline, targets
             )
+        if demand.decode_is_full:
+            wanted += demand.waiting / max(1.0, fleet.switch_s) / decode_each
         most = max(fleet.decodes, fleet.limit_gpus // fleet.decode.gpus)
         decodes = max(1, math.ceil(min(wanted, most + 1)))
         if demand.kv_use > self.fullest_kv and more == 1.0:
@@ -258,7 +260,7 @@ class DopdPlus:
         """
         lead_s = max(1.0, fleet.switch_s)
         waiting = demand.waiting_tokens / max(1.0, demand.online.prompt.mean)
-        busy = waiting * share_s / lead_s
+        busy = 0.0 if demand.decode_is_full else waiting * share_s / lead_s
         if demand.offline.rate_per_s and demand.offline.prompt.mean:
             busy += demand.offline.rate_per_s * prefill_share_s(fleet.prefill, demand.offline)
         return busy
@@ -344,9 +346,11 @@ class DopdPlus:
         rate = max(flow.rate_per_s, 1e-9)
         lead_s = max(1.0, fleet.switch_s)
         waiting = demand.waiting_tokens / max(1.0, flow.prompt.mean) / lead_s
+        for_prefill, for_decode = (0.0, waiting) if demand.decode_is_full else (waiting, 0.0)
+        bears_p = prefill_rate(prefills, fleet.prefill, flow, targets)
+        bears_d = decode_rate(decodes, fleet.decode, flow, targets)
         return max(
-            (rate + waiting) / max(prefill_rate(prefills, fleet.prefill, flow, targets), 1e-9),
-            rate / decode_rate(decodes, fleet.decode, flow, targets),
+            (rate + for_prefill) / max(bears_p, 1e-9), (rate + for_decode) / max(bears_d, 1e-9)
         )
 
 

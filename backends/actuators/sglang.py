@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -11,12 +11,11 @@ import orjson
 from backends.base import Post
 from backends.fetch import fetch
 from backends.http import HttpError
+from backends.pause import pause
 from backends.sglang import Server, Sglang
 from policies.clock import Clock
 from policies.events import Event, Release, RoleSwitched, SwitchRole
 from policies.types import Role
-
-Pause = Callable[[Clock, float], Awaitable[None]]
 
 AGAIN_S = 0.1
 """Between two tries while the server says that it is not idle: aborts are on their way."""
@@ -33,7 +32,6 @@ class SglangActuator:
         backend: Sglang,
         clock: Clock,
         tasks: asyncio.TaskGroup,
-        pause: Pause,
         *,
         idle_s: float = 10.0,
         switch_s: float = 110.0,
@@ -42,7 +40,6 @@ class SglangActuator:
         self._backend = backend
         self._clock = clock
         self._tasks = tasks
-        self._pause = pause
         self._post: Post = _nobody
         self.idle_s = idle_s
         """For so long a server that is empty in the books may say that it is not idle."""
@@ -98,7 +95,7 @@ class SglangActuator:
             why = str(told.get("message") or f"it answered {answer.status}")
             if NOT_IDLE not in why or self._clock.time() >= until_s:
                 return why
-            await self._pause(self._clock, AGAIN_S)
+            await pause(self._clock, AGAIN_S)
 
     async def _verified(self, server: Server) -> Role | None:
         """What it says that it is; None where it does not answer."""
@@ -106,7 +103,7 @@ class SglangActuator:
             try:
                 answer = await fetch(server.upstream, b"GET", b"/model_info", timeout_s=ANSWER_S)
             except HttpError:
-                await self._pause(self._clock, AGAIN_S)
+                await pause(self._clock, AGAIN_S)
                 continue
             if answer.status == 200:
                 return ROLES.get(str(_object(answer.body).get("disaggregation_mode")))

@@ -35,8 +35,6 @@ class ServerPlan:
     times: StepTimes
     times_source: str
     believed: StepTimes
-    cost: CostModel
-    """What the gateway predicts by, where it does."""
     """What a patched engine takes its steps to be, before it has seen any."""
     gpus: int
 
@@ -120,8 +118,7 @@ def _plan(fleet: FleetEntry, entry: ServerEntry, data: Path) -> ServerPlan:
     constants = lookup(SHIPPED, device.name, model.family, tp)
     cost = build(model, device, moved(constants), Parallel(tp=tp))
     times, source = _times(fleet, entry, data, cost, tp)
-    shipped = build(model, device, constants, Parallel(tp=tp))
-    believed: StepTimes = Modelled(shipped)
+    believed: StepTimes = Modelled(build(model, device, constants, Parallel(tp=tp)))
     if fleet.fit.prefill_token_us:
         believed = fitted(fleet.fit, error=BELIEVED)
     config = EngineConfig(
@@ -150,7 +147,6 @@ def _plan(fleet: FleetEntry, entry: ServerEntry, data: Path) -> ServerPlan:
         times=times,
         times_source=source,
         believed=believed,
-        cost=shipped,
         gpus=tp,
     )
 

@@ -11,7 +11,7 @@ from backends.engine import Engine, Resident
 from backends.simulated import Delays, Grid, SimulatedBackend, Work, load_of
 from backends.workload import Ask
 from gateway.config import control_of, rules_of
-from gateway.core import Core, Rules
+from gateway.core import Core
 from gateway.driver import Driver
 from gateway.planning import URGENT_S, Look, Planner
 from gateway.scenario import CLOSED, FleetEntry, Plan, PolicyEntry
@@ -37,7 +37,6 @@ from policies.events import (
     WorkerUp,
 )
 from policies.registry import PLACE
-from policies.steps import Costs
 from policies.types import Job, Kind, Role, Worker
 
 SAMPLES = 240
@@ -229,7 +228,7 @@ class World:
         self._recorder = Recorder(self._ended)
         self._by_prefix = PLACE[case.policy.policies.place]().by_prefix
         self._looks: list[Look] = []
-        self._core = Core(self._rules(), self._first_workers())
+        self._core = Core(rules_of(case.policy.config()), self._first_workers())
         self._actuator = self._new_actuator()
         self._planner = self._new_planner()
         self._driver = Driver(
@@ -328,14 +327,6 @@ class World:
     @property
     def _is_over(self) -> bool:
         return not self._open and not self._coming
-
-    def _rules(self) -> Rules:
-        rules = rules_of(self._case.policy.config())
-        if not self._fleet.predicts:
-            return rules
-        return replace(
-            rules, costs=Costs(by_name={it.config.name: it.cost for it in self._servers})
-        )
 
     # Who moves servers.
 

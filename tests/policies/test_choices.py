@@ -37,6 +37,23 @@ def test_headroom_promises_no_more_than_the_watermark(prompts: list[int], kv: in
     assert books.decodes < 2 or books.reserved_tokens <= kv
 
 
+@given(
+    st.lists(st.integers(0, 20_000), min_size=1, max_size=6),
+    st.integers(1, 20_000),
+    st.sampled_from(["", "p0", "p1"]),
+)
+def test_all_servers_are_asked_as_each_would_be(
+    outstanding: list[int], prompt: int, cached_on: str
+) -> None:
+    books = [ledger(prefill(f"p{index}")) for index in range(len(outstanding))]
+    for each, tokens in zip(books, outstanding, strict=True):
+        if tokens:
+            each.add_prefill(tokens, 0)
+    job = online("a", prompt, cached_tokens=prompt // 2, cached_on=cached_on)
+    admit = Headroom(prefill_cap_tokens=16_384)
+    assert admit.prefills(job, books) == [e for e in books if admit.prefill(job, e)]
+
+
 def test_a_server_of_unknown_size_takes_anything() -> None:
     assert Headroom().decode(online("a", 10**9), ledger(decode()))
 

@@ -136,13 +136,18 @@ def test_the_longest_goes_first_where_attention_bounds_the_step() -> None:
     assert longest.over(strict, Leaving(), victims)[0].job_id == "a"
 
 
-@given(st.integers(0, 40), st.integers(8_000, 40_000), st.integers(0, 120), st.booleans())
+@given(
+    st.integers(0, 40),
+    st.integers(8_000, 40_000),
+    st.integers(0, 120),
+    st.sampled_from([0, 300_000]),
+)
 def test_whenever_somebody_has_to_go_it_is_worth_a_look(
-    chats: int, tpot_us: int, batched: int, is_slow: bool
+    chats: int, tpot_us: int, batched: int, paced_us: int
 ) -> None:
     strict = batch(chat(ledger(), chats, tpot_us), batched)
-    if is_slow:
-        strict.online.paced(300_000, 10)
+    if paced_us:
+        strict.online.paced(paced_us, 10)
     victims = [victim(f"{i:03}", i) for i in range(batched)]
     assert RULE.may_be_over(strict) or not RULE.over(strict, Leaving(), victims)
     assert not Stay().may_be_over(strict)
