@@ -48,7 +48,7 @@ from gateway.simulation.world import Case, World
 DATA = Path(__file__).parents[2] / "shared" / "data"
 LAW = Law()
 SUM_LAW = replace(LAW, answer_mean=200.0)
-"""Where steps follow the sum of contexts, shorter answers give the paper's speed at 2 QPS."""
+"""Where steps follow the sum of contexts, only shorter answers come near the paper's speed."""
 KNEE = PAPER_TTFT[3.0]
 KNEE_RATES = (3.0, 3.1, 3.2, 3.3, 3.4)
 CURVE = (2.0, 2.8, 3.0, 3.4, 4.0, 5.0)
