@@ -129,7 +129,7 @@ class Preemptor:
             max(0.0, outstanding - under_way),
             under_way,
             ledger.prefill_tokens_per_us,
-            ledger.worker.chunk_tokens,
+            ledger.chunk_tokens,
         )
         chosen = self._rule.for_prefill(ticket.job, ahead, victims, now_us)
         self._take_for(ticket, ledger, chosen, Reason.ONLINE_PREFILL, now_us)

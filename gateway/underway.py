@@ -18,7 +18,7 @@ class Underway:
         self._tickets: dict[str, Ticket] = {}
 
     def sent(self, ticket: Ticket, ledger: Ledger, least_chunks: int) -> None:
-        chunk_tokens = ledger.worker.chunk_tokens or UNKNOWN_CHUNK_TOKENS
+        chunk_tokens = ledger.chunk_tokens or UNKNOWN_CHUNK_TOKENS
         if least_chunks and ticket.booked_prefill > least_chunks * chunk_tokens:
             self._tickets[ledger.worker.name] = ticket
 

@@ -88,6 +88,7 @@ class Ledger:
     __slots__ = (
         "_foreign_before",
         "breaker",
+        "chunk_tokens",
         "context_tokens",
         "decodes",
         "dispatched",
@@ -111,6 +112,7 @@ class Ledger:
 
     def __init__(self, worker: Worker, breaker: Breaker) -> None:
         self.worker = worker
+        self.chunk_tokens = worker.chunk_tokens
         self.breaker = breaker
         self.up = True
         self.draining = False
@@ -155,6 +157,7 @@ class Ledger:
     def adopt(self, worker: Worker) -> None:
         """The same server, better known."""
         self.worker, load = worker, self.load
+        self.chunk_tokens = worker.chunk_tokens
         self.line = None
         self.kv_tokens = _tighter(worker.kv_tokens, load.capacity_tokens if load else 0)
         self.max_running = _tighter(worker.max_running, load.max_running if load else 0)
@@ -173,7 +176,7 @@ class Ledger:
     def predict_by(self, cost: CostModel | None) -> None:
         """What was learnt stays for as long as the hardware does."""
         self.line = None
-        chunk_tokens, replicas = self.worker.chunk_tokens, self.worker.dp_size
+        chunk_tokens, replicas = self.chunk_tokens, self.worker.dp_size
         if cost is None:
             self.steps = None
         elif self.steps is None or not self.steps.fits(cost, chunk_tokens, replicas):
