@@ -56,6 +56,8 @@ class Headroom:
         return ledger.prefill_tokens + ledger.uncached(job) <= cap
 
     def prefills(self, job: Job, ledgers: Sequence[Ledger]) -> list[Ledger]:
+        if job.cached_on:
+            return [ledger for ledger in ledgers if self.prefill(job, ledger)]
         tokens, chunks = job.prompt_tokens - job.cached_tokens, self.prefill_chunks
         return [
             e

@@ -37,6 +37,23 @@ def test_headroom_promises_no_more_than_the_watermark(prompts: list[int], kv: in
     assert books.decodes < 2 or books.reserved_tokens <= kv
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9000)), max_size=6),
+    st.sampled_from(["", "s0", "s1"]),
+    st.integers(1, 6000),
+)
+def test_all_that_are_asked_at_once_answer_as_each_would(
+    busy: list[tuple[int, int]], cached_on: str, prompt: int
+) -> None:
+    servers = [ledger(prefill(f"s{i}", chunk_tokens=2048)) for i in range(len(busy))]
+    for server, (count, tokens) in zip(servers, busy, strict=True):
+        for _ in range(count):
+            server.add_prefill(tokens, 0)
+    job = online("a", prompt, cached_tokens=prompt - 1, cached_on=cached_on)
+    one_by_one = [server for server in servers if Headroom().prefill(job, server)]
+    assert Headroom().prefills(job, servers) == one_by_one
+
+
 def test_a_server_of_unknown_size_takes_anything() -> None:
     assert Headroom().decode(online("a", 10**9), ledger(decode()))
 
