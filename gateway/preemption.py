@@ -51,10 +51,17 @@ class Preemptor:
         """An offline job has gone to its servers."""
         for ledger in (ticket.prefill, ticket.decode):
             if ledger is not None:
-                here = self._residents.setdefault(ledger, {})
+                if (here := self._residents.get(ledger)) is None:
+                    self._forget_empty()
+                    here = self._residents[ledger] = {}
                 here[ticket.job.id] = ticket
                 if len(here) > 64 + 2 * (ledger.offline.decodes + ledger.offline.prefills):
                     self._residents[ledger] = _present(ledger, here)
+
+    def _forget_empty(self) -> None:
+        """Servers come and go under new names for as long as the gateway runs."""
+        known = self._residents.items()
+        self._residents = {ledger: here for ledger, here in known if not ledger.is_empty}
 
     # For whom.
 
