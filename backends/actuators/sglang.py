@@ -69,7 +69,7 @@ class SglangActuator:
                 why = await self._asked(server, decision.role)
                 role = await self._verified(server)
         except Exception as error:  # noqa: BLE001  # the task's edge: the move must end
-            why = why or str(error)
+            why = f"{type(error).__name__}: {error}"
         self._post(RoleSwitched(decision.worker, role, why))
 
     async def _asked(self, server: Server, role: Role) -> str:
