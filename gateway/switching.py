@@ -160,7 +160,7 @@ class Switching:
             self._tell(move, Outcome.HANGS, now_us)
 
     def ended(self, event: RoleSwitched, now_us: int) -> None:
-        """The server is what it says it is, whatever was wanted; a silent one is one that is down."""
+        """The server is what it says it is, whatever was wanted; a silent one is down."""
         if (ledger := self._fleet.ledgers.get(event.worker)) is not None:
             if event.role is None:
                 self._fleet.silence(event.worker)
