@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.forecast import FORECAST, LAST, Accuracy, Outlook, arima, holt
+from benchmarks.forecast import Accuracy
+from policies.forecast import FORECAST, LAST, Outlook, arima, holt
 
 LOADS = st.lists(st.floats(0.0, 1e6), min_size=1, max_size=80)
 ODD = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True))
