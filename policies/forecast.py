@@ -260,5 +260,6 @@ def _lead(gains: Sequence[float]) -> float:
     if count < FEWEST_POINTS:
         return 0.0
     mean = sum(gains) / count
-    variance = sum((gain - mean) ** 2 for gain in gains) / (count - 1)
+    errors = [gain - mean for gain in gains]  # `** 2` would raise where a product is infinite
+    variance = sum(error * error for error in errors) / (count - 1)
     return mean - math.sqrt(variance / count)
