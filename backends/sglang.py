@@ -284,7 +284,7 @@ class Sglang:
             self._lingering.append((self.now_s() + self.patience.linger_s, attempt))
         self._live.pop(exchange.job_id, None)
         self._exchanges.pop(exchange.job_id, None)
-        self._post(Finished(exchange.job_id, exchange.tokens))
+        self._post(Finished(exchange.job_id, attempt.tokens))
 
     def failed(self, attempt: Attempt, fault: Fault, blamed: tuple[str, ...]) -> None:
         exchange = attempt.exchange

@@ -120,7 +120,7 @@ class Preemptor:
 
     def ended(self, ticket: Ticket, generated: int) -> None:
         """How long answers of offline jobs turn out to be, for those that run."""
-        tokens = max(generated, ticket.made + ticket.generated)
+        tokens = ticket.made + max(generated, ticket.generated)
         known = self._answer_tokens or tokens
         self._answer_tokens = known + _WEIGHT * (tokens - known)
 
