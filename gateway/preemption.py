@@ -110,6 +110,8 @@ class Preemptor:
         for relaxed in others:
             if relaxed.offline.decodes < 2 or not _may_take_over(strict, relaxed):
                 continue
+            if not self._rule.may_pull(strict, relaxed):
+                continue
             victims, _ = self._at(relaxed)
             best = self._rule.pull(strict, relaxed, victims)
             ticket = None if best is None else self._residents[relaxed][best.job_id]
