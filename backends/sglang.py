@@ -72,6 +72,8 @@ class Server:
     spelling: int = 0
     """Of its bootstrap address: another one where decode servers may hold a dead connection."""
     is_met: bool = False
+    is_known: bool = False
+    """It has said what it is; else the next probe asks it."""
 
     @property
     def name(self) -> str:
