@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypedDict
 
 from benchmarks.kairos_trace import (
     DECODE_S,
@@ -48,8 +49,11 @@ class System:
     needs: str = STOCK
     order: str = "fcfs"
     displace: str = "none"
-    held: bool = False
-    """Prompts wait in the gateway, which sends two chunks ahead; else all go to the server."""
+    held: int = 0
+    """So many chunks are sent ahead and the other prompts wait in the gateway; 0: all are sent.
+
+    What is sent has its memory on the decode server from then on, also while it waits for prefill.
+    """
     place: str = "least-work"
     schedule_policy: str = "fcfs"
     packing: str = "all"
@@ -78,7 +82,7 @@ class System:
         )
 
     def policy(self) -> PolicyEntry:
-        chunks = 2 if self.held else 1_000_000
+        chunks = self.held or 1_000_000
         return PolicyEntry(
             name=self.name,
             fleet=self.name,
@@ -89,18 +93,27 @@ class System:
         )
 
 
+class Ahead(TypedDict):
+    """How the gateway feeds an engine that decides for itself."""
+
+    held: int
+    order: str
+
+
 def at_the_gateway() -> Iterator[System]:
     """Every order that the gateway knows, and those that displace long prompts with it."""
     for order in ORDER:
         if order != "fcfs":
-            yield System(name=f"gateway {order}", order=order, held=True)
+            yield System(name=f"gateway {order}", order=order, held=2)
     for displace in DISPLACE:
         if displace != "none":
             for order in ("kairos", "salvage"):
                 name = f"gateway {order}, displaced {displace}"
-                yield System(name=name, order=order, displace=displace, held=True)
+                yield System(name=name, order=order, displace=displace, held=2)
 
 
+HELD: Ahead = {"held": 24, "order": "salvage"}
+"""Room for the longest prompt under way and for those that displace it; the backlog waits here."""
 SYSTEMS: tuple[System, ...] = (
     System(name=BASELINE),
     System(name="FCFS, unified servers", unified=True),
@@ -116,24 +129,25 @@ SYSTEMS: tuple[System, ...] = (
     System(name="Kairos, decode only", needs=PATCHED, packing="kairos"),
     System(name=PRINTED, needs=PATCHED, prefill_order="kairos", packing="kairos"),
     System(name="shortest in chunks", needs=PATCHED, prefill_order="shortest"),
-    System(name="salvage, prefill only", needs=PATCHED, prefill_order="salvage"),
-    System(name="rescue, prefill only", needs=PATCHED, prefill_order="rescue"),
+    System(name="salvage, prefill only", needs=PATCHED, prefill_order="salvage", **HELD),
+    System(name="rescue, prefill only", needs=PATCHED, prefill_order="rescue", **HELD),
     System(name="slack, decode only", needs=PATCHED, packing="slack"),
-    System(name=REPAIRED, needs=PATCHED, prefill_order="salvage", packing="slack"),
-    System(name=RESCUED, needs=PATCHED, prefill_order="rescue", packing="slack"),
+    System(name=REPAIRED, needs=PATCHED, prefill_order="salvage", packing="slack", **HELD),
+    System(name=RESCUED, needs=PATCHED, prefill_order="rescue", packing="slack", **HELD),
 )
 
 PLACED: tuple[System, ...] = (
     System(name=BASELINE),
     *(System(name=f"place {place}", place=place) for place in PLACE if place != "least-work"),
-    System(name="salvage, place length-split", order="salvage", held=True, place="length-split"),
+    System(name="salvage, place length-split", order="salvage", held=2, place="length-split"),
     System(name="slack, decode only", needs=PATCHED, packing="slack"),
-    System(name=RESCUED, needs=PATCHED, prefill_order="rescue", packing="slack"),
+    System(name=RESCUED, needs=PATCHED, prefill_order="rescue", packing="slack", **HELD),
     System(
         name="rescue + slack, place length-split",
         needs=PATCHED,
         prefill_order="rescue",
         packing="slack",
+        **HELD,
         place="length-split",
     ),
 )

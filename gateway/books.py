@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from gateway.lifecycle import State, Step, advance
 from gateway.servers import Candidates
 from policies.breaker import Breaker
-from policies.events import Load, Reason
+from policies.events import Reason
 from policies.ledger import Ledger
 from policies.moving import Moving
 from policies.order import Key, Order, Outlook
@@ -259,16 +257,3 @@ class Lane:
 
     def jobs(self, kind: Kind) -> list[str]:
         return [*self.waiting[kind], *self.aside[kind]]
-
-
-REPORT_LAG_US = 500_000
-"""What was sent this long before a report must be in it."""
-
-
-def free_computed(tickets: Iterable[Ticket], ledger: Ledger, load: Load) -> None:
-    """A whole answer of a unified server shows no first token; that nothing waits shows it."""
-    if load.waiting or load.waiting_uncached_tokens:
-        return
-    for ticket in tickets:
-        if ticket.prefill is ledger and ticket.sent_us < load.seen_us - REPORT_LAG_US:
-            ticket.free_prefill()

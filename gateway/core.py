@@ -7,7 +7,7 @@ from typing import Any
 
 from gateway.accounts import Accounts
 from gateway.agenda import Agenda, passed
-from gateway.books import Lane, Ticket, free_computed
+from gateway.books import Lane, Ticket
 from gateway.choice import (
     choose,
     fits_ever,
@@ -35,6 +35,7 @@ from policies.events import (
     FirstToken,
     Freed,
     Left,
+    Load,
     LoadReport,
     Preempt,
     Preempted,
@@ -43,6 +44,8 @@ from policies.events import (
     Reason,
     Recall,
     Reject,
+    RoleSwitched,
+    SwitchWanted,
     WakeAt,
     Wakeup,
     WorkerDown,
@@ -58,6 +61,8 @@ from policies.types import Job, Kind, Pool, Role, Worker
 
 __all__ = ["Core", "Rules"]
 
+_REPORT_LAG_US = 500_000
+"""What was sent this long before a report must be in it."""
 # CPython 3.11 looks an enum's member up in Python, which costs as much as a call.
 _ONLINE, _OFFLINE = Kind.ONLINE, Kind.OFFLINE
 _QUEUED, _PREFILL, _CANCELLED = State.QUEUED, State.PREFILL, State.CANCELLED
@@ -85,7 +90,7 @@ class Core:
             rules.switch,
             self._recall,
             self._lanes.forget_candidates,
-            lambda: self._out,
+            self._say,
         )
         self._on: dict[type[Event], Callable[[Any, int], None]] = {
             Arrived: self._arrived,
@@ -103,7 +108,8 @@ class Core:
             WorkerDown: self._worker_down,
             WorkerDraining: self._worker_draining,
             WorkerGone: self._worker_gone,
-            **self.switching.handlers,
+            SwitchWanted: self.switching.begin,
+            RoleSwitched: self.switching.ended,
             Wakeup: self._wakeup,
         }
         for worker in workers:
@@ -359,13 +365,21 @@ class Core:
         self._fleet.correct(ledger, event.load, stale_us)
         self._agenda.mind(stale_us)
         if ledger.worker.role is Role.UNIFIED and ledger.prefills:
-            free_computed(self._tickets.values(), ledger, event.load)
+            self._free_computed(ledger, event.load)
         if ledger.worker.pool is Pool.STRICT and not self._lanes.offline_waits:
             self._preemptor.pull(ledger, self._fleet.ledgers.values(), self._rules.admit, now_us)
         if ledger.kv_tokens == capacity_tokens:
             self._lanes.touch_all()
         else:
             self._lanes.reconsider()
+
+    def _free_computed(self, ledger: Ledger, load: Load) -> None:
+        """A whole answer of a unified server shows no first token; that nothing waits shows it."""
+        if load.waiting or load.waiting_uncached_tokens:
+            return
+        for ticket in self._tickets.values():
+            if ticket.prefill is ledger and ticket.sent_us < load.seen_us - _REPORT_LAG_US:
+                ticket.free_prefill()
 
     def _worker_up(self, event: WorkerUp, now_us: int) -> None:
         self._fleet.add(event.worker)
@@ -384,6 +398,9 @@ class Core:
         """What runs there keeps its own reference to the ledger and ends as it would have."""
         if self._fleet.remove(event.name):
             self._lanes.forget_candidates()
+
+    def _say(self, decision: Decision) -> None:
+        self._out.append(decision)
 
     # Time.
 
@@ -484,7 +501,8 @@ class Core:
         """Booked in the step that decides, so that the next decision sees it."""
         ticket.step(_DISPATCHED)
         ticket.book(prefill, decode, self._rules.admit.reserved(ticket.job), now_us)
-        self._underway.sent(ticket, prefill, self._rules.displace.least_chunks)
+        if least_chunks := self._rules.displace.least_chunks:
+            self._underway.sent(ticket, prefill, least_chunks)
         ticket.attempt += 1
         reason = _LEAST_WORK
         if ticket.attempt > 1 or ticket.preemptions:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from gateway.books import Ticket
 from gateway.servers import Fleet
 from policies.events import (
     Decision,
-    Event,
     Outcome,
     Reason,
     Recall,
@@ -61,21 +59,14 @@ class Switching:
         rule: SwitchRule,
         recall: Callable[[Recall, int], None],
         changed: Callable[[], None],
-        out: Callable[[], list[Decision]],
+        say: Callable[[Decision], None],
     ) -> None:
         self._fleet = fleet
         self._recall = recall
         self._changed = changed
-        self._out = out
+        self._say = say
         self.moves: dict[str, _Move] = {}
         self.rule = rule
-
-    @property
-    def handlers(self) -> dict[type[Event], Callable[[Any, int], None]]:
-        return {SwitchWanted: self.begin, RoleSwitched: self.ended}
-
-    def _say(self, decision: Decision) -> None:
-        self._out().append(decision)
 
     def begin(self, wanted: SwitchWanted, now_us: int) -> None:
         ledger = self._fleet.ledgers.get(wanted.worker)

@@ -56,8 +56,8 @@ class Headroom:
         return ledger.prefill_tokens + ledger.uncached(job) <= cap
 
     def prefills(self, job: Job, ledgers: Sequence[Ledger]) -> list[Ledger]:
-        if job.cached_on:
-            return [ledger for ledger in ledgers if self.prefill(job, ledger)]
+        if job.cached_on:  # it is not the same prompt to all of them
+            return [e for e in ledgers if self.prefill(job, e)]
         tokens, chunks = job.prompt_tokens - job.cached_tokens, self.prefill_chunks
         return [
             e

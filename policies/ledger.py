@@ -139,9 +139,9 @@ class Ledger:
         self.online = Tide()
         self.steps: Steps | None = None
         """Predicted step times, where the hardware is known."""
-        self.line: tuple[float, float] | None = None
-        """What placement last made of these books, a step's time and what a token of one more
-        prompt adds to it; none once they have changed."""
+        self.line: tuple[float, float, float] | None = None
+        """What placement last made of these books: a step's time, what a token of one more prompt
+        adds to it, and what an offline job pays to be here; none once they have changed."""
         self._foreign_before = 0
 
     def __repr__(self) -> str:
@@ -162,6 +162,7 @@ class Ledger:
     def adopt(self, worker: Worker) -> None:
         """The same server, better known."""
         self.worker, load = worker, self.load
+        self.line = None
         self.kv_tokens = _tighter(worker.kv_tokens, load.capacity_tokens if load else 0)
         self.max_running = _tighter(worker.max_running, load.max_running if load else 0)
 

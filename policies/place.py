@@ -56,24 +56,22 @@ class LeastWork:
     def decode(self, job: Job, ledgers: Ledgers) -> list[float]:
         prompt_tokens, draw = float(job.prompt_tokens), self._draw
         lines = [ledger.line or draw(ledger) for ledger in ledgers]
-        steps_us = [alone_us + token_us * prompt_tokens for alone_us, token_us in lines]
         if job.kind is _OFFLINE:
-            return [
-                step_us + _LENT_US * (ledger.worker.pool is _STRICT)
-                for step_us, ledger in zip(steps_us, ledgers, strict=True)
-            ]
-        return steps_us
+            return [alone + per_token * prompt_tokens + lent for alone, per_token, lent in lines]
+        return [alone + per_token * prompt_tokens for alone, per_token, _ in lines]
 
-    def _draw(self, ledger: Ledger) -> tuple[float, float]:
+    def _draw(self, ledger: Ledger) -> tuple[float, float, float]:
         """Few books change between two decisions: what the others add up to is kept."""
         held_tokens = ledger.context_tokens + ledger.foreign_tokens
         if ledger.steps is not None:
-            ledger.line = ledger.steps.line(ledger.decodes + 1, held_tokens)
+            alone_us, token_us = ledger.steps.line(ledger.decodes + 1, held_tokens)
         else:
-            token_us, sequence_us = self.step_per_token_us, self.step_per_sequence_us
-            step_us = self.step_fixed_us + sequence_us * (ledger.decodes + 1)
-            ledger.line = (step_us + token_us * held_tokens, token_us)
-        return ledger.line
+            token_us = self.step_per_token_us
+            alone_us = self.step_fixed_us + self.step_per_sequence_us * (ledger.decodes + 1)
+            alone_us += token_us * held_tokens
+        lent_us = _LENT_US if ledger.worker.pool is _STRICT else 0.0
+        ledger.line = line = (alone_us, token_us, lent_us)
+        return line
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from gateway.config import Config, rules_of
 from gateway.core import Rules
 from policies.colocation import Colocated
 from policies.displace import ByCost
@@ -18,6 +19,8 @@ from policies.events import (
     PrefillDone,
     Progress,
     Reason,
+    WorkerDown,
+    WorkerDraining,
     WorkerGone,
     WorkerUp,
 )
@@ -216,6 +219,28 @@ def test_without_a_relaxed_server_offline_work_does_as_it_is_told(
     assert talk.arrive(online("b")) == [("go", "b", "p", "d")]
     if policy is WithoutRelaxed.HOLD:
         assert talk.say(WorkerUp(relaxed())) == [("go", "a", "p", "r")]
+
+
+@pytest.mark.parametrize("gone", [WorkerDown("r"), WorkerDraining("r")])
+def test_offline_work_borrows_when_the_last_relaxed_server_goes(
+    gone: WorkerDown | WorkerDraining,
+) -> None:
+    """Of these strict servers nobody knows the hardware, so while there is a relaxed one they lend
+    nothing."""
+    talk = Talk([prefill(), decode("d"), relaxed(max_running=1)], rules_of(Config()))
+    assert talk.arrive(offline("a")) == [("go", "a", "p", "r")]
+    talk.say(PrefillDone("a"), FirstToken("a"))
+    assert talk.arrive(offline("b")) == []
+    assert talk.say(gone) == [("go", "b", "p", "d")]
+
+
+def test_in_one_pool_offline_work_goes_to_strict_servers_too() -> None:
+    talk = Talk([prefill(), decode("d"), relaxed(max_running=1)], Rules())
+    talk.arrive(offline("a"))
+    talk.say(PrefillDone("a"), FirstToken("a"))
+    talk.arrive(offline("b"))
+    talk.say(PrefillDone("b"), FirstToken("b"))
+    assert {e.decodes for e in talk.core.ledgers.values() if e.worker.name != "p"} == {1}
 
 
 def test_a_strict_server_with_room_takes_over_what_is_slow_elsewhere() -> None:

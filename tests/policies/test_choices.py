@@ -38,20 +38,20 @@ def test_headroom_promises_no_more_than_the_watermark(prompts: list[int], kv: in
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9000)), max_size=6),
-    st.sampled_from(["", "s0", "s1"]),
-    st.integers(1, 6000),
+    st.lists(st.integers(0, 20_000), min_size=1, max_size=6),
+    st.integers(1, 20_000),
+    st.sampled_from(["", "p0", "p1"]),
 )
-def test_all_that_are_asked_at_once_answer_as_each_would(
-    busy: list[tuple[int, int]], cached_on: str, prompt: int
+def test_all_servers_are_asked_as_each_would_be(
+    outstanding: list[int], prompt: int, cached_on: str
 ) -> None:
-    servers = [ledger(prefill(f"s{i}", chunk_tokens=2048)) for i in range(len(busy))]
-    for server, (count, tokens) in zip(servers, busy, strict=True):
-        for _ in range(count):
-            server.add_prefill(tokens, 0)
-    job = online("a", prompt, cached_tokens=prompt - 1, cached_on=cached_on)
-    one_by_one = [server for server in servers if Headroom().prefill(job, server)]
-    assert Headroom().prefills(job, servers) == one_by_one
+    books = [ledger(prefill(f"p{index}")) for index in range(len(outstanding))]
+    for each, tokens in zip(books, outstanding, strict=True):
+        if tokens:
+            each.add_prefill(tokens, 0)
+    job = online("a", prompt, cached_tokens=prompt // 2, cached_on=cached_on)
+    admit = Headroom(prefill_cap_tokens=16_384)
+    assert admit.prefills(job, books) == [e for e in books if admit.prefill(job, e)]
 
 
 def test_a_server_of_unknown_size_takes_anything() -> None:
