@@ -14,7 +14,7 @@ from policies.types import Job, Worker
 class PrefillRate:
     """Prompt tokens a microsecond while there was anything to do, over the last seconds of work."""
 
-    __slots__ = ("_busy_us", "_since_us", "_tokens")
+    __slots__ = ("_busy_us", "_is_whole", "_since_us", "_tokens")
 
     WINDOW_US = 10_000_000
     EVIDENCE_TOKENS = 2_048
@@ -22,20 +22,27 @@ class PrefillRate:
 
     def __init__(self) -> None:
         self._since_us = 0
+        self._is_whole = True
+        """All that was worked on since then is there, or done."""
         self._busy_us = 0.0
         self._tokens = 0.0
 
     def begin(self, now_us: int) -> None:
-        self._since_us = now_us
+        self._since_us, self._is_whole = now_us, True
+
+    def broke_off(self) -> None:
+        """A prompt was taken off: how much of it was computed is not known, but it took time."""
+        self._is_whole = False
 
     def under_way(self, now_us: int) -> float:
         """Tokens computed since the last prompt was, if the server kept to its rate."""
         return (now_us - self._since_us) * (self.tokens_per_us or 0.0)
 
     def done(self, tokens: int, now_us: int) -> None:
-        self._busy_us += now_us - self._since_us
-        self._tokens += tokens
-        self._since_us = now_us
+        if self._is_whole:
+            self._busy_us += now_us - self._since_us
+            self._tokens += tokens
+        self.begin(now_us)
         if self._busy_us > self.WINDOW_US:
             self._busy_us /= 2
             self._tokens /= 2
@@ -217,6 +224,7 @@ class Ledger:
     def end_prefill(self, tokens: int) -> None:
         self.prefills -= 1
         self.prefill_tokens -= tokens
+        self.prefill_rate.broke_off()
 
     def add_decode(self, context: int, reserved: int) -> None:
         self.decodes += 1

@@ -10,6 +10,7 @@ import pytest
 from gateway.config import Config, rules_of
 from gateway.core import Rules
 from policies.colocation import Colocated
+from policies.displace import ByCost
 from policies.events import (
     Finished,
     FirstToken,
@@ -20,6 +21,7 @@ from policies.events import (
     Reason,
     WorkerDown,
     WorkerDraining,
+    WorkerGone,
     WorkerUp,
 )
 from policies.order import Fcfs
@@ -261,6 +263,17 @@ def test_a_job_that_was_pulled_goes_back_if_the_room_is_gone() -> None:
     talk.core._take_off(ticket, Reason.PULLED)
     talk.arrive(online("b"))
     assert talk.say(Preempted("a", 5)) == [("go", "a", "p", "r", "resume")]
+
+
+def test_servers_that_come_and_go_under_new_names_are_forgotten() -> None:
+    talk = Talk(fleet(), replace(RULES, displace=ByCost()))
+    for number in range(50):
+        name = f"p{number}"
+        talk.say(WorkerUp(prefill(name, chunk_tokens=8192)))
+        talk.arrive(offline("a", LONG), offline("b", LONG))
+        talk.say(Finished("a", 1), Finished("b", 1), WorkerGone(name))
+    assert len(talk.core._preemptor._residents) < 5
+    assert len(talk.core._underway._tickets) < 5
 
 
 def test_the_accounts_say_what_it_cost() -> None:
