@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from random import Random
 
@@ -274,6 +274,11 @@ class World:
             sources=tuple(dict.fromkeys(it.times_source for it in self._servers)),
             looks=self._looks,
         )
+
+    @property
+    def records(self) -> Mapping[str, Record]:
+        """Of all that came so far, by id; live."""
+        return self._recorder.records
 
     # Arrivals.
 
