@@ -131,7 +131,7 @@ class Moving:
         for arrival, tokens in self._arrivals.after(self._last, count):
             self._last, job_id, seen = arrival, arrival[1], seen + 1
             key = order.key(jobs[job_id], Outlook(now_us, rate, servers, first_tokens + tokens))
-            if key != entries[job_id]:
+            if (*key, job_id) != entries[job_id]:
                 heap.put(job_id, key)
         return seen
 
@@ -141,7 +141,7 @@ class Moving:
             if (job_id := heap.peek()) is None:
                 return None
             key = self.key(self._jobs[job_id], order, outlook)
-            if key == heap.entries[job_id]:
+            if (*key, job_id) == heap.entries[job_id]:
                 return job_id
             heap.put(job_id, key)
         return heap.peek()
