@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policies.hrrn import Hrrn
 from policies.moving import TURN_JOBS, Arrival, Arrivals, Moving
 from policies.order import NO_OUTLOOK, Key, Order, Outlook
 from policies.queue import KeyedHeap
-from policies.slack import Hrrn, Kairos, Salvage
+from policies.salvage import Salvage
+from policies.slack import Kairos
 from policies.types import Job
 from tests.gateway.talk import SECOND, online
 
@@ -108,7 +110,7 @@ def test_in_a_long_queue_every_key_is_seen_to_within_one_look_a_block() -> None:
 class Backwards:
     """All that wait fall behind whoever was looked at."""
 
-    moves: ClassVar[bool] = True
+    moves: ClassVar[type[Moving]] = Moving
 
     def key(self, job: Job, outlook: Outlook = NO_OUTLOOK) -> Key:
         return (outlook.now_us,)
