@@ -16,7 +16,7 @@ from backends.emulator import EmulatedFleet, FaultKind
 from gateway.app import Gateway
 from gateway.clock import LiveClock
 from gateway.config import Config, Key, Server
-from policies.types import Kind, Role
+from policies.types import Kind, Pool, Role
 from tests.gateway.gateway_under_test import (
     BODIES,
     OFFLINE,
@@ -159,6 +159,64 @@ async def test_a_server_that_never_answers_is_listed_and_can_be_removed() -> Non
         assert [w["is_healthy"] for w in listed if w["id"] == "typo"] == [False]
         assert (await site.ask("/workers/typo", b"", method="DELETE")).status == 202
         assert "typo" not in await roles(site)
+
+
+async def test_a_server_described_once_more_is_accepted_and_changes_nothing() -> None:
+    async with standing(ALL, workers=["p1", "d1"]) as site:
+        described = {"url": site.fleet["u1"].url, "name": "u1", "pool": "relaxed"}
+        first = await site.ask("/workers", described)
+        await site.until(
+            "it is up", lambda: "u1" in site.core.ledgers and site.core.ledgers["u1"].up
+        )
+        server = next(it for it in site.gateway.backend.servers() if it.name == "u1")
+        again = await site.ask("/workers", described)
+        assert (first.status, again.status, again.body) == (202, 202, first.body)
+        assert server in site.gateway.backend.servers()
+
+
+@pytest.mark.parametrize(
+    ("changed", "param"),
+    [({"pool": "strict"}, "name"), ({"name": "other"}, "url"), ({"url": "http://127.0.0.1:1"}, "name"),
+     ({"api_key": "x"}, "name")],
+)  # fmt: skip
+async def test_another_server_of_a_known_name_or_address_is_a_conflict(
+    changed: dict[str, str], param: str
+) -> None:
+    async with standing(ALL, workers=["p1", "d1"]) as site:
+        described = {"url": site.fleet["u1"].url, "name": "u1", "pool": "relaxed"}
+        await site.ask("/workers", described)
+        before = (await site.get("/workers")).body["total"]
+        told = await site.ask("/workers", described | changed)
+        assert (told.status, told.code) == (409, "worker_exists")
+        assert told.body["error"]["param"] == param
+        assert (await site.get("/workers")).body["total"] == before
+        kept = next(it for it in site.gateway.backend.servers() if it.name == "u1")
+        assert kept.worker.pool is Pool.RELAXED
+
+
+async def test_a_server_that_was_removed_may_come_back_as_another() -> None:
+    async with standing(ALL, workers=["p1", "d1"]) as site:
+        described = {"url": site.fleet["u1"].url, "name": "u1"}
+        await site.ask("/workers", described)
+        await site.ask("/workers/u1", b"", method="DELETE")
+        assert (await site.ask("/workers", described | {"pool": "relaxed"})).status == 202
+        await site.until(
+            "it is up", lambda: "u1" in site.core.ledgers and site.core.ledgers["u1"].up
+        )
+        assert site.core.ledgers["u1"].worker.pool is Pool.RELAXED
+
+
+async def test_the_breaker_of_a_server_is_told_as_data() -> None:
+    async with standing(UNIFIED) as site:
+        (worker,) = (await site.get("/workers")).body["workers"]
+        assert worker["breaker"] == {"state": "closed", "failures_in_a_row": 0, "open_for_ms": 0}
+        ledger = site.core.ledgers[worker["id"]]
+        for _ in range(3):
+            ledger.breaker.failed(site.gateway.backend.now_us())
+        (worker,) = (await site.get("/workers")).body["workers"]
+        assert worker["breaker"]["state"] == "open"
+        assert worker["breaker"]["failures_in_a_row"] == 3
+        assert 0 < worker["breaker"]["open_for_ms"] <= 2000
 
 
 async def draining(site: Site) -> list[str]:
