@@ -176,9 +176,13 @@ async def test_a_server_described_once_more_is_accepted_and_changes_nothing() ->
 
 @pytest.mark.parametrize(
     ("changed", "param"),
-    [({"pool": "strict"}, "name"), ({"name": "other"}, "url"), ({"url": "http://127.0.0.1:1"}, "name"),
-     ({"api_key": "x"}, "name")],
-)  # fmt: skip
+    [
+        ({"pool": "strict"}, "name"),
+        ({"name": "other"}, "url"),
+        ({"url": "http://127.0.0.1:1"}, "name"),
+        ({"api_key": "x"}, "name"),
+    ],
+)
 async def test_another_server_of_a_known_name_or_address_is_a_conflict(
     changed: dict[str, str], param: str
 ) -> None:
