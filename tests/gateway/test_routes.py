@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from backends.emulator import EmulatedFleet, FaultKind
 from gateway.app import Gateway
 from gateway.clock import LiveClock
-from gateway.config import Config, Key, Server
+from gateway.config import Classes, Config, Key, Online, Server
 from policies.types import Kind, Pool, Role
 from tests.gateway.gateway_under_test import (
     BODIES,
@@ -131,6 +131,47 @@ async def test_metrics_can_be_parsed_and_count_what_was_served() -> None:
         }
         assert counted == {("online", "ok"): 1.0, ("offline", "ok"): 1.0}
         assert {s.value for s in families["slackwater_worker_usable"].samples} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("fleet", "stream", "known"),
+    [(PAIR, False, 1), (PAIR, True, 1), (UNIFIED, True, 1), (UNIFIED, False, 0)],
+)
+async def test_targets_are_counted_wherever_the_first_token_is_known(
+    fleet: Any, *, stream: bool, known: int
+) -> None:
+    async with standing(fleet) as site:
+        await site.ask("/v1/completions", completion(5, stream=stream))
+        await site.ask("/v1/completions", completion(5, stream=stream), OFFLINE)
+        text = (await site.get("/metrics")).raw.decode()
+    for target in ("ttft", "tpot"):
+        counted = f'slackwater_slo_total{{met="true",target="{target}"}} {known}.0'
+        assert (counted in text) is bool(known)
+    assert 'met="false"' not in text
+
+
+async def test_an_answer_that_came_too_late_has_missed_its_target_streamed_or_not() -> None:
+    async with standing(
+        classes=Classes(online=Online(ttft_ms=1.0, tpot_ms=1.0, patience=1e6))
+    ) as site:
+        await site.ask("/v1/completions", completion(5))
+        text = (await site.get("/metrics")).raw.decode()
+    for target in ("ttft", "tpot"):
+        assert f'slackwater_slo_total{{met="false",target="{target}"}} 1.0' in text
+
+
+async def test_the_line_of_a_refused_request_says_why() -> None:
+    async with standing(UNIFIED) as site:
+        await site.ask("/v1/completions", b"{")
+        await site.ask("/v1/completions", completion(2))
+        site.gateway.front.draining = True
+        await site.ask("/v1/completions", completion(2))
+        text = (await site.get("/metrics")).raw.decode()
+    bad, good, late = site.lines
+    assert bad["error"].startswith("the body is not valid JSON")
+    assert "error" not in good
+    assert (late["outcome"], late["error"]) == ("gateway_draining", "the gateway is shutting down")
+    assert 'slackwater_requests_total{class="none",outcome="invalid_json"} 1.0' in text
 
 
 async def test_servers_are_listed_added_drained_and_removed() -> None:
