@@ -72,6 +72,8 @@ class Server:
     spelling: int = 0
     """Of its bootstrap address: another one where decode servers may hold a dead connection."""
     is_met: bool = False
+    is_known: bool = False
+    """It has said what it is; else the next probe asks it."""
     described: tuple[Worker, str] | None = None
     """What an operator said of it, its key included, before it was asked itself."""
 
@@ -288,7 +290,7 @@ class Sglang:
             self._lingering.append((self.now_s() + self.patience.linger_s, attempt))
         self._live.pop(exchange.job_id, None)
         self._exchanges.pop(exchange.job_id, None)
-        self._post(Finished(exchange.job_id, exchange.tokens))
+        self._post(Finished(exchange.job_id, attempt.tokens))
 
     def failed(self, attempt: Attempt, fault: Fault, blamed: tuple[str, ...]) -> None:
         exchange = attempt.exchange

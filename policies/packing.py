@@ -128,9 +128,9 @@ class Slack:
             tpot_us, since_us = row.tpot_us, row.since_first_us
             due_us = tpot_us * (row.produced + 1)
             if tpot_us > 0 and since_us <= due_us:
-                in_hand_us = aim * due_us - since_us
-                if in_hand_us < least_us:
-                    least_us = max(in_hand_us, aim * tpot_us)
+                own_us = max(aim * due_us - since_us, aim * tpot_us)
+                if own_us < least_us:
+                    least_us = own_us
         return least_us
 
 

@@ -134,6 +134,13 @@ def test_a_long_context_waits_until_the_others_are_ahead_of_their_target() -> No
     assert Slack().choose([*ahead, row(120_000)], by_longest) == [0, 1, 2]
 
 
+def test_the_limit_is_that_of_the_strictest_whoever_joined_first() -> None:
+    strict = Running(500, 100, 1_394_000.0, 20_000.0)
+    relaxed = Running(500, 0, 40_000.0, 50_000.0)
+    for members in ([strict, relaxed], [relaxed, strict]):
+        assert Slack().limit_us(members) == pytest.approx(20_000)
+
+
 def test_one_hopeless_request_stops_the_printed_rule_and_not_the_repaired_one() -> None:
     members = [row(4_000, slack_ms=30), row(4_000, slack_ms=30), row(120_000, slack_ms=-5_000)]
     assert Kairos().choose(members, by_longest) == [0, 1, 2]
