@@ -118,6 +118,22 @@ async def test_text_becomes_tokens_and_text_again(prefix: str) -> None:
         assert text.body["text"] == "hello there"
 
 
+@pytest.mark.parametrize("path", ["/parse_function_call", "/separate_reasoning"])
+async def test_a_page_that_servers_do_not_have_is_a_stable_code(path: str) -> None:
+    async with standing() as site:
+        told = await site.ask(path, {"text": "x"})
+        assert (told.status, told.code) == (404, "not_found")
+        assert told.body["error"]["message"].endswith(f"has no page {path}")
+
+
+async def test_the_tokens_of_a_conversation_are_counted_by_a_server() -> None:
+    async with standing() as site:
+        body = {"model": "emulated", "messages": [{"role": "user", "content": "Tell me more"}]}
+        told = await site.ask("/v1/messages/count_tokens", body)
+        assert (told.status, list(told.body)) == (200, ["input_tokens"])
+        assert told.body["input_tokens"] > 3
+
+
 async def test_metrics_can_be_parsed_and_count_what_was_served() -> None:
     async with standing() as site:
         await site.ask("/generate", generate(5))
