@@ -11,13 +11,14 @@ from backends.engine import Engine, Resident
 from backends.simulated import Delays, Grid, SimulatedBackend, Work, load_of
 from backends.workload import Ask
 from gateway.config import control_of, rules_of
-from gateway.core import Core
+from gateway.core import Core, Rules
 from gateway.driver import Driver
 from gateway.planning import URGENT_S, Look, Planner
 from gateway.scenario import CLOSED, FleetEntry, Plan, PolicyEntry
 from gateway.simulation.asks import Stream, opened, prefixes_of, prepared
 from gateway.simulation.doors import DOORS, Door
 from gateway.simulation.fleet import ServerPlan, engines_of, servers_of, worker_for
+from gateway.simulation.oracles import ORACLES, answer_left
 from gateway.simulation.records import Ended, Record, RunFacts
 from policies.clock import VirtualClock
 from policies.demand import Targets
@@ -231,7 +232,7 @@ class World:
         self._recorder = Recorder(self._ended)
         self._by_prefix = PLACE[case.policy.policies.place]().by_prefix
         self._looks: list[Look] = []
-        self._core = Core(rules_of(case.policy.config()), self._first_workers())
+        self._core = Core(self._rules(), self._first_workers())
         self._actuator = self._new_actuator()
         self._planner = self._new_planner()
         self._driver = Driver(
@@ -279,6 +280,13 @@ class World:
     def records(self) -> Mapping[str, Record]:
         """Of all that came so far, by id; live."""
         return self._recorder.records
+
+    def _rules(self) -> Rules:
+        rules = rules_of(self._case.policy.config())
+        if (oracle := ORACLES[self._case.policy.oracle]) is None:
+            return rules
+        records = self._recorder.records
+        return replace(rules, order=oracle(lambda job: answer_left(job, records[job.id])))
 
     # Arrivals.
 
