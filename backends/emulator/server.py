@@ -213,11 +213,11 @@ class Face:
 
     async def _detokenize(self, request: web.Request) -> web.StreamResponse:
         try:
-            tokens = (await self._body(request)).get("tokens")
+            tokens: Any = (await self._body(request)).get("tokens")
         except BadBody as bad:
             return json_response(error_object(400, str(bad), "BadRequestError"), status=400)
         many = isinstance(tokens, list) and bool(tokens) and isinstance(tokens[0], list)
-        lists = tokens if isinstance(tokens, list) and many else [tokens]
+        lists = tokens if many else [tokens]
         if not all(map(_are_ids, lists)):
             why = "tokens: a list of token ids, or a list of such lists, is required"
             return json_response(error_object(400, why, "BadRequestError"), status=400)
