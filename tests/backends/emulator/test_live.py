@@ -14,7 +14,10 @@ pytestmark = pytest.mark.real_time
 
 
 async def test_live_timers_do_not_slow_a_server() -> None:
-    """Each timer fires a millisecond or two late; a hundred steps must not add that up."""
+    """Each timer fires a millisecond or two late; a hundred steps must not add that up.
+
+    Whatever else the machine does makes an answer later, never earlier: the least of three counts.
+    """
     clock = LiveClock(asyncio.get_running_loop())
     async with EmulatedFleet([ServerSpec(engine=EngineConfig(name="u"))], clock) as fleet:
         async with aiohttp.ClientSession() as http:
