@@ -523,9 +523,7 @@ class Core:
 
     def _enqueue(self, ticket: Ticket, lane: Lane, now_us: int) -> None:
         job, agenda, order = ticket.job, self._agenda, self._rules.order
-        outlook = (
-            self._lanes.outlook(lane, job.kind, now_us) if order.moves else NO_OUTLOOK
-        )
+        outlook = self._lanes.outlook(lane, job.kind, now_us) if order.moves else NO_OUTLOOK
         lane.put(job, order, outlook)
         agenda.put(agenda.give_up, job.id, job.give_up_us)
         if lane.waiting[job.kind].peek() == job.id:
