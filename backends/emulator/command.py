@@ -111,6 +111,7 @@ OWN_KEYS: dict[str, type] = {
 }
 """Of a [[server]], beside those of its engine."""
 _TYPES: dict[str, type] = {"role": str, "max_queued": int, "extra_slots": int}
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 """Where the default does not tell."""
 
 
@@ -135,7 +136,7 @@ def _check(key: str, value: Any) -> None:
     wanted = OWN_KEYS.get(key) or _TYPES.get(key) or type(defaults[key])
     kind = float if wanted is float and type(value) is int else type(value)
     if kind is not wanted:
-        raise ValueError(f"{key} must be {wanted.__name__}, got {value!r}")
+        raise ValueError(f"{key} must be {_WORDS.get(wanted, wanted.__name__)}, got {value!r}")
     if kind in (int, float) and not 0 <= value < 1e18:
         raise ValueError(f"{key} must be at least 0, got {value!r}")
 

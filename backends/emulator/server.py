@@ -213,7 +213,7 @@ class Face:
 
     async def _detokenize(self, request: web.Request) -> web.StreamResponse:
         try:
-            tokens = (await self._body(request)).get("tokens")
+            tokens: Any = (await self._body(request)).get("tokens")
         except BadBody as bad:
             return json_response(error_object(400, str(bad), "BadRequestError"), status=400)
         many = isinstance(tokens, list) and bool(tokens) and isinstance(tokens[0], list)
