@@ -20,6 +20,7 @@ from backends.actuators.sglang import SglangActuator
 from backends.http import Upstream
 from backends.pause import pause
 from backends.sglang import Sglang
+from backends.words import in_words
 from gateway.changes import changed_keys
 from gateway.config import (
     Config,
@@ -120,7 +121,7 @@ class Gateway:
         try:
             await web.TCPSite(self._runner, server.host, server.port, backlog=4096).start()
         except OSError as error:
-            problem = f"cannot listen on {server.host}:{server.port}: {error.strerror}"
+            problem = f"cannot listen on {server.host}:{server.port}: {in_words(error)}"
             raise ConfigError(problem) from None
         self.port = self._runner.addresses[0][1]
         log.info("listening", host=server.host, port=self.port, workers=len(self._entries))

@@ -17,6 +17,7 @@ import uvloop
 from backends.emulator.fleet import EmulatedFleet, ServerSpec, describe
 from backends.engine import EngineConfig
 from backends.steptimes import Table, read_table
+from backends.words import in_words
 from policies.clock import Clock
 from policies.types import Pool, Role
 
@@ -44,7 +45,7 @@ def run_emulator(args: argparse.Namespace, clock_of: ClockOf = lambda loop: loop
     try:
         specs = specs_from(args)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"slackwater emulate: {error}\n")
+        sys.stderr.write(f"slackwater emulate: {in_words(error)}\n")
         return 2
     uvloop.run(serve(specs, clock_of))
     return 0
