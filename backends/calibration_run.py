@@ -163,7 +163,8 @@ async def facts_of(peer: Peer) -> Facts:
     load = ranks[0]
     present = _whole(load, "num_running_reqs") + _whole(load, "num_waiting_reqs")
     if present:
-        raise CannotMeasure(f"{peer.url} is busy with {present} requests: measure an idle server")
+        what = "1 request" if present == 1 else f"{present} requests"
+        raise CannotMeasure(f"{peer.url} is busy with {what}: measure an idle server")
     return Facts(
         mode=str(info.get("disaggregation_mode") or "null"),
         model_path=str(model.get("model_path") or info.get("model_path") or ""),

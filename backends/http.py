@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from backends.words import in_words
+
 # A stale connection shows itself within a round trip. A server that dies later may have begun the
 # work (a step takes longer than this), so whoever asked decides whether to ask again.
 _RESEND_WITHIN_S = 0.005
@@ -477,7 +479,7 @@ class Upstream:
         elif (error := task.exception()) is not None:
             late = isinstance(error, TimeoutError)
             reason = Reason.CONNECT_TIMEOUT if late else Reason.CONNECT
-            call._fail(self._loop, reason, str(error) or type(error).__name__)
+            call._fail(self._loop, reason, in_words(error))
         elif (connection := task.result()).closing:
             call._fail(self._loop, Reason.CLOSED, "closed as soon as it was open")
         elif call._over:

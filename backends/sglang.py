@@ -119,6 +119,8 @@ class Sglang:
         self._ticking = False
         self.models: frozenset[str] = frozenset()
         """What all servers together serve; an empty name stands for one that did not say."""
+        self.context_tokens: dict[str, int] = {}
+        """The longest request that any server of a model takes; no entry where one did not say."""
         self.patience = patience
 
     def connect(self, post: Post) -> None:
@@ -161,7 +163,13 @@ class Sglang:
         self._note_models()
 
     def _note_models(self) -> None:
-        self.models = frozenset(server.worker.model for server in self._servers.values())
+        workers = [server.worker for server in self._servers.values()]
+        self.models = frozenset(worker.model for worker in workers)
+        self.context_tokens = {}
+        for model in {"", *self.models}:
+            told = [it.context_tokens for it in workers if not model or it.model in ("", model)]
+            if told and all(told):
+                self.context_tokens[model] = max(told)
 
     def servers(self) -> Iterable[Server]:
         return self._servers.values()

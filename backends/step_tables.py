@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import gzip
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from policies.calibration import Sample
 from policies.roofline import Batch, Phase, decode_batch, prefill_batch
 
+T = TypeVar("T", int, float)
 COLUMNS = ("phase", "batch_size", "ctx_len", "latency_ms")
 
 
@@ -60,19 +62,32 @@ def _origin(row: Mapping[str, str]) -> Origin:
     return Origin(
         system=row.get("system") or "",
         model=row.get("model") or "",
-        tp=int(row.get("tp") or 0),
+        tp=_number(row, "tp", int, "0"),
         dtype=row.get("dtype") or "",
     )
 
 
 def _sample(row: Mapping[str, str]) -> Sample:
-    count, length = int(row["batch_size"]), int(row["ctx_len"])
+    count, length = _number(row, "batch_size", int), _number(row, "ctx_len", int)
     if count < 1 or length < 1:
         raise ValueError(f"a batch of {count} with {length} tokens is none")
-    return Sample(batch=_batch(row, count, length), seconds=float(row["latency_ms"]) * 1e-3)
+    milliseconds = _number(row, "latency_ms", float)
+    return Sample(batch=_batch(row, count, length), seconds=milliseconds * 1e-3)
+
+
+def _number(row: Mapping[str, str], column: str, kind: Callable[[str], T], absent: str = "") -> T:
+    """Whoever mends a table has to know which cell is meant."""
+    cell = row.get(column) or absent
+    try:
+        return kind(cell)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{column} must be {wanted}, got {cell!r}") from None
 
 
 def _batch(row: Mapping[str, str], count: int, length: int) -> Batch:
+    if row["phase"] not in set(Phase):
+        raise ValueError(f"phase must be one of {', '.join(Phase)}, got {row['phase']!r}")
     if Phase(row["phase"]) is Phase.DECODE:
         return decode_batch(count, count * length)
-    return prefill_batch([(length, int(row.get("cached_len") or 0))] * count)
+    return prefill_batch([(length, _number(row, "cached_len", int, "0"))] * count)

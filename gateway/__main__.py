@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from backends.emulator import command as emulator
 from backends.fleet import command as fleet
 from backends.fleet.spec import FleetError
+from backends.words import in_words
 from gateway import calibrate, check, predict, serve, simulate
 from gateway.clock import LiveClock
 from gateway.settings import ConfigError
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: BaseException) -> int:
-    sys.stderr.write(f"slackwater: {error}\n")
+    sys.stderr.write(f"slackwater: {in_words(error)}\n")
     return 2
 
 

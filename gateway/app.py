@@ -7,7 +7,7 @@ import logging
 import random
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from backends.actuators.sglang import SglangActuator
 from backends.http import Upstream
 from backends.pause import pause
 from backends.sglang import Sglang
+from backends.words import in_words
+from gateway.changes import changed_keys
 from gateway.config import (
     Config,
     ConfigError,
@@ -119,7 +121,7 @@ class Gateway:
         try:
             await web.TCPSite(self._runner, server.host, server.port, backlog=4096).start()
         except OSError as error:
-            problem = f"cannot listen on {server.host}:{server.port}: {error.strerror}"
+            problem = f"cannot listen on {server.host}:{server.port}: {in_words(error)}"
             raise ConfigError(problem) from None
         self.port = self._runner.addresses[0][1]
         log.info("listening", host=server.host, port=self.port, workers=len(self._entries))
@@ -186,11 +188,14 @@ class Gateway:
         self.driver.post(WorkerGone(name))
         self.backend.remove(name)
 
-    def adopt(self, config: Config) -> None:
-        """A new configuration, without dropping a request."""
+    def adopt(self, config: Config) -> list[str]:
+        """A new configuration, without dropping a request; the keys that it has changed."""
         self._refuse_itself(config)
-        if config.server != self._config.server:
-            log.warning("[server] has changed: that needs a restart")
+        running = self._config.server
+        if asleep := changed_keys(running, config.server, "server."):
+            log.warning("[server] has changed: that needs a restart", keys=asleep)
+        config = replace(config, server=running)
+        changed = changed_keys(self._config, config)
         self._config = config
         self.core.adopt(rules_of(config))
         self.control.adopt(config, self.driver)
@@ -206,6 +211,7 @@ class Gateway:
         for name in list(self._entries):
             if name not in wanted:
                 self._remove(name)
+        return changed
 
     def _refuse_itself(self, config: Config) -> None:
         listens = self._config.server
@@ -258,7 +264,8 @@ async def run(
         loop.add_signal_handler(signal.SIGHUP, reload.set)
         watcher = None
         if path is not None:
-            watcher = tasks.create_task(_watch(path, reload, clock, lambda: _adopt(gateway, read)))
+            reader = _Reader(gateway, read, reading)
+            watcher = tasks.create_task(_watch(path, reload, clock, reader.adopt))
         await stop.wait()
         if watcher is not None:
             watcher.cancel()
@@ -266,10 +273,25 @@ async def run(
         await gateway.close()
 
 
-def _adopt(gateway: Gateway, read: Callable[[], Reading]) -> None:
-    reading = read()
-    gateway.adopt(reading.config)
-    _say_whose_servers(reading)
+class _Reader:
+    """Brings new readings in; whose servers answer is said again only when that has changed."""
+
+    def __init__(self, gateway: Gateway, read: Callable[[], Reading], first: Reading) -> None:
+        self._gateway = gateway
+        self._read = read
+        self._said = _whose_servers(first)
+
+    def adopt(self) -> list[str]:
+        reading = self._read()
+        changed = self._gateway.adopt(reading.config)
+        if (whose := _whose_servers(reading)) != self._said:
+            self._said = whose
+            _say_whose_servers(reading)
+        return changed
+
+
+def _whose_servers(reading: Reading) -> tuple[bool, bool, bool]:
+    return reading.is_emulated, reading.flags_hide_workers, bool(reading.config.worker)
 
 
 def _say_whose_servers(reading: Reading) -> None:
@@ -291,7 +313,7 @@ def _stop(stop: asyncio.Event, gateway: Gateway) -> None:
 
 
 async def _watch(
-    path: Path, reload: asyncio.Event, clock: Clock, adopt: Callable[[], None]
+    path: Path, reload: asyncio.Event, clock: Clock, adopt: Callable[[], list[str]]
 ) -> None:
     """SIGHUP, or a file that is not what it was, brings the new configuration in.
 
@@ -309,13 +331,13 @@ async def _watch(
         seen = last
         try:
             _refuse_to_wait_for(path)
-            adopt()
+            changed = adopt()
         except ConfigError as error:
             log.error("the new configuration is refused, the old one stays", error=str(error))
         except Exception:  # the watch's edge: a bug in a reload must not end the gateway
             log.exception("the new configuration could not be taken over")
         else:
-            log.info("configuration reloaded", path=str(path))
+            log.info("configuration reloaded", path=str(path), changed=changed)
 
 
 def _wire_log() -> logging.Logger:

@@ -19,6 +19,7 @@ from backends.calibration_run import CannotMeasure
 from backends.ceilings import Ceilings, CeilingsError, constants_from, measure
 from backends.constants_file import dump_constants, load_constants
 from backends.step_tables import Origin, TableError, read_table
+from backends.words import in_words
 from gateway import terminal
 from gateway.calibrate_live import Asked, Measured, measure_servers
 from gateway.clock import LiveClock
@@ -91,7 +92,9 @@ def run_calibrate(arguments: argparse.Namespace, console: Console | None = None)
 
 
 def _refused(out: Console, error: Exception, status: int) -> int:
-    out.print(f"calibrate: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    out.print(
+        f"calibrate: {in_words(error)}", style="red", markup=False, highlight=False, soft_wrap=True
+    )
     return status
 
 
@@ -204,7 +207,8 @@ def _from_servers(arguments: argparse.Namespace, out: Console) -> tuple[Setup, C
         out.print(f"a first token takes {overhead_ms:.1f} ms besides its prefill")
     if measured.disturbed:
         out.print(
-            f"{measured.disturbed} measurements left out: somebody else's work fell into them"
+            f"{terminal.counted(measured.disturbed, 'measurement')} left out: somebody else's "
+            "work has disturbed what was measured"
         )
     return setup, found.constants
 

@@ -155,7 +155,9 @@ def show(report: Report, console: Console) -> None:
         words = escape(f"{', '.join(subjects)}: {text}")
         console.print(f"[{_STYLES[level]}]{level}[/] {words}", highlight=False, soft_wrap=True)
     verdict = "all of them can serve" if report.ok else "some requests would fail"
-    console.print(f"{len(report.servers)} servers, {len(report.trials)} routes: {verdict}")
+    servers = terminal.counted(len(report.servers), "server")
+    routes = terminal.counted(len(report.trials), "route")
+    console.print(f"{servers}, {routes}: {verdict}")
 
 
 def _together(found: Sequence[Finding]) -> dict[tuple[Level, str], list[str]]:

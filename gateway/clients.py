@@ -24,6 +24,8 @@ _REJECTED = {
         "the prompt is longer than any server's KV cache",
     ),
 }
+_TOO_LONG = "context length"
+"""What SGLang's words have in common where a prompt, or its answer's limit, is too long."""
 _FAILED = {
     Fault.REQUEST: Code.UPSTREAM_REJECTED,
     Fault.TIMEOUT: Code.UPSTREAM_TIMEOUT,
@@ -43,7 +45,9 @@ def api_error(decision: Reject | Fail, trouble: Trouble | None, *, begun: bool) 
     if begun:
         return ApiError(Code.STREAM_INTERRUPTED, message)
     if decision.fault is Fault.REQUEST and trouble is not None:
-        return ApiError(Code.UPSTREAM_REJECTED, message, status=trouble.status)
+        is_long = _TOO_LONG in message
+        code = Code.CONTEXT_LENGTH_EXCEEDED if is_long else Code.UPSTREAM_REJECTED
+        return ApiError(code, message, status=trouble.status)
     return ApiError(_FAILED.get(decision.fault, Code.UPSTREAM_FAILED), message, retry_after_s=1)
 
 

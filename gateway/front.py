@@ -23,6 +23,7 @@ from gateway.fanout import split
 from gateway.log import WriteRequest
 from gateway.metrics import Metrics
 from gateway.prefixes import prefix_keys
+from gateway.prompts import at_least
 from gateway.report import fields_of, fields_of_refusal, header_lines
 from gateway.router import REQUEST_ID, Route, refusal
 from gateway.visit import FanOut, Part, Visit
@@ -135,11 +136,13 @@ class Front:
         visit = Visit(request_id, caller.tenant, kind, ask, rid, client, [])
         model = self.model_of(ask.model)
         if not ask.fans_out:
+            self._check_length(ask, model)
             visit.parts.append(self._part(request, visit, ask, client, model))
             return visit
         asks = split(ask)
         whole = FanOut(ask, client, len(asks), lambda: self._drop_jobs(visit))
         for index, one in enumerate(asks):
+            self._check_length(one, model)
             visit.parts.append(self._part(request, visit, one, whole.part(index), model))
         return visit
 
@@ -187,6 +190,15 @@ class Front:
             whole_timeout_s=first_s + job.max_tokens * timeouts.per_token_s,
         )
         return Part(job, exchange)
+
+    def _check_length(self, ask: Ask, model: str) -> None:
+        """What every server would refuse need not wait for one; in doubt they are asked."""
+        longest = self._backend.context_tokens.get(model, 0)
+        if longest and (tokens := at_least(ask.body, ask.prompt_tokens)) >= longest:
+            raise ApiError(
+                Code.CONTEXT_LENGTH_EXCEEDED,
+                f"the prompt has at least {tokens} tokens, the model's context length is {longest}",
+            )
 
     def model_of(self, named: str) -> str:
         """A model that no server has is refused, unless some server did not say what it has."""

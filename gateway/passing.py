@@ -18,6 +18,7 @@ from gateway.core import Core
 from gateway.errors import ApiError, Code
 from gateway.front import Front
 from gateway.router import REQUEST_ID, Route
+from gateway.terminal import counted
 from gateway.trial import Route as Way
 from gateway.trial import try_out
 from policies.clock import Clock
@@ -193,7 +194,7 @@ class Passing:
             raise ApiError(Code.UPSTREAM_REJECTED, message)
         if not servers:
             raise _unavailable("there is no server to flush")
-        return web.Response(text=f"Cache flushed on {len(servers)} servers.\n")
+        return web.Response(text=f"Cache flushed on {counted(len(servers), 'server')}.\n")
 
     @staticmethod
     async def _flush(server: Server, path: bytes) -> str:

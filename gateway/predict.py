@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from backends.constants_file import load_constants
+from backends.words import in_words
 from gateway import terminal
 from policies.constants import Constants, ConstantsError, Key, lookup
 from policies.devices import Device, Precision, UnknownDevice, device_named
@@ -231,7 +232,7 @@ def run_predict(arguments: argparse.Namespace, console: Console | None = None) -
         ConstantsError, DoesNotFit, ModelError, OSError, UnknownDevice, ValueError
     ) as error:  # fmt: skip
         complaints = console or Console(stderr=True, soft_wrap=True)
-        complaints.print(f"predict: {error}", style="red", markup=False, highlight=False)
+        complaints.print(f"predict: {in_words(error)}", style="red", markup=False, highlight=False)
         return 2
     if arguments.json:
         out.file.write(json.dumps(asdict(report)) + "\n")

@@ -89,7 +89,8 @@ class Prober:
 
     async def _introduce(self, server: Server, configured: Worker) -> Worker:
         """The server's own word on its role and size; what the operator wrote goes first."""
-        worker = learnt(configured, await self._facts(server), await self._models(server))
+        model, context_tokens = await self._model(server)
+        worker = learnt(configured, await self._facts(server), model, context_tokens)
         if worker.role is not configured.role:
             log.warning(
                 "the server has another role than configured",
@@ -108,10 +109,11 @@ class Prober:
                 return answer
         return {}
 
-    async def _models(self, server: Server) -> str:
+    async def _model(self, server: Server) -> tuple[str, int]:
+        """Its name, and how many tokens a request may have."""
         answer = await self._fetch(server, b"/v1/models")
         data = answer.get("data") if answer else None
-        return str(data[0]["id"]) if data else ""
+        return (str(data[0]["id"]), _whole(data[0], "max_model_len")) if data else ("", 0)
 
     async def _ranks(self, server: Server) -> list[Mapping[str, Any]]:
         answer = await self._fetch(server, _LOADS)
@@ -142,7 +144,7 @@ class Prober:
         return parsed
 
 
-def learnt(worker: Worker, info: Mapping[str, Any], model: str) -> Worker:
+def learnt(worker: Worker, info: Mapping[str, Any], model: str, context_tokens: int = 0) -> Worker:
     mode = info.get("disaggregation_mode", "unknown")
     dp_size = _whole(info, "dp_size") or 1
     return replace(
@@ -157,6 +159,8 @@ def learnt(worker: Worker, info: Mapping[str, Any], model: str) -> Worker:
         kv_tokens=worker.kv_tokens or _whole(info, "max_total_num_tokens") * dp_size,
         max_running=worker.max_running or _whole(info, "max_running_requests"),
         chunk_tokens=worker.chunk_tokens or max(0, _whole(info, "chunked_prefill_size")),
+        # Who cuts prompts to what fits refuses none.
+        context_tokens=0 if info.get("allow_auto_truncate") is True else context_tokens,
         orders_by_priority=info.get("enable_priority_scheduling") is True,
         streams_increments=_flag(info, "incremental_streaming_output"),
     )

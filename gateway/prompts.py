@@ -11,6 +11,8 @@ from gateway.errors import Dialect, invalid
 
 MEDIA_FIELDS: Final = ("image_data", "video_data", "audio_data")
 BYTES_PER_TOKEN: Final = 4
+SURELY: Final = 4
+"""No text is so dense that its tokens are estimated at more than this multiple of their number."""
 MEDIA_TOKENS: Final = 1_024
 """What an image, a sound or a clip counts for: its true number is only known to the server."""
 
@@ -182,6 +184,15 @@ _PROMPTS: Final[dict[Dialect, Callable[[dict[str, Any]], Prompts]]] = {
     Dialect.MESSAGES: _conversation("messages", "system", "tools"),
     Dialect.EMBEDDINGS: _embedding_prompts,
 }
+
+
+def at_least(body: dict[str, Any], estimated: int) -> int:
+    """Tokens that a prompt has for sure: all where ids were sent, of a text some."""
+    given = body.get("input_ids") or body.get("prompt")
+    is_ids = type(given) is list and type(given[0]) in (int, list)
+    if is_ids and not any(body.get(name) for name in MEDIA_FIELDS):
+        return estimated
+    return estimated // SURELY
 
 
 def read_prompts(dialect: Dialect, body: dict[str, Any]) -> Prompts:

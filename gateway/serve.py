@@ -21,7 +21,16 @@ from backends.fleet.spec import FleetSpec, read_spec
 from gateway import collector
 from gateway.app import Reading, run
 from gateway.clock import LiveClock
-from gateway.config import Config, Server, Timeouts, WorkerEntry, check, load, with_workers
+from gateway.config import (
+    Config,
+    Server,
+    Timeouts,
+    WorkerEntry,
+    check,
+    load,
+    with_workers,
+    worker_of,
+)
 from gateway.router_flags import LEVELS, add_idle, idle_flags, is_stand_in, place_named
 from gateway.settings import ConfigError, decode
 from policies.clock import Clock
@@ -200,7 +209,19 @@ def _entries(given: argparse.Namespace) -> tuple[WorkerEntry, ...]:
     prefills = [_prefill(values, key) for values in given.prefill]
     decodes = [WorkerEntry(url=url, role=Role.DECODE, api_key=key) for url in given.decode]
     unified = [WorkerEntry(url=url, api_key=key) for url in given.worker_urls]
+    by_flag = {"--prefill": prefills, "--decode": decodes, "--worker-urls": unified}
+    for flag, entries in by_flag.items():
+        for entry in entries:
+            _refuse_odd(flag, entry)
     return (*prefills, *decodes, *unified)
+
+
+def _refuse_odd(flag: str, entry: WorkerEntry) -> None:
+    """An address that is none is told of by the flag that it was given with."""
+    try:
+        worker_of(entry, flag)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"{flag}.url", flag)) from None
 
 
 def _prefill(values: list[str], key: str) -> WorkerEntry:

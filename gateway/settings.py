@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 class ConfigError(ValueError):
@@ -24,7 +25,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{path} is not TOML: {error}") from error
 
 
 def bounded(default: Any, *, low: float | None = None, high: float | None = None) -> Any:
@@ -73,7 +74,7 @@ def _value(wanted: Any, value: Any, key: str) -> Any:
     if wanted is float and type(value) is int:
         return float(value)
     if type(value) is not wanted:
-        raise ConfigError(f"{key} must be {wanted.__name__}, got {value!r}")
+        raise ConfigError(f"{key} must be {_WORDS.get(wanted, wanted.__name__)}, got {value!r}")
     if wanted is float and not math.isfinite(value):
         raise ConfigError(f"{key} must be a finite number, got {value!r}")
     return value

@@ -13,6 +13,7 @@ import orjson
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from backends.words import in_words
 from gateway import terminal
 from gateway.scenario import Plan, load
 from gateway.settings import ConfigError
@@ -45,7 +46,7 @@ def run_simulate(given: argparse.Namespace, console: Console | None = None) -> i
             raise ConfigError(f"--html: there is no folder {given.html.parent}")
         outcomes = _run(given, plan)
     except (ConfigError, OSError) as error:
-        return _refuse(str(error), 2)
+        return _refuse(in_words(error), 2)
     except BrokenProcessPool:
         return _refuse("a process ended in the middle of its run; is there enough memory?", 1)
     rows, notes = rows_of(outcomes), notes_of(outcomes)

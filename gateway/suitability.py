@@ -38,6 +38,7 @@ class Lever:
     roles: frozenset[Role] = frozenset(Role)
 
 
+_FLAGS = {Role.PREFILL: "--prefill", Role.DECODE: "--decode", Role.UNIFIED: "--worker-urls"}
 LEVERS = (
     Lever(
         name="incremental streaming",
@@ -99,7 +100,10 @@ def of_server(facts: Facts) -> Iterator[Finding]:
         text = "it has no /server_info: it is taken as configured"
         yield Finding(level=Level.WARNING, subject=name, text=text)
     if worker.role is not configured.role:
-        text = f"configured as {configured.role}, is {worker.role}: the gateway goes by what it is"
+        text = (
+            f"configured as {configured.role}, is {worker.role}: the gateway goes by what it is; "
+            f'say {_FLAGS[worker.role]}, or role = "{worker.role}" in its [[worker]]'
+        )
         yield Finding(level=Level.WARNING, subject=name, text=text)
     if not facts.models:
         text = "it names no model at /v1/models: requests for any model may go there"

@@ -14,6 +14,11 @@ def console() -> Console:
     return out if out.is_terminal else Console(emoji=False, width=PIPE_COLUMNS)
 
 
+def counted(number: int, what: str) -> str:
+    """1 server, 2 servers."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def whole(table: Table) -> Table:
     """On a narrow terminal its cells are broken over several lines, and nothing is left out."""
     for column in table.columns:

@@ -79,6 +79,8 @@ class Worker:
     kv_tokens: int = 0
     max_running: int = 0
     chunk_tokens: int = 0
+    context_tokens: int = 0
+    """Of one prompt with its answer."""
     page_size: int = 1
     orders_by_priority: bool = False
     streams_increments: bool | None = None

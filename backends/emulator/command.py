@@ -17,6 +17,7 @@ import uvloop
 from backends.emulator.fleet import EmulatedFleet, ServerSpec, describe
 from backends.engine import EngineConfig
 from backends.steptimes import Table, read_table
+from backends.words import in_words
 from policies.clock import Clock
 from policies.types import Pool, Role
 
@@ -44,7 +45,7 @@ def run_emulator(args: argparse.Namespace, clock_of: ClockOf = lambda loop: loop
     try:
         specs = specs_from(args)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"slackwater emulate: {error}\n")
+        sys.stderr.write(f"slackwater emulate: {in_words(error)}\n")
         return 2
     uvloop.run(serve(specs, clock_of))
     return 0
@@ -111,6 +112,7 @@ OWN_KEYS: dict[str, type] = {
 }
 """Of a [[server]], beside those of its engine."""
 _TYPES: dict[str, type] = {"role": str, "max_queued": int, "extra_slots": int}
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 """Where the default does not tell."""
 
 
@@ -135,7 +137,7 @@ def _check(key: str, value: Any) -> None:
     wanted = OWN_KEYS.get(key) or _TYPES.get(key) or type(defaults[key])
     kind = float if wanted is float and type(value) is int else type(value)
     if kind is not wanted:
-        raise ValueError(f"{key} must be {wanted.__name__}, got {value!r}")
+        raise ValueError(f"{key} must be {_WORDS.get(wanted, wanted.__name__)}, got {value!r}")
     if kind in (int, float) and not 0 <= value < 1e18:
         raise ValueError(f"{key} must be at least 0, got {value!r}")
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gateway import terminal
 from gateway.simulation.summary import Row, Spread
 
 Show = Callable[[float], str]
@@ -60,7 +61,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 def _table(load: float, rows: Sequence[Row]) -> Table:
     seeds = max(row.seeds for row in rows)
-    title = f"load {load:g}; medians of {seeds} seeds, [dim]least-most[/]"
+    counted = terminal.counted(seeds, "seed")
+    title = f"load {load:g}; medians of {counted}, [dim]least-most[/]"
     table = Table(title=title, title_justify="left")
     table.add_column("policy")
     table.add_column("workload")

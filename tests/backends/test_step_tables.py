@@ -30,9 +30,13 @@ def test_rows_become_samples_by_origin(tmp_path: Path, compressed: bool) -> None
         ("phase,batch_size\n", r"lacks.*ctx_len.*latency_ms"),
         (HEAD, "no rows"),
         (HEAD + "h,m,1,decode,0,5,1.0,\n", "line 2.*batch of 0"),
-        (HEAD + ROWS + "h,m,1,idle,1,5,1.0,\n", "line 4.*idle"),
-        (HEAD + "h,m,1,decode,1,5,soon,\n", "line 2.*soon"),
-        (HEAD + "h,m,1,decode,1,5\n", "line 2"),
+        (
+            HEAD + ROWS + "h,m,1,idle,1,5,1.0,\n",
+            "line 4: phase must be one of .*, got 'idle'",
+        ),
+        (HEAD + "h,m,1,decode,1,5,soon,\n", "line 2: latency_ms must be a number, got 'soon'"),
+        (HEAD + "h,m,1,decode,1,5\n", "line 2: latency_ms must be a number, got ''"),
+        (HEAD + "h,m,1,decode,1.5,5,1\n", "line 2: batch_size must be a whole number, got '1.5'"),
     ],
 )
 def test_a_broken_table_says_where(tmp_path: Path, text: str, reason: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from backends.emulator import FaultKind
 from gateway.config import ConfigError, Key, WorkerEntry
 from tests.gateway.gateway_under_test import (
     BODIES,
@@ -26,6 +27,7 @@ from tests.gateway.gateway_under_test import (
     chat,
     code_in,
     completion,
+    fault,
     generate,
     standing,
 )
@@ -40,6 +42,51 @@ def says_what_is_wrong(path: str, told: Told) -> object:
         return told.body["type"] == "error" and {"type", "message"} <= error.keys()
     wanted = {"message", "type", "code", "param"}
     return wanted <= error.keys() and bool(error["message"])
+
+
+SHORT = (replace(UNIFIED[0], engine=replace(UNIFIED[0].engine, context_tokens=1000)),)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"input_ids": [5] * 1000}),
+        ("/v1/completions", {"prompt": [[5] * 10, [5] * 1000]}),
+        ("/v1/completions", {"prompt": "x" * 4 * 4000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 4 * 4000}]}),
+        (
+            "/v1/messages",
+            {"max_tokens": 1, "messages": [{"role": "user", "content": "y" * 16_000}]},
+        ),
+    ],
+)
+async def test_a_prompt_that_no_server_takes_is_refused_at_once(
+    path: str, body: dict[str, Any]
+) -> None:
+    async with standing(SHORT) as site:
+        site.fleet["u1"].face.faults.add(fault(FaultKind.ERROR_STATUS, status=500))
+        told = await site.ask(path, body)
+        assert (told.status, told.code) == (400, "context_length_exceeded")
+        assert len(site.fleet["u1"].face.faults) == 1  # no server has heard of it
+
+
+async def test_a_prompt_that_may_fit_is_left_to_the_servers_whose_refusal_has_that_code() -> None:
+    async with standing(SHORT) as site:
+        longest = {"input_ids": [5] * 998, "sampling_params": {"max_new_tokens": 1}}
+        exact = await site.ask("/generate", longest)
+        assert exact.status == 200
+        told = await site.ask("/v1/completions", {"prompt": "x" * 4 * 1200, "max_tokens": 1})
+        assert (told.status, told.code) == (400, "context_length_exceeded")
+        assert "context length" in told.body["error"]["message"]
+
+
+async def test_where_a_server_does_not_tell_its_limit_nothing_is_refused_for_it() -> None:
+    async with standing(SHORT) as site:
+        backend = site.gateway.backend
+        assert backend.context_tokens == {"": 1000, "emulated": 1000}
+        (server,) = backend.servers()
+        backend.update(replace(server.worker, context_tokens=0))
+        assert backend.context_tokens == {}
 
 
 NOT_JSON: dict[str, bytes] = {

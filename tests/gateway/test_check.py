@@ -147,7 +147,8 @@ async def test_a_wrong_role_is_a_warning_that_names_both() -> None:
     async with fleet_of(UNIFIED) as (_, config):
         report = await checked(reconfigured(config, "u1", role=Role.PREFILL))
     assert report.ok
-    words = "u1: configured as prefill, is unified: the gateway goes by what it is"
+    words = "u1: configured as prefill, is unified: the gateway goes by what it is; "
+    words += 'say --worker-urls, or role = "unified" in its [[worker]]'
     assert told(report, Level.WARNING) == [words]
 
 
@@ -280,7 +281,7 @@ async def test_the_table_tells_servers_routes_findings_and_a_verdict() -> None:
     async with fleet_of(PAIR) as (_, config):
         check.show(await checked(config), Console(file=out, width=160))
     text = out.getvalue()
-    for words in ("p1", "prefill", "400,000", "0.5.23", "2 servers, 1 routes: all of them can"):
+    for words in ("p1", "prefill", "400,000", "0.5.23", "2 servers, 1 route: all of them can"):
         assert words in text
 
 

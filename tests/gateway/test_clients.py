@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -181,6 +182,14 @@ def test_every_failure_has_its_code(
     code: Code,
 ) -> None:
     assert api_error(Fail(JOB, Reason.ATTEMPTS, fault), trouble, begun=begun).code is code
+
+
+def test_a_server_that_finds_a_prompt_too_long_says_it_by_the_code_that_clients_know() -> None:
+    words = "The input (9 tokens) is longer than the model's context length (8 tokens)."
+    trouble = replace(BAD, status=400, message=words)
+    error = api_error(Fail(JOB, Reason.BAD_REQUEST, Fault.REQUEST), trouble, begun=False)
+    assert (error.status, error.code) == (400, Code.CONTEXT_LENGTH_EXCEEDED)
+    assert str(error) == words
 
 
 def test_a_servers_own_refusal_keeps_its_status_and_words() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from structlog.testing import capture_logs
 
 from backends.emulator import EmulatedFleet, FaultKind
 from gateway.config import Key, Limits, Online, Policies
@@ -115,6 +116,19 @@ async def test_queued_work_is_kept_in_the_new_order() -> None:
                 assert {(await one).status, (await other).status} == {200}
         order = [sent.body["text"] for sent in site.sent_to("p1")[1:]]
         assert order == ["late", "soon"]
+
+
+async def test_what_needs_a_restart_is_named_until_the_file_says_again_what_runs() -> None:
+    async with standing() as site:
+        moved = replace(site.config, server=replace(site.config.server, port=1, drain_s=1.0))
+        other = replace(site.config, policies=Policies(order="fcfs"))
+        with capture_logs() as told:
+            assert site.gateway.adopt(moved) == []
+            assert site.gateway.adopt(other) == ["policies.order"]
+            assert site.gateway.adopt(site.config) == ["policies.order"]
+        assert [(line["event"], line["keys"]) for line in told] == [
+            ("[server] has changed: that needs a restart", ["server.port", "server.drain_s"])
+        ]
 
 
 async def test_a_setting_of_a_server_is_changed_without_a_moment_of_its_absence() -> None:

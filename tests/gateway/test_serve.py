@@ -144,6 +144,13 @@ def test_a_flag_has_the_limits_of_its_key(flag: str, value: str, words: str) -> 
         configured(flag, value)
 
 
+@pytest.mark.parametrize("flag", ["--prefill", "--decode", "--worker-urls"])
+def test_an_address_that_is_none_is_told_of_by_its_flag(flag: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        configured("--worker-urls", "http://fine:1", flag, "ftp://a:1")
+    assert str(refused.value) == f"{flag} must be http://HOST:PORT, got 'ftp://a:1'"
+
+
 def test_two_flags_that_name_one_server_are_refused() -> None:
     with pytest.raises(ConfigError, match="two workers are called d:1"):
         configured("--decode", "http://d:1", "--decode", "http://d:1")

@@ -6,14 +6,15 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
-from gateway.app import Reading, _say_whose_servers, _watch
-from gateway.config import Config, WorkerEntry, load
+from gateway.app import Reading, _Reader, _say_whose_servers, _watch
+from gateway.changes import changed_keys
+from gateway.config import Config, Key, WorkerEntry, load
 
 
 @dataclass
@@ -26,9 +27,10 @@ class Watch:
     def write(self, text: str) -> None:
         self.path.write_text(text)
 
-    def adopt(self) -> None:
+    def adopt(self) -> list[str]:
         load(self.path)
         self.read.append(self.path.read_text())
+        return ["policies.order"]
 
 
 @asynccontextmanager
@@ -61,6 +63,15 @@ async def test_many_signals_have_a_file_read_once_a_look(tmp_path: Path) -> None
             watch.reload.set()
             await asyncio.sleep(0.003)
     assert watch.read == ["# 0"] * 6
+
+
+async def test_a_reload_names_the_keys_that_it_has_changed(tmp_path: Path) -> None:
+    async with watched(tmp_path / "config.toml") as watch:
+        with capture_logs() as told:
+            watch.write("# 1")
+            await asyncio.sleep(3.0)
+    (line,) = told
+    assert (line["event"], line["changed"]) == ("configuration reloaded", ["policies.order"])
 
 
 def remove(path: Path) -> None:
@@ -127,3 +138,37 @@ def test_servers_that_an_operator_does_not_expect_are_told_of(reading: Reading, 
     with capture_logs() as told:
         _say_whose_servers(reading)
     assert [line["event"].endswith(event) for line in told] == [True]
+
+
+class Adopting:
+    """A gateway that takes every configuration."""
+
+    def adopt(self, config: Config) -> list[str]:
+        return []
+
+
+def test_whose_servers_answer_is_said_again_only_when_that_changes() -> None:
+    emulated = Reading(config=Config(), is_emulated=True)
+    own = Reading(config=Config(worker=(WorkerEntry(url="http://a"),)))
+    readings = iter([emulated, emulated, own, own, emulated])
+    reader = _Reader(Adopting(), lambda: next(readings), emulated)  # type: ignore[arg-type]
+    said = []
+    for _ in range(5):
+        with capture_logs() as told:
+            reader.adopt()
+        said.append(len(told))
+    assert said == [0, 0, 0, 0, 1]
+
+
+def test_changed_keys_are_named_as_the_file_has_them_and_without_their_values() -> None:
+    old = Config(key=(Key(key="secret", tenant="t"),))
+    new = replace(
+        old,
+        policies=replace(old.policies, order="fcfs"),
+        classes=replace(old.classes, online=replace(old.classes.online, ttft_ms=1.0)),
+        worker=(WorkerEntry(url="http://a"),),
+        key=(Key(key="other", tenant="t"),),
+    )
+    assert changed_keys(old, old) == []
+    assert changed_keys(old, new) == ["policies.order", "classes.online.ttft_ms", "worker", "key"]
+    assert changed_keys(old.server, replace(old.server, port=1), "server.") == ["server.port"]
