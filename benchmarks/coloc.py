@@ -52,7 +52,7 @@ from gateway.settings import ConfigError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SEEDS, QUICK_SEEDS = (1, 2, 3), (1,)
-QUICK_S, QUICK_WARM_UP_S = 150.0, 30.0
+QUICK_S, QUICK_WARM_UP_S = 120.0, 30.0
 GAIN = {"a": 1.5, "c": 3.0}
 SHARE = {"b": 80.0}
 WASTE = 5.0

@@ -35,6 +35,7 @@ from gateway.config import (
     Retry,
 )
 from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
+from gateway.simulation.budget import BudgetEntry
 from gateway.simulation.doors import DOORS
 from policies.packing import PACKING
 from policies.types import Kind, Pool, Role
@@ -249,6 +250,8 @@ class PolicyEntry:
     colocation: Colocation = field(default_factory=Colocation)
     door: str = one_of("open", DOORS)
     """What stands before the gateway; all but `open` are other people's rules, to compare with."""
+    budget: BudgetEntry = field(default_factory=BudgetEntry)
+    """Of the door `latency-budget`."""
     tells_classes: bool = True
     """Whether the gateway is told which requests are offline ones; else all are online to it."""
     ratio: RatioSettings = field(default_factory=RatioSettings)

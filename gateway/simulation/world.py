@@ -16,6 +16,7 @@ from gateway.driver import Driver
 from gateway.planning import URGENT_S, Look, Planner
 from gateway.scenario import CLOSED, FleetEntry, Plan, PolicyEntry
 from gateway.simulation.asks import Stream, opened, prefixes_of, prepared
+from gateway.simulation.budget import BudgetEntry
 from gateway.simulation.doors import DOORS, Door
 from gateway.simulation.fleet import ServerPlan, engines_of, servers_of, worker_for
 from gateway.simulation.records import Ended, Record, RunFacts
@@ -157,8 +158,10 @@ class Entrance:
         backend: SimulatedBackend,
         engines: list[Engine],
         clock: Grid,
+        budget: BudgetEntry,
     ) -> None:
         self._core, self._driver, self._backend, self._clock = core, driver, backend, clock
+        self.budget = budget
         self._decoding = [engine for engine in engines if engine.role is not Role.PREFILL]
         self._work: dict[str, Work] = {}
 
@@ -183,6 +186,19 @@ class Entrance:
     def kv_use(self) -> float:
         ledgers = [self._core.ledgers[engine.name] for engine in self._decoding]
         return max(e.load.used_tokens / e.kv_tokens if e.load else 0.0 for e in ledgers)
+
+    @property
+    def decoding_servers(self) -> int:
+        return len(self._decoding)
+
+    @property
+    def context_tokens(self) -> int:
+        ledgers = [self._core.ledgers[engine.name] for engine in self._decoding]
+        return sum(e.load.used_tokens for e in ledgers if e.load)
+
+    @property
+    def now_s(self) -> float:
+        return self._clock.time()
 
     def enter(self, job: Job) -> None:
         self._driver.post(Arrived(job))
@@ -240,7 +256,12 @@ class World:
             listen=None if self._planner is None else self._planner.hear,
         )
         self._entrance = Entrance(
-            self._core, self._driver, self._backend, self._engines, self._clock
+            self._core,
+            self._driver,
+            self._backend,
+            self._engines,
+            self._clock,
+            case.policy.budget,
         )
         self._door = self._entrance.door = DOORS[case.policy.door](self._entrance)
         self._backend.connect(self._heard)
