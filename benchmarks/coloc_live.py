@@ -141,6 +141,8 @@ def measure(data: Path, *, quick: bool, worse: tuple[float, float]) -> Report:
         str(shape),
         f"shortened: theirs is {Shape().cycles} cycles with phases of {Shape().phase_s:g} s, at "
         f"full speed, and {Shape().rows:,} requests in each job; one seed",
+        "the gateway is told full-speed constants, here as in the simulation: it has to find out "
+        "how slow its servers are",
         watch.note(),
     ]
     return report
