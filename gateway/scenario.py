@@ -37,6 +37,7 @@ from gateway.config import (
     Retry,
 )
 from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
+from gateway.simulation.budget import BudgetEntry
 from gateway.simulation.doors import DOORS
 from gateway.simulation.oracles import NO_ORACLE, ORACLES
 from policies.packing import PACKING
@@ -262,6 +263,8 @@ class PolicyEntry:
     """What stands before the gateway; all but `open` are other people's rules, to compare with."""
     oracle: str = one_of(NO_ORACLE, ORACLES)
     """An order that knows the true length of answers, in the place of `policies.order`."""
+    budget: BudgetEntry = field(default_factory=BudgetEntry)
+    """Of the door `latency-budget`."""
     tells_classes: bool = True
     """Whether the gateway is told which requests are offline ones; else all are online to it."""
     ratio: RatioSettings = field(default_factory=RatioSettings)

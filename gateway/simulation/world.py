@@ -16,6 +16,7 @@ from gateway.driver import Driver
 from gateway.planning import URGENT_S, Look, Planner
 from gateway.scenario import CLOSED, FleetEntry, Plan, PolicyEntry
 from gateway.simulation.asks import Stream, opened, prefixes_of, prepared
+from gateway.simulation.budget import BudgetEntry
 from gateway.simulation.doors import DOORS, Door
 from gateway.simulation.fleet import ServerPlan, engines_of, servers_of, worker_for
 from gateway.simulation.oracles import ORACLES, answer_left
@@ -158,8 +159,10 @@ class Entrance:
         driver: Driver,
         backend: SimulatedBackend,
         clock: Grid,
+        budget: BudgetEntry,
     ) -> None:
         self._core, self._driver, self._backend, self._clock = core, driver, backend, clock
+        self.budget = budget
         self._work: dict[str, Work] = {}
 
     def open(self, job: Job, work: Work) -> None:
@@ -187,6 +190,18 @@ class Entrance:
     def _decoding(self) -> list[Ledger]:
         """Those of the moment: servers join, leave and change their roles."""
         return [e for e in self._core.ledgers.values() if e.worker.role is not Role.PREFILL]
+
+    @property
+    def decoding_servers(self) -> int:
+        return len(self._decoding())
+
+    @property
+    def context_tokens(self) -> int:
+        return sum(e.load.used_tokens for e in self._decoding() if e.load)
+
+    @property
+    def now_s(self) -> float:
+        return self._clock.time()
 
     def enter(self, job: Job) -> None:
         self._driver.post(Arrived(job))
@@ -243,7 +258,9 @@ class World:
             actuator=self._actuator,
             listen=None if self._planner is None else self._planner.hear,
         )
-        self._entrance = Entrance(self._core, self._driver, self._backend, self._clock)
+        self._entrance = Entrance(
+            self._core, self._driver, self._backend, self._clock, case.policy.budget
+        )
         self._door = self._entrance.door = DOORS[case.policy.door](self._entrance)
         self._backend.connect(self._heard)
         self._backend.on_leg_end = self._recorder.leg_ended
