@@ -142,7 +142,7 @@ class Ticket:
             self.prefill.prefilled(self.booked_prefill, now_us)
             self._leave_prefill(self.prefill)
 
-    def grow(self, generated: int, now_us: int = 0) -> None:
+    def grow(self, generated: int, now_us: int) -> None:
         """Tokens came: the context grows, and the reservation when the answer outgrows it."""
         decode, fresh = self.decode, generated - self.generated
         if decode is None or fresh <= 0:
@@ -152,6 +152,8 @@ class Ticket:
             if self.told_us:
                 decode.online.paced(now_us - self.told_us, fresh)
             self.told_us = now_us
+        else:
+            self.told_us = 0  # what comes until it is told again is not in its tokens
         self.booked_context += fresh
         outgrown = self.booked_context - self.booked_reserved
         if outgrown <= 0:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from backends.engine import SCHEDULE
 from backends.workload import (
+    LENGTHS,
+    TIMED,
     Arrivals,
     Bursts,
     Diurnal,
@@ -46,6 +48,14 @@ MODES = {
     "patched": "with a choice of the requests of each decode step and of the order of each chunk",
 }
 """How far the engine goes along: each mode is a kind of engine that gateway.simulation builds."""
+
+
+PUBLIC = {
+    "azure_2023": "https://github.com/Azure/AzurePublicDataset",
+    "mooncake_fast25": "https://github.com/kvcache-ai/Mooncake",
+    "vidur": "https://github.com/microsoft/vidur",
+}
+"""Where the public traces are, by how the names of their files begin in the shipped scenarios."""
 
 
 class BadRows(StrEnum):
@@ -447,14 +457,21 @@ def _source(entry: WorkloadEntry, where: str, data: Path) -> Source:
     key, name = ("trace", entry.trace) if entry.trace else ("lengths", entry.lengths)
     path = data / name
     if not path.is_file():
-        raise ConfigError(
-            f"{where}.{key}: {path} is not there. Say with --data in which folder {name} lies, or "
-            "name another CSV with the columns "
-            + ("timestamp, input_tokens, output_tokens" if entry.trace else "input_tokens, "
-               "output_tokens")
-        )  # fmt: skip
+        raise ConfigError(f"{where}.{key}: {path} is not there. {_wanted(key, name)}")
     read = read_trace if entry.trace else read_lengths
     try:
         return Source(entry, read(path, skip_bad=entry.bad_rows is BadRows.SKIP))
     except WorkloadError as error:
         raise ConfigError(f"{where}.{key}: {error}") from error
+
+
+def _wanted(key: str, name: str) -> str:
+    """Where a file that is missing may come from, and what it has to hold."""
+    columns = ", ".join(LENGTHS if key == "lengths" else TIMED)
+    file = name.rpartition("/")[2]
+    public = next((url for begin, url in PUBLIC.items() if file.startswith(begin)), "")
+    origin = f"It is made from {public}: docs/simulator.md, Traces, says how. " if public else ""
+    return (
+        f"{origin}Say with --data in which folder {name} lies, or name another CSV with the "
+        f"columns {columns}. Without any trace there is benchmarks/scenarios/bursty-chat.toml"
+    )

@@ -130,12 +130,12 @@ class Moving:
 
     def _see_to(self, count: int, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> int:
         now_us, rate, servers, first_tokens = outlook
-        jobs, entries, seen, known = self._jobs, heap.entries, 0, self._seen
+        jobs, seen, known = self._jobs, 0, self._seen
         for arrival, tokens in self._arrivals.after(self._last, count):
             self._last, job_id, seen = arrival, arrival[1], seen + 1
             known.add(job_id)
             key = order.key(jobs[job_id], Outlook(now_us, rate, servers, first_tokens + tokens))
-            if (*key, job_id) != entries[job_id]:
+            if not heap.has(job_id, key):
                 heap.put(job_id, key)
         return seen
 
@@ -146,7 +146,7 @@ class Moving:
                 return job_id
             self._seen.add(job_id)
             key = self.key(self._jobs[job_id], order, outlook)
-            if (*key, job_id) == heap.entries[job_id]:
+            if heap.has(job_id, key):
                 return job_id
             heap.put(job_id, key)
         return heap.peek()

@@ -35,6 +35,10 @@ class KeyedHeap(Generic[K]):
         """Every entry, in order; for reports, not for decisions."""
         return (item[-1] for item in sorted(self.entries.values()))
 
+    def has(self, entry: str, key: K) -> bool:
+        """Whether the entry waits under that very key."""
+        return self.entries.get(entry) == (*key, entry)
+
     def put(self, entry: str, key: K) -> None:
         """Insert, or move to another key."""
         if not self.entries:

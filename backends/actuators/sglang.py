@@ -68,8 +68,9 @@ class SglangActuator:
             if (server := servers.get(decision.worker)) is not None:
                 why = await self._asked(server, decision.role)
                 role = await self._verified(server)
+                server.is_known = server.is_known and role is not None
         except Exception as error:  # noqa: BLE001  # the task's edge: the move must end
-            why = why or str(error)
+            why = f"{type(error).__name__}: {error}"
         self._post(RoleSwitched(decision.worker, role, why))
 
     async def _asked(self, server: Server, role: Role) -> str:
@@ -107,6 +108,7 @@ class SglangActuator:
                 continue
             if answer.status == 200:
                 return ROLES.get(str(_object(answer.body).get("disaggregation_mode")))
+            await pause(self._clock, AGAIN_S)
         return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from random import Random
 
@@ -37,6 +37,7 @@ from policies.events import (
     Reject,
     WorkerUp,
 )
+from policies.ledger import Ledger
 from policies.registry import PLACE
 from policies.types import Job, Kind, Role, Worker
 
@@ -156,11 +157,9 @@ class Entrance:
         core: Core,
         driver: Driver,
         backend: SimulatedBackend,
-        engines: list[Engine],
         clock: Grid,
     ) -> None:
         self._core, self._driver, self._backend, self._clock = core, driver, backend, clock
-        self._decoding = [engine for engine in engines if engine.role is not Role.PREFILL]
         self._work: dict[str, Work] = {}
 
     def open(self, job: Job, work: Work) -> None:
@@ -174,7 +173,7 @@ class Entrance:
 
     @property
     def slots(self) -> int:
-        return sum(engine.config.max_running for engine in self._decoding)
+        return sum(ledger.max_running for ledger in self._decoding())
 
     @property
     def online_waiting(self) -> int:
@@ -182,8 +181,12 @@ class Entrance:
 
     @property
     def kv_use(self) -> float:
-        ledgers = [self._core.ledgers[engine.name] for engine in self._decoding]
-        return max(e.load.used_tokens / e.kv_tokens if e.load else 0.0 for e in ledgers)
+        told = [(e.load.used_tokens, e.kv_tokens) for e in self._decoding() if e.load]
+        return max((used / capacity for used, capacity in told if capacity), default=0.0)
+
+    def _decoding(self) -> list[Ledger]:
+        """Those of the moment: servers join, leave and change their roles."""
+        return [e for e in self._core.ledgers.values() if e.worker.role is not Role.PREFILL]
 
     def enter(self, job: Job) -> None:
         self._driver.post(Arrived(job))
@@ -240,9 +243,7 @@ class World:
             actuator=self._actuator,
             listen=None if self._planner is None else self._planner.hear,
         )
-        self._entrance = Entrance(
-            self._core, self._driver, self._backend, self._engines, self._clock
-        )
+        self._entrance = Entrance(self._core, self._driver, self._backend, self._clock)
         self._door = self._entrance.door = DOORS[case.policy.door](self._entrance)
         self._backend.connect(self._heard)
         self._backend.on_leg_end = self._recorder.leg_ended
@@ -274,6 +275,11 @@ class World:
             sources=tuple(dict.fromkeys(it.times_source for it in self._servers)),
             looks=self._looks,
         )
+
+    @property
+    def records(self) -> Mapping[str, Record]:
+        """Of all that came so far, by id; live."""
+        return self._recorder.records
 
     def _rules(self) -> Rules:
         rules = rules_of(self._case.policy.config())
