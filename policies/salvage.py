@@ -83,7 +83,7 @@ class Surfacing:
     def _see_to(self, job_id: str, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> bool:
         """Whether its key is another one now."""
         key = self.key(self._jobs[job_id], order, outlook)
-        if (*key, job_id) == heap.entries[job_id]:
+        if heap.has(job_id, key):
             return False
         heap.put(job_id, key)
         return True
