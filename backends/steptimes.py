@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, inf
 from pathlib import Path
@@ -221,12 +221,24 @@ def read_table(path: Path, *, system: str, model: str, tp: int) -> Table:
     opener = gzip.open if path.suffix == ".gz" else open
     rows: dict[str, list[Row]] = {"prefill": [], "decode": []}
     with opener(path, "rt", newline="") as lines:
-        for line in csv.DictReader(lines):
-            if (line["system"], line["model"], int(line["tp"])) == (system, model, tp):
-                row = Row(
-                    int(line["batch_size"]), int(line["ctx_len"]), float(line["latency_ms"]) / 1e3
-                )
-                rows[line["phase"]].append(row)
+        for number, line in enumerate(csv.DictReader(lines), start=2):
+            try:
+                if (line["system"], line["model"], line["tp"]) == (system, model, str(tp)):
+                    rows[line["phase"]].append(_row(line))
+            except KeyError as error:
+                what = f"{path.name}, line {number}: no column or phase is called {error}"
+                raise ValueError(what) from None
+            except ValueError as error:
+                raise ValueError(f"{path.name}, line {number}: {error}") from None
     if not rows["decode"]:
         raise ValueError(f"{path} holds no steps of {model} tp{tp} on {system}")
     return Table(rows["prefill"], rows["decode"])
+
+
+def _row(line: Mapping[str, str]) -> Row:
+    for column, kind in (("batch_size", int), ("ctx_len", int), ("latency_ms", float)):
+        try:
+            kind(line[column])
+        except (TypeError, ValueError):
+            raise ValueError(f"{column} must be a number, got {line[column]!r}") from None
+    return Row(int(line["batch_size"]), int(line["ctx_len"]), float(line["latency_ms"]) / 1e3)

@@ -101,3 +101,18 @@ def test_fitted_steps_meet_every_expert_in_the_end(each: int) -> None:
     )
     assert times.decode_s(1, 0) == pytest.approx(0.01)
     assert times.decode_s(256, 0) == pytest.approx(0.015)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("h100,m,1,decode,1,9,soon", "line 2: latency_ms must be a number, got 'soon'"),
+        ("h100,m,1,decode,,9,5", "line 2: batch_size must be a number, got ''"),
+        ("h100,m,1,idle,1,9,5", "line 2: no column or phase is called 'idle'"),
+    ],
+)
+def test_a_bad_cell_is_named_by_its_line_and_column(tmp_path: Path, row: str, words: str) -> None:
+    path = tmp_path / "steps.csv"
+    path.write_text(f"system,model,tp,phase,batch_size,ctx_len,latency_ms\n{row}\n")
+    with pytest.raises(ValueError, match=words):
+        read_table(path, system="h100", model="m", tp=1)
