@@ -259,6 +259,11 @@ class RatioSettings:
     """A server that is not empty by then stays what it is."""
     switch_s: float = bounded(120.0, low=1)
     """A switch that is not over by then is told of; its server stays out of rotation."""
+    lease_s: float = bounded(300.0, low=0)
+    """A gateway that sees that somebody else has changed a role changes none itself for so long."""
+    decode_cuda_graph_memory_gb: float = bounded(0.0, low=0)
+    """What a server must have free to become a decode server: its CUDA graphs, as the log of
+    another decode server has them. With less it refuses. 0: it does not look, as on CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -399,6 +404,7 @@ def control_of(ratio: RatioSettings, targets: Targets) -> Control | None:
         interval_s=ratio.interval_s,
         quantile=ratio.quantile,
         targets=replace(targets, attained=ratio.attained),
+        lease_s=ratio.lease_s,
     )
 
 

@@ -109,6 +109,8 @@ class Switching:
                 leaves = move.wanted.role is None and move.asked_us is not None
                 self._over(move, Outcome.DONE if leaves else Outcome.GONE, now_us)
             elif move.asked_us is not None:
+                # Not even a probe that it answers meanwhile lets anybody in.
+                ledger.draining = ledger.worker.role is not move.wanted.role
                 self._await(move, move.asked_us, now_us)
             elif not self._has_others(ledger):
                 self._back(move, ledger, Outcome.LAST, now_us)
@@ -160,6 +162,8 @@ class Switching:
             return
         if event.role is None:
             self._over(move, Outcome.LOST, now_us, event.why)
+        elif event.by_another:
+            self._over(move, Outcome.TAKEN, now_us, event.why)
         elif event.role is move.wanted.role:
             self._over(move, Outcome.DONE, now_us)
         else:
