@@ -255,6 +255,8 @@ class RatioSettings:
     """`dopd+`: fewer servers must have been enough for so long."""
     hand_over_s: float = bounded(5.0, low=0)
     """Online requests that still run then on a server that is to switch go on elsewhere."""
+    hand_over_offline_s: float = bounded(0.0, low=0)
+    """The same for offline requests."""
     drain_s: float = bounded(120.0, low=1)
     """A server that is not empty by then stays what it is."""
     switch_s: float = bounded(120.0, low=1)
@@ -438,6 +440,7 @@ def rules_of(config: Config) -> Rules:
         costs=_costs(config),
         switch=SwitchRule(
             hand_over_us=_us(config.ratio.hand_over_s * 1e3),
+            hand_over_offline_us=_us(config.ratio.hand_over_offline_s * 1e3),
             drain_us=_us(config.ratio.drain_s * 1e3),
             switch_us=_us(config.ratio.switch_s * 1e3),
         ),

@@ -149,3 +149,18 @@ async def test_its_own_switches_do_not_hold_a_controller_back() -> None:
         assert planner is not None
         assert planner._held_until_us == 0
         assert (await site.ask("/generate", generate(4))).status == 200
+
+
+async def test_a_role_that_somebody_else_has_emptied_gets_a_server_in_spite_of_the_lease() -> None:
+    async with standing(BUSY_PREFILLS, **acting(1000.0)) as site:
+        planner = site.gateway.control._planner
+        assert planner is not None
+        await asyncio.sleep(1.5)
+        told = await answers(site, 20, 10, 0.05)
+        await somebody_else_switches(site, "d1", "prefill")
+        await site.until("it is seen", lambda: roles(site)["d1"] == "prefill")
+        began_s = site.now_s()
+        await site.until("a role is filled", lambda: "decode" in roles(site).values())
+        assert site.now_s() - began_s < 5.0
+        assert planner._held_until_us > 0
+        assert all(it.status == 200 for it in told)
