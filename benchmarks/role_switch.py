@@ -71,7 +71,7 @@ class Shape:
 
 PROMPTS = Shape("long prompts", 4000, 10)
 ANSWERS = Shape("long answers", 60, 300)
-OFFLINE = Shape("offline", 12_000, 800)
+OFFLINE = Shape("offline", 12_000, 500)
 
 Phase = tuple[Shape, float]
 """For so many seconds."""

@@ -120,6 +120,8 @@ class Planner:
                 self._roles[name] = role
             case LoadReport(name):
                 self._watch(name, now_us)
+            case _:
+                pass
 
     def _watch(self, name: str, now_us: int) -> None:
         """A role that changed while nothing moved here was changed by somebody else."""
