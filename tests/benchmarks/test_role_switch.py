@@ -67,7 +67,7 @@ def whole_and_not() -> Iterator[tuple[Answer, bool]]:
     yield answer("p,d", 0.0, status=503), False
 
 
-@pytest.mark.parametrize(("told", "whole"), whole_and_not())
+@pytest.mark.parametrize(("told", "whole"), list(whole_and_not()))
 def test_only_the_right_tokens_and_one_end_count(told: Answer, *, whole: bool) -> None:
     assert told.is_whole is whole
 
