@@ -92,9 +92,17 @@ class Exchange:
         return 0 if self.transcript is None else self.transcript.state().settled_tokens
 
     @property
+    def began_us(self) -> int:
+        """When the first token was there; of an answer that is not streamed, when the prefill
+        server had made it. 0 where nobody can tell: a unified server shows its whole answer only.
+        """
+        times = self.timeline
+        return times.first_token_us or (0 if self.stream else times.prefilled_us)
+
+    @property
     def tpot_us(self) -> float | None:
         """The mean time of a token after the first; none for an answer of one token."""
-        times = self.timeline
-        if not times.first_token_us or not times.ended_us or self.tokens < 2:
+        began_us, ended_us = self.began_us, self.timeline.ended_us
+        if not began_us or not ended_us or self.tokens < 2:
             return None
-        return (times.ended_us - times.first_token_us) / (self.tokens - 1)
+        return (ended_us - began_us) / (self.tokens - 1)

@@ -74,6 +74,10 @@ class Server:
     spelling: int = 0
     """Of its bootstrap address: another one where decode servers may hold a dead connection."""
     is_met: bool = False
+    is_known: bool = False
+    """It has said what it is; else the next probe asks it."""
+    described: tuple[Worker, str] | None = None
+    """What an operator said of it, its key included, before it was asked itself."""
 
     @property
     def name(self) -> str:
@@ -126,12 +130,14 @@ class Sglang:
 
     def add(self, worker: Worker, api_key: str = "") -> Server:
         """Attempts at an earlier server of this name keep their own reference and sockets."""
+        described = (worker, api_key)
         known = self._servers.get(worker.name)
         if known is not None:
             known.upstream.retire()
             if known.worker.url == worker.url:
                 worker = known.worker  # until it has been asked again
-        self._servers[worker.name] = server = Server(worker, self._connect(worker, api_key))
+        server = Server(worker, self._connect(worker, api_key), described=described)
+        self._servers[worker.name] = server
         if known is not None:
             server.spelling, server.is_met = known.spelling, known.is_met
         self._note_models()
@@ -286,7 +292,7 @@ class Sglang:
             self._lingering.append((self.now_s() + self.patience.linger_s, attempt))
         self._live.pop(exchange.job_id, None)
         self._exchanges.pop(exchange.job_id, None)
-        self._post(Finished(exchange.job_id, exchange.tokens))
+        self._post(Finished(exchange.job_id, attempt.tokens))
 
     def failed(self, attempt: Attempt, fault: Fault, blamed: tuple[str, ...]) -> None:
         exchange = attempt.exchange

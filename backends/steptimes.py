@@ -86,13 +86,13 @@ class FittedStepTimes:
         return self.prefill_token_s * tokens + self.prefill_pair_s * pairs
 
     def decode_s(self, batch: int, context_tokens: int) -> float:
-        missed = 1 - self.experts_per_token / self.experts
-        more = missed - missed**batch  # than one sequence meets
+        missed = max(0.0, 1 - self.experts_per_token / self.experts)
+        met = 1 - missed ** max(0, batch - 1)  # of those that one sequence does not meet
         return (
             self.decode_base_s
             + self.decode_context_token_s * context_tokens
             + self.decode_sequence_s * (batch - 1)
-            + self.decode_experts_s * more / missed
+            + self.decode_experts_s * met
         )
 
 

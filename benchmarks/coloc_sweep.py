@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,10 +24,10 @@ from benchmarks.coloc_systems import (
     told,
 )
 from benchmarks.fluid import Bound, Mix, Servers, Targets, bound
-from gateway.scenario import Plan, PolicyEntry, Scenario, planned
+from gateway.scenario import Plan, PolicyEntry, Scenario, Sweep, Swept, planned
 from gateway.simulation.asks import prepared
 from gateway.simulation.fleet import servers_of
-from gateway.simulation.records import Record, RunFacts
+from gateway.simulation.records import Ended, Record, RunFacts
 from gateway.simulation.world import Case, World
 from policies.types import Kind
 
@@ -36,9 +36,11 @@ T = TypeVar("T")
 DRAIN_S = 30.0
 LOADS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
 """Offered offline requests, as shares of what the fluid bound serves; the last is a backlog."""
-QUICK_LOADS = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.2)
+QUICK_LOADS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.2)
 AUTHORS, STRICTER = 0.03, 0.005
 """The authors' line for online violations; and ours, beside what online alone violates."""
+LOOK_EVERY = 8
+"""Of the ticks of a run: whether it has missed too much already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +90,15 @@ class Task:
     unit_per_s: float
     """Offline requests per second at load 1."""
     alone: float
+    counted: int
+    """Online requests that come after the warm-up."""
     loads: Sequence[float]
     data: Path
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Of online violations: the stricter one, and the authors'."""
+        return self.alone + STRICTER, max(AUTHORS, self.alone)
 
 
 def scenario_of(traffic: Traffic, policy: PolicyEntry, rate: float) -> Scenario:
@@ -105,13 +114,68 @@ def scenario_of(traffic: Traffic, policy: PolicyEntry, rate: float) -> Scenario:
     )
 
 
-def point(
-    traffic: Traffic, policy: PolicyEntry, seed: int, load: float, rate: float, data: Path
-) -> Point:
-    plan = planned(scenario_of(traffic, policy, rate), data)
-    case = Case(policy=plan.scenario.policy[0], load=1.0, seed=seed)
-    ran = World(plan, case).run()
+class Lost(Exception):
+    """A run has missed more targets than any limit allows: the rest of it changes nothing."""
+
+
+@dataclass(slots=True)
+class Spared:
+    """Ends a run once it is lost; hears its ticks."""
+
+    traffic: Traffic
+    most: float
+    """Online requests that may miss their targets."""
+    records: Mapping[str, Record]
+    ticks: int = 0
+    missed: int = 0
+
+    def tick(self, share: float) -> None:
+        self.ticks += 1
+        if self.ticks % LOOK_EVERY:
+            return
+        now_us = round(share * self.traffic.duration_s * 1e6)
+        from_us = round(self.traffic.warm_up_s * 1e6)
+        self.missed = sum(
+            has_missed(it, now_us)
+            for it in self.records.values()
+            if it.kind is Kind.ONLINE and it.arrival_us >= from_us
+        )
+        if self.missed > self.most:
+            raise Lost
+
+
+def has_missed(record: Record, now_us: int) -> bool:
+    """For certain, whatever comes."""
+    if record.ended is not Ended.UNFINISHED:
+        return not record.keeps_all
+    seen_us = now_us if record.first_us is None else record.first_us
+    return seen_us - record.arrival_us > record.ttft_target_us
+
+
+def point(task: Task, plan: Plan, load: float) -> Point:
+    """A run that is lost has at least the violations it had when that was seen."""
+    case = Case(policy=plan.scenario.policy[0], load=load, seed=task.seed)
+    rate = load * task.unit_per_s
+    world = World(plan, case, lambda share: spared.tick(share))
+    spared = Spared(task.traffic, max(task.limits) * task.counted, world.records)
+    try:
+        ran = world.run()
+    except Lost:
+        return lost(load, rate, spared.missed / task.counted)
     return measured(ran.facts, ran.records, load, rate)
+
+
+def lost(load: float, rate: float, violations: float) -> Point:
+    return Point(
+        load=load,
+        offered_per_s=rate,
+        violations=violations,
+        ttft_violations=0.0,
+        tpot_violations=0.0,
+        tokens_per_s=0.0,
+        requests_per_s=0.0,
+        wasted=0.0,
+    )
 
 
 def measured(facts: RunFacts, records: Sequence[Record], load: float, rate: float) -> Point:
@@ -139,21 +203,26 @@ def _missed(kept: Iterable[bool]) -> float:
     return 1 - sum(all_kept) / len(all_kept)
 
 
+def planned_for(task: Task) -> Plan:
+    """Its files are read once: loads multiply the offline rate."""
+    scenario = scenario_of(task.traffic, task.system.policy, task.unit_per_s)
+    return planned(replace(scenario, sweep=Sweep(of=Swept.OFFLINE)), task.data)
+
+
 def curve(task: Task) -> Curve:
     """Tries the largest load; if that is too much, halves the interval; then looks beyond.
 
     The search ends at a load that is kept while the next two are not, at both limits.
     """
     found: dict[int, Point] = {}
+    plan = planned_for(task)
 
     def at(index: int) -> Point:
         if index not in found:
-            load = task.loads[index]
-            rate = load * task.unit_per_s
-            found[index] = point(task.traffic, task.system.policy, task.seed, load, rate, task.data)
+            found[index] = point(task, plan, task.loads[index])
         return found[index]
 
-    for limit in (task.alone + STRICTER, max(AUTHORS, task.alone)):
+    for limit in task.limits:
         _search(at, len(task.loads), limit)
     return Curve(
         traffic=task.traffic.key,
@@ -187,6 +256,8 @@ class Ground:
     seed: int
     alone: Point
     online: int
+    counted: int
+    """Of these, the ones that come after the warm-up."""
     bounds: dict[float, Bound]
     """By the share of online requests that may miss their targets."""
     median_tpot_ms: float
@@ -209,6 +280,7 @@ def ground(traffic: Traffic, reference: PolicyEntry, seed: int, data: Path) -> G
         seed=seed,
         alone=alone,
         online=len(ran.records),
+        counted=sum(it.arrival_us >= ran.facts.from_us for it in ran.records),
         bounds={limit: fluid(traffic, reference, seed, limit, data) for limit in limits},
         median_tpot_ms=usual_tpot_ms(ran.records),
         source=ran.sources[0],

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks.report import Check, Goal, Report, Spread, add_report_options, number
-from policies.forecast import FORECAST, LAST, Accuracy, Forecaster, Outlook
+from policies.forecast import FORECAST, LAST, Forecaster, Outlook
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SERIES = Path("traces/servegen_14d_rps_by_10min.csv.gz")
@@ -28,6 +28,50 @@ QUICK_STEPS = 400
 BELIEVED, READY = "believed", f"upper {QUANTILE:.0%}"
 LOSS = 1.02
 """What choosing may cost against the last value alone."""
+
+
+@dataclass(slots=True)
+class Accuracy:
+    """How forecasts compared with what came."""
+
+    count: int = 0
+    covered: int = 0
+    _share_sum: float = 0.0
+    _counted: int = 0
+    _under: float = 0.0
+    _over: float = 0.0
+    _load: float = 0.0
+    believed: dict[str, int] = field(default_factory=dict)
+
+    def add(self, told: float, value: float, *, by: str = "") -> None:
+        self.count += 1
+        self.covered += value <= told
+        if value > 0:
+            self._share_sum += abs(value - told) / value
+            self._counted += 1
+        self._under += max(0.0, value - told)
+        self._over += max(0.0, told - value)
+        self._load += value
+        if by:
+            self.believed[by] = self.believed.get(by, 0) + 1
+
+    @property
+    def mape(self) -> float | None:
+        """Of the intervals that had any load."""
+        return self._share_sum / self._counted if self._counted else None
+
+    @property
+    def under(self) -> float | None:
+        """Load that came above the forecast, as a share of all."""
+        return self._under / self._load if self._load else None
+
+    @property
+    def over(self) -> float | None:
+        return self._over / self._load if self._load else None
+
+    @property
+    def coverage(self) -> float | None:
+        return self.covered / self.count if self.count else None
 
 
 @dataclass(slots=True)

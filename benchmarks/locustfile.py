@@ -84,8 +84,8 @@ class Board:
 def add_options(parser: ArgumentParser) -> None:
     group: Any = parser.add_argument_group("Slackwater")
     for flag, default, text in (
-        ("online-ttft-ms", 1000.0, "an online answer begins within this time"),
-        ("online-tpot-ms", 50.0, "and takes no more than this for each further token, on average"),
+        ("online-ttft-ms", 2000.0, "an online answer begins within this time"),
+        ("online-tpot-ms", 100.0, "and takes no more than this for each further token, on average"),
         ("offline-total-ms", 120_000.0, "an offline answer is complete within this time"),
     ):
         variable = f"SLACKWATER_{flag.upper().replace('-', '_')}"

@@ -47,7 +47,8 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """A flag that nobody knows is refused with the usage of its own command."""
     top = argparse.ArgumentParser(
         prog="slackwater",
         description="A reverse proxy for SGLang: online requests keep their latency targets, "
@@ -57,7 +58,11 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, add_arguments, _) in COMMANDS.items():
         add_arguments(commands.add_parser(name, help=summary, description=summary))
-    return top
+    given, unknown = top.parse_known_args(arguments)
+    if unknown:
+        command = commands.choices[given.command]
+        command.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return given
 
 
 def _version() -> str:
@@ -68,7 +73,7 @@ def _version() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = parser().parse_args(arguments)
+    given = parsed(arguments)
     try:
         return COMMANDS[given.command][2](given)
     except (ConfigError, FleetError) as error:

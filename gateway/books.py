@@ -7,8 +7,7 @@ from gateway.servers import Candidates
 from policies.breaker import Breaker
 from policies.events import Reason
 from policies.ledger import Ledger
-from policies.moving import Moving
-from policies.order import Key, Order, Outlook
+from policies.order import Key, Movement, Order, Outlook
 from policies.queue import KeyedHeap
 from policies.retry import continued
 from policies.types import Job, Kind, Resume
@@ -143,7 +142,7 @@ class Ticket:
             self.prefill.prefilled(self.booked_prefill, now_us)
             self._leave_prefill(self.prefill)
 
-    def grow(self, generated: int, now_us: int = 0) -> None:
+    def grow(self, generated: int, now_us: int) -> None:
         """Tokens came: the context grows, and the reservation when the answer outgrows it."""
         decode, fresh = self.decode, generated - self.generated
         if decode is None or fresh <= 0:
@@ -153,6 +152,8 @@ class Ticket:
             if self.told_us:
                 decode.online.paced(now_us - self.told_us, fresh)
             self.told_us = now_us
+        else:
+            self.told_us = 0  # what comes until it is told again is not in its tokens
         self.booked_context += fresh
         outgrown = self.booked_context - self.booked_reserved
         if outgrown <= 0:
@@ -197,13 +198,13 @@ class Lane:
         """Jobs that no server in rotation could take: they must not block those that can go."""
         self.waiting_tokens = dict.fromkeys(Kind, 0)
         self.last_key: dict[Kind, Key] = {}
-        self._moving = {kind: Moving() for kind in Kind}
+        self._moving: dict[Kind, Movement] = {}
         self.candidates: dict[Kind, Candidates] = {}
 
     def would_be_first(self, job: Job, order: Order) -> bool:
         """Of its kind; a key that moves is not known before its time."""
         first = self.waiting[job.kind].first_key()
-        return first is None or (not order.moves and order.key(job) < first)
+        return first is None or (order.moves is None and order.key(job) < first)
 
     def __len__(self) -> int:
         return sum(self.queued(kind) for kind in Kind)
@@ -219,11 +220,12 @@ class Lane:
     def put(self, job: Job, order: Order, outlook: Outlook) -> None:
         kind = job.kind
         heap = self.waiting[kind]
-        if order.moves:
-            self._moving[kind].add(job)
-            key = self._moving[kind].key(job, order, outlook)
-        else:
+        if order.moves is None:
             key = order.key(job)
+        else:
+            moving = self._movement(kind, order.moves)
+            moving.add(job)
+            key = moving.key(job, order, outlook)
         if not heap.entries or key > self.last_key[kind]:
             self.last_key[kind] = key
         heap.put(job.id, key)
@@ -231,21 +233,32 @@ class Lane:
 
     def is_last(self, job: Job, order: Order) -> bool:
         """Whether it would go after all that wait; where keys move, that is not said."""
-        return not order.moves and order.key(job) >= self.last_key[job.kind]
+        return order.moves is None and order.key(job) >= self.last_key[job.kind]
 
     def rekey(self, kind: Kind, order: Order, outlook: Outlook) -> None:
-        """Some of the keys that have moved, in turn."""
-        self._moving[kind].turn(self.waiting[kind], order, outlook)
+        """Some of the keys that have moved."""
+        if order.moves is not None:
+            self._movement(kind, order.moves).turn(self.waiting[kind], order, outlook)
 
     def first(self, kind: Kind, order: Order, outlook: Outlook) -> str | None:
         heap = self.waiting[kind]
-        return self._moving[kind].first(heap, order, outlook) if order.moves else heap.peek()
+        if order.moves is None:
+            return heap.peek()
+        return self._movement(kind, order.moves).first(heap, order, outlook)
+
+    def _movement(self, kind: Kind, moves: type[Movement]) -> Movement:
+        """A reload may change it: what waits is taken out and put in again then."""
+        moving = self._moving.get(kind)
+        if type(moving) is not moves:
+            moving = self._moving[kind] = moves()
+        return moving
 
     def take(self, job: Job) -> bool:
         kind = job.kind
         if not self.waiting[kind].discard(job.id):
             return self.aside[kind].pop(job.id, job) is None
-        self._moving[kind].discard(job)
+        if (moving := self._moving.get(kind)) is not None:
+            moving.discard(job)
         self.waiting_tokens[kind] -= job.prompt_tokens
         return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -29,15 +29,19 @@ from policies.calibration import (
     Fit,
     Sample,
     Setup,
+    TooFew,
     fit,
     held_out,
     relative_errors,
 )
+from policies.clock import Clock
 from policies.constants import Constants, ConstantsError, Key, lookup
 from policies.devices import Device, UnknownDevice, device_named
 from policies.models import Model, ModelError, model_named
 from policies.roofline import Parallel, Phase
 from policies.shipped import SHIPPED
+
+LINE_EVERY_S = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds",
         type=float,
         default=90.0,
-        help="the longest that servers are measured, all together (default: %(default)s)",
+        help="no measurement is begun later, all servers together; the one in course ends, and "
+        "five rounds are enough (default: %(default)s)",
     )
     parser.add_argument(
         "--model", help="a known name, a config.json or its folder; default: the server's own"
@@ -168,6 +173,8 @@ def _show_fit(out: Console, found: Fit, halves: Mapping[Phase, Errors]) -> None:
         else:
             grid.add_row(phase.value, "0", "as shipped", "", "", "")
     out.print(terminal.whole(grid))
+    if not halves:
+        out.print("-: half of the steps are too few to be fitted alone and tried on the other half")
 
 
 def _from_servers(arguments: argparse.Namespace, out: Console) -> tuple[Setup, Constants]:
@@ -180,8 +187,11 @@ def _from_servers(arguments: argparse.Namespace, out: Console) -> tuple[Setup, C
         api_key=arguments.api_key,
         seconds=arguments.seconds,
     )
-    measured = _measured(asked, out)
-    setup, found, halves = fit_servers(measured)
+    measured = _measured(asked)
+    try:
+        setup, found, halves = fit_servers(measured)
+    except TooFew as error:
+        raise TooFew(f"{error}: measure for longer, --seconds {2 * asked.seconds:g}") from error
     _show_fit(out, found, halves)
     behind = relative_errors(setup.cost(found.constants), measured.behind_prefixes, Phase.PREFILL)
     if behind:
@@ -199,21 +209,34 @@ def _from_servers(arguments: argparse.Namespace, out: Console) -> tuple[Setup, C
     return setup, found.constants
 
 
-def _measured(asked: Asked, out: Console) -> Measured:
+def _measured(asked: Asked) -> Measured:
+    told = Console(stderr=True, soft_wrap=True)
     with (
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-        Progress(console=out, transient=True) as progress,
+        Progress(console=told, transient=True, disable=not told.is_terminal) as progress,
     ):
+        clock = LiveClock(runner.get_loop())
         bar = progress.add_task("asking the servers", total=1.0)
+
+        def show(share: float, what: str) -> None:
+            progress.update(bar, completed=share, description=what)
+
         rng = random.Random(random.SystemRandom().getrandbits(64))
-        return runner.run(
-            measure_servers(
-                asked,
-                LiveClock(runner.get_loop()),
-                rng,
-                lambda share, what: progress.update(bar, completed=share, description=what),
-            )
-        )
+        report = show if told.is_terminal else in_lines(told, clock)
+        return runner.run(measure_servers(asked, clock, rng, report))
+
+
+def in_lines(told: Console, clock: Clock) -> Callable[[float, str], None]:
+    """For a file or a pipe, where no bar can move: a line now and then."""
+    due_s = clock.time()
+
+    def report(share: float, what: str) -> None:
+        nonlocal due_s
+        if clock.time() >= due_s or share >= 1.0:
+            due_s = clock.time() + LINE_EVERY_S
+            told.print(f"calibrate: {share:4.0%} {what}", markup=False, highlight=False)
+
+    return report
 
 
 def fit_servers(measured: Measured) -> tuple[Setup, Fit, dict[Phase, Errors]]:

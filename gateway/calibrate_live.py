@@ -104,7 +104,7 @@ async def measure_servers(
                 budget_s=asked.seconds / len(asked.targets),
                 report=_share_of(report, number, len(asked.targets), decode),
             )
-            measured.urls.append(decode)
+            measured.urls.append(decode if one is target.decode else f"{prefill} with {decode}")
             measured.found.append(await measuring.run())
     finally:
         for upstream in upstreams:

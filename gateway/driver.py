@@ -86,7 +86,7 @@ class Driver:
             self.post(Failed(decision.job.id, Fault.ENGINE))
         elif isinstance(decision, Cancel):
             self.post(Freed(decision.job.id))
-        elif isinstance(decision, SwitchRole):
+        elif isinstance(decision, SwitchRole | Release):
             self.post(RoleSwitched(decision.worker, None, "the gateway failed to ask for it"))
         elif isinstance(decision, Preempt):
             self.post(Preempted(decision.job.id))

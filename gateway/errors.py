@@ -32,6 +32,7 @@ class Code(StrEnum):
     UNKNOWN_CLASS = "unknown_class"
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     DUPLICATE_RID = "duplicate_rid"
+    WORKER_EXISTS = "worker_exists"
     UNAUTHORIZED = "unauthorized"
     NOT_FOUND = "not_found"
     NEEDS_UNIFIED_SERVER = "needs_unified_server"
@@ -69,6 +70,7 @@ STATUS: Final[dict[Code, int]] = {
     Code.UNKNOWN_MODEL: 404,
     Code.METHOD_NOT_ALLOWED: 405,
     Code.REQUEST_TIMEOUT: 408,
+    Code.WORKER_EXISTS: 409,
     Code.BODY_TOO_LARGE: 413,
     Code.QUEUE_FULL: 429,
     Code.REQUEST_CANCELLED: 499,

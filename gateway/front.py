@@ -244,7 +244,10 @@ class Front:
         if client.error is not None and not client.begun:
             return self._refuse(visit, client.error)
         await self._flushed(request)
-        self._end(visit, _outcome(visit) if client.error is None else client.error.code)
+        if client.error is None:
+            self._end(visit, _outcome(visit))
+        else:
+            self._end(visit, client.error.code, client.error.message)
         return Sent(keep_alive=request.keep_alive and request.version >= _CHUNKED_SINCE)
 
     async def _flushed(self, request: web.BaseRequest) -> None:
@@ -282,10 +285,10 @@ class Front:
         """A request that became no job is told of, too: wrong keys and bad bodies are news."""
         self._metrics.refused(error.code)
         if self._log.requests:
-            self._write_line(fields_of_refusal(request.path, error.code, request_id))
+            self._write_line(fields_of_refusal(request.path, error, request_id))
 
     def _refuse(self, visit: Visit, error: ApiError) -> web.Response:
-        self._end(visit, error.code)
+        self._end(visit, error.code, error.message)
         return refusal(visit.ask.dialect, error, visit.request_id)
 
     # A visit's beginning and end.
@@ -309,7 +312,7 @@ class Front:
             self._backend.forget(part.job.id)
             self._driver.post(Left(part.job.id))
 
-    def _end(self, visit: Visit, outcome: str) -> None:
+    def _end(self, visit: Visit, outcome: str, why: str = "") -> None:
         if self._visits.pop(visit.parts[0].job.id, None) is None:
             return
         if visit.rid:
@@ -317,7 +320,7 @@ class Front:
         for part in visit.parts:
             self._metrics.record(part.exchange, part.job, outcome)
         if self._log.requests:
-            self._write_line(fields_of(visit, outcome))
+            self._write_line(fields_of(visit, outcome, why))
 
     # Ends that others ask for.
 

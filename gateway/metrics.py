@@ -118,6 +118,8 @@ class Metrics:
             self._total[kind].observe((times.ended_us - arrived_us) / 1e6)
         if times.first_token_us:
             self._record_stream(exchange, job)
+        if kind is Kind.ONLINE and exchange.began_us:
+            self._record_targets(exchange, job)
 
     def refused(self, outcome: str) -> None:
         """It became no job, so it has no class."""
@@ -129,11 +131,12 @@ class Metrics:
         tpot_us = exchange.tpot_us
         if tpot_us is not None:
             self._tpot[job.kind].observe(tpot_us / 1e6)
-        if job.kind is Kind.ONLINE:
-            met = times.first_token_us <= job.deadline_us
-            self._slo.add(1, "ttft", _YES_NO[met])
-            if tpot_us is not None:
-                self._slo.add(1, "tpot", _YES_NO[tpot_us <= job.tpot_us])
+
+    def _record_targets(self, exchange: Exchange, job: Job) -> None:
+        self._slo.add(1, "ttft", _YES_NO[exchange.began_us <= job.deadline_us])
+        tpot_us = exchange.tpot_us
+        if tpot_us is not None:
+            self._slo.add(1, "tpot", _YES_NO[tpot_us <= job.tpot_us])
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

@@ -27,7 +27,7 @@ from policies.correction import Correction
 from policies.events import WorkerDraining, WorkerGone
 from policies.ledger import Ledger
 from policies.steps import Steps
-from policies.types import Kind, Role
+from policies.types import Kind, Role, Worker
 
 _DRAINS = {"drain": True, "undrain": False}
 _TYPES = {"regular": "unified", "unified": "unified", "prefill": "prefill", "decode": "decode"}
@@ -155,15 +155,25 @@ class Pages:
                 raise ConfigError("cost_model, device and tp are read from config.toml only")
         except ConfigError as error:
             raise ApiError(Code.INVALID_REQUEST, str(error)) from None
-        known_worker = self._core.ledgers.get(worker.name)
-        if known_worker is not None and known_worker.worker.url != worker.url:
-            message = f"another worker is called {worker.name}: remove it first"
-            raise ApiError(Code.INVALID_REQUEST, message, param="name")
-        server = self._backend.add(worker, entry.api_key)
-        if known_worker is None:
+        if not self._is_there(worker, entry.api_key):
+            server = self._backend.add(worker, entry.api_key)
             self._prober.expect(worker)
-        self._prober.watch(server, worker, self._tasks)
+            self._prober.watch(server, worker, self._tasks)
         return _json({"status": "accepted", "worker_id": worker.name, "url": worker.url}, 202)
+
+    def _is_there(self, worker: Worker, api_key: str) -> bool:
+        """Said twice it is one server; said otherwise, the one that serves stays what it is."""
+        for server in self._backend.servers():
+            if server.name == worker.name or server.worker.url == worker.url:
+                if server.described == (worker, api_key):
+                    return True
+                raise ApiError(
+                    Code.WORKER_EXISTS,
+                    f"the worker {server.name} at {server.worker.url} is there already, described "
+                    "otherwise: remove it first",
+                    param="name" if server.name == worker.name else "url",
+                )
+        return False
 
     async def remove_worker(self, request: web.BaseRequest) -> web.Response:
         """Running requests end there as they would have; nothing new goes."""
@@ -218,7 +228,11 @@ def _worker_page(ledger: Ledger, now_us: int) -> dict[str, Any]:
         "bootstrap_port": worker.bootstrap_port,
         "is_healthy": ledger.up,
         "draining": ledger.draining,
-        "breaker": repr(ledger.breaker).strip("<>"),
+        "breaker": {
+            "state": ledger.breaker.state,
+            "failures_in_a_row": ledger.breaker.failures_in_a_row,
+            "open_for_ms": max(0, ledger.breaker.open_until_us - now_us) // 1000,
+        },
         "usable": ledger.usable(now_us),
         "prefill_tokens": ledger.prefill_tokens,
         "decodes": ledger.decodes,

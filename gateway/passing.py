@@ -166,6 +166,9 @@ class Passing:
                     raise _failed(error) from None
                 trouble = error
             else:
+                if answer.status == 404 and not _says_why(answer.body):
+                    message = f"{server.name} has no page {request.path}"
+                    raise ApiError(Code.NOT_FOUND, message)
                 return _passed_on(request, answer)
         if trouble is None:
             raise _unavailable(f"no server that could answer {request.path} is available")
@@ -252,6 +255,15 @@ def _passed_on(request: web.BaseRequest, answer: Answer) -> web.Response:
     if request_id.isascii() and request_id.isprintable() and request_id:
         headers[REQUEST_ID] = request_id
     return web.Response(body=answer.body, status=answer.status, headers=headers)
+
+
+def _says_why(body: bytes) -> bool:
+    """An error of the page itself has a message; that there is no such page needs our own."""
+    try:
+        told = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(told, dict) and not told.keys().isdisjoint({"error", "message"})
 
 
 def _failed(trouble: HttpError) -> ApiError:

@@ -24,31 +24,67 @@ PROMPTS = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
+TTFT_MS, TPOT_MS = 2000.0, 100.0
+"""As `classes.online` of the gateway has them."""
+TITLES = {
+    "isl": "prompt tokens",
+    "osl": "answer tokens",
+    "cached": "prompt tokens found in the cache",
+    "ttft_ms": "target for the first token, ms",
+    "tpot_ms": "target for each further token, ms",
+    "overhead_ms": "first token besides its prefill, ms",
+    "prefill_ms": "prefill of a prompt, ms",
+    "prefill_requests_per_s": "requests/s that one prefill server bears",
+    "decode_batch": "sequences of a decode step",
+    "decode_limited_by": "they are limited by",
+    "decode_step_ms": "decode step, ms",
+    "decode_requests_per_s": "requests/s that one decode server bears",
+    "prefill_per_decode": "prefill servers per decode server",
+    "transfer_ms": "transfer of a prompt's KV, ms",
+}
+"""How the table calls what the JSON has under these names."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = _Defaults
     parser.add_argument("--model", required=True, help="a known name, a config.json or its folder")
     parser.add_argument("--gpu", required=True, help="device, such as h100")
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--dp", type=int, default=1)
+    parser.add_argument("--tp", type=int, default=1, help="devices that one model is spread over")
+    parser.add_argument("--dp", type=int, default=1, help="replicas behind one door")
     parser.add_argument("--dp-attention", action="store_true", help="dp inside of tp, as SGLang's")
     parser.add_argument(
-        "--weights", type=Precision, choices=list(Precision), help="default: model's"
+        "--weights",
+        type=Precision,
+        choices=list(Precision),
+        help="what the model's weights are kept in; without it: the model's own",
     )
     parser.add_argument("--kv-cache", type=Precision, choices=(Precision.BF16, Precision.FP8),
-                        default=Precision.BF16)  # fmt: skip
+                        default=Precision.BF16, help="what the cache is kept in")  # fmt: skip
     parser.add_argument("--constants", type=Path, help="TOML file written by slackwater calibrate")
     parser.add_argument("--isl", type=int, default=1024, help="prompt tokens of a request")
     parser.add_argument("--osl", type=int, default=256, help="answer tokens of a request")
     parser.add_argument("--cached", type=int, default=0, help="prompt tokens found in the cache")
-    parser.add_argument("--ttft-ms", type=float, default=1000.0)
-    parser.add_argument("--tpot-ms", type=float, default=50.0)
+    parser.add_argument("--ttft-ms", type=float, default=TTFT_MS, help="target for the first token")
+    parser.add_argument(
+        "--tpot-ms", type=float, default=TPOT_MS, help="target for each further token"
+    )
     parser.add_argument(
         "--overhead-ms",
         type=float,
         default=50.0,
-        help="fixed time of a first token besides the prefill (default: %(default)s)",
+        help="fixed time of a first token besides the prefill",
     )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--plot", action="store_true", help="bars of the terms beside the tables")
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells each default that there is: not the None of an option that may be left away."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def read_model(name: str, weights: Precision | None = None) -> Model:
@@ -264,9 +300,7 @@ def _show(out: Console, report: Report, *, plot: bool) -> None:
     )
     grid = Grid("for this demand", "")
     for name, value in (asdict(report.demand) | asdict(report.answer)).items():
-        grid.add_row(
-            name.replace("_", " "), f"{value:.2f}" if isinstance(value, float) else str(value)
-        )
+        grid.add_row(TITLES[name], f"{value:.2f}" if isinstance(value, float) else str(value))
     out.print(terminal.whole(grid))
     if plot:
         out.print("bars: c compute, b bandwidth, l link, o overhead", highlight=False)

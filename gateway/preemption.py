@@ -51,10 +51,17 @@ class Preemptor:
         """An offline job has gone to its servers."""
         for ledger in (ticket.prefill, ticket.decode):
             if ledger is not None:
-                here = self._residents.setdefault(ledger, {})
+                if (here := self._residents.get(ledger)) is None:
+                    self._forget_empty()
+                    here = self._residents[ledger] = {}
                 here[ticket.job.id] = ticket
                 if len(here) > 64 + 2 * (ledger.offline.decodes + ledger.offline.prefills):
                     self._residents[ledger] = _present(ledger, here)
+
+    def _forget_empty(self) -> None:
+        """Servers come and go under new names for as long as the gateway runs."""
+        known = self._residents.items()
+        self._residents = {ledger: here for ledger, here in known if not ledger.is_empty}
 
     # For whom.
 
@@ -103,6 +110,8 @@ class Preemptor:
         for relaxed in others:
             if relaxed.offline.decodes < 2 or not _may_take_over(strict, relaxed):
                 continue
+            if not self._rule.may_pull(strict, relaxed):
+                continue
             victims, _ = self._at(relaxed)
             best = self._rule.pull(strict, relaxed, victims)
             ticket = None if best is None else self._residents[relaxed][best.job_id]
@@ -113,7 +122,7 @@ class Preemptor:
 
     def ended(self, ticket: Ticket, generated: int) -> None:
         """How long answers of offline jobs turn out to be, for those that run."""
-        tokens = max(generated, ticket.made + ticket.generated)
+        tokens = ticket.made + max(generated, ticket.generated)
         known = self._answer_tokens or tokens
         self._answer_tokens = known + _WEIGHT * (tokens - known)
 
@@ -129,7 +138,7 @@ class Preemptor:
             max(0.0, outstanding - under_way),
             under_way,
             ledger.prefill_tokens_per_us,
-            ledger.worker.chunk_tokens,
+            ledger.chunk_tokens,
         )
         chosen = self._rule.for_prefill(ticket.job, ahead, victims, now_us)
         self._take_for(ticket, ledger, chosen, Reason.ONLINE_PREFILL, now_us)

@@ -57,20 +57,23 @@ class Prober:
             self.forget(name)
 
     async def _loop(self, server: Server, configured: Worker, looked: asyncio.Event) -> None:
-        failures, known, down = 0, False, False
+        failures, down = 0, False
         while True:
             try:
-                worker = None if known else await self._introduce(server, configured)
+                worker = None
+                if not server.is_known:
+                    worker = await self._introduce(server, configured)
                 known_as = server.worker
                 # Only whoever tells its load, or has no such page, is up.
                 ranks = await self._ranks(server)
                 load = load_of(ranks, round(self._clock.time() * 1e6)) if ranks else None
                 if worker is not None:
+                    server.is_known = True
                     self._post(WorkerUp(worker))
                     log.info("worker up", worker=worker.name, role=worker.role.value)
                 if load is not None:
                     self._post(LoadReport(server.name, load))
-                failures, known, down = 0, True, False
+                failures, down = 0, False
                 # Known better meanwhile, it may have said this before it switched.
                 if ranks and server.worker is known_as:
                     await self._follow_role(server, configured, ranks[0])
@@ -78,7 +81,7 @@ class Prober:
                 failures += 1
                 if not down and failures >= self.settings.failures:
                     # Of a server watched anew the core may still think that it is up.
-                    known, down = False, True
+                    server.is_known, down = False, True
                     self._post(WorkerDown(server.name))
                     log.warning("worker down", worker=server.name, error=str(error))
                 elif failures == 1:

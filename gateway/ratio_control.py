@@ -75,8 +75,9 @@ class RatioControl(Collector):
 
     def _over(self, over: SwitchOver) -> None:
         self._outcomes[over.outcome] = self._outcomes.get(over.outcome, 0) + 1
-        self._drained_s += over.drained_us / 1e6
-        self._took_s += over.took_us / 1e6
+        if over.outcome is not Outcome.HANGS:  # its end will be told, too
+            self._drained_s += over.drained_us / 1e6
+            self._took_s += over.took_us / 1e6
         log.info(
             "role switch",
             worker=over.worker,

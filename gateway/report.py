@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from backends.exchange import Exchange
+from gateway.errors import ApiError
 from gateway.router import REQUEST_ID
 from gateway.visit import Visit
 
@@ -52,7 +53,7 @@ def _server_timing(exchange: Exchange) -> str:
     return line
 
 
-def fields_of(visit: Visit, outcome: str) -> dict[str, Any]:
+def fields_of(visit: Visit, outcome: str, why: str = "") -> dict[str, Any]:
     """What the log says of a request, its timeline included; a fan-out is one request."""
     first = visit.parts[0].exchange
     times = first.timeline
@@ -66,6 +67,7 @@ def fields_of(visit: Visit, outcome: str) -> dict[str, Any]:
         "class": visit.kind.value,
         "tenant": visit.tenant,
         "outcome": outcome,
+        **({"error": why} if why else {}),
         "prefill": first.prefill,
         "decode": first.decode,
         "parts": len(visit.parts),
@@ -80,14 +82,15 @@ def fields_of(visit: Visit, outcome: str) -> dict[str, Any]:
     }
 
 
-def fields_of_refusal(path: str, outcome: str, request_id: str) -> dict[str, Any]:
+def fields_of_refusal(path: str, error: ApiError, request_id: str) -> dict[str, Any]:
     """What the log says of a request that became no job."""
     return {
         "event": "request",
         "level": "info",
         "request_id": request_id,
         "path": path,
-        "outcome": outcome,
+        "outcome": error.code,
+        "error": error.message,
     }
 
 

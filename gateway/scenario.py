@@ -9,6 +9,8 @@ from pathlib import Path
 
 from backends.engine import SCHEDULE
 from backends.workload import (
+    LENGTHS,
+    TIMED,
     Arrivals,
     Bursts,
     Diurnal,
@@ -36,6 +38,7 @@ from gateway.config import (
 )
 from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
 from gateway.simulation.doors import DOORS
+from gateway.simulation.oracles import NO_ORACLE, ORACLES
 from policies.packing import PACKING
 from policies.types import Kind, Pool, Role
 from policies.urgency import PREFILL_ORDER
@@ -45,6 +48,14 @@ MODES = {
     "patched": "with a choice of the requests of each decode step and of the order of each chunk",
 }
 """How far the engine goes along: each mode is a kind of engine that gateway.simulation builds."""
+
+
+PUBLIC = {
+    "azure_2023": "https://github.com/Azure/AzurePublicDataset",
+    "mooncake_fast25": "https://github.com/kvcache-ai/Mooncake",
+    "vidur": "https://github.com/microsoft/vidur",
+}
+"""Where the public traces are, by how the names of their files begin in the shipped scenarios."""
 
 
 class BadRows(StrEnum):
@@ -249,6 +260,8 @@ class PolicyEntry:
     colocation: Colocation = field(default_factory=Colocation)
     door: str = one_of("open", DOORS)
     """What stands before the gateway; all but `open` are other people's rules, to compare with."""
+    oracle: str = one_of(NO_ORACLE, ORACLES)
+    """An order that knows the true length of answers, in the place of `policies.order`."""
     tells_classes: bool = True
     """Whether the gateway is told which requests are offline ones; else all are online to it."""
     ratio: RatioSettings = field(default_factory=RatioSettings)
@@ -405,10 +418,7 @@ def check(scenario: Scenario) -> None:
         _distinct([entry.name for entry in getattr(scenario, what)], what)
     fleets = [fleet.name for fleet in scenario.fleet]
     for i, policy in enumerate(scenario.policy):
-        if policy.fleet and policy.fleet not in fleets:
-            raise ConfigError(f"policy[{i}].fleet must be one of {fleets}, got {policy.fleet!r}")
-        if policy.ratio.policy != "static" and not policy.cost.model:
-            raise ConfigError(f"policy[{i}].ratio needs policy[{i}].cost, as in config.toml")
+        _check_policy(policy, fleets, f"policy[{i}]")
     for i, fleet in enumerate(scenario.fleet):
         _check_roles(fleet, f"fleet[{i}]")
 
@@ -416,6 +426,18 @@ def check(scenario: Scenario) -> None:
 def _distinct(names: Sequence[str], what: str) -> None:
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two [[{what}]] are called {doubled[0]!r}")
+
+
+def _check_policy(policy: PolicyEntry, fleets: Sequence[str], where: str) -> None:
+    if policy.fleet and policy.fleet not in fleets:
+        raise ConfigError(f"{where}.fleet must be one of {fleets}, got {policy.fleet!r}")
+    if policy.ratio.policy != "static" and not policy.cost.model:
+        raise ConfigError(f"{where}.ratio needs {where}.cost, as in config.toml")
+    if policy.oracle != NO_ORACLE and "oracle" not in policy.name:
+        raise ConfigError(
+            f'{where}.name must have "oracle" in it, as a warning in every table: '
+            f"{policy.oracle} knows what no gateway can; got {policy.name!r}"
+        )
 
 
 def _check_roles(fleet: FleetEntry, where: str) -> None:
@@ -435,14 +457,21 @@ def _source(entry: WorkloadEntry, where: str, data: Path) -> Source:
     key, name = ("trace", entry.trace) if entry.trace else ("lengths", entry.lengths)
     path = data / name
     if not path.is_file():
-        raise ConfigError(
-            f"{where}.{key}: {path} is not there. Say with --data in which folder {name} lies, or "
-            "name another CSV with the columns "
-            + ("timestamp, input_tokens, output_tokens" if entry.trace else "input_tokens, "
-               "output_tokens")
-        )  # fmt: skip
+        raise ConfigError(f"{where}.{key}: {path} is not there. {_wanted(key, name)}")
     read = read_trace if entry.trace else read_lengths
     try:
         return Source(entry, read(path, skip_bad=entry.bad_rows is BadRows.SKIP))
     except WorkloadError as error:
         raise ConfigError(f"{where}.{key}: {error}") from error
+
+
+def _wanted(key: str, name: str) -> str:
+    """Where a file that is missing may come from, and what it has to hold."""
+    columns = ", ".join(LENGTHS if key == "lengths" else TIMED)
+    file = name.rpartition("/")[2]
+    public = next((url for begin, url in PUBLIC.items() if file.startswith(begin)), "")
+    origin = f"It is made from {public}: docs/simulator.md, Traces, says how. " if public else ""
+    return (
+        f"{origin}Say with --data in which folder {name} lies, or name another CSV with the "
+        f"columns {columns}. Without any trace there is benchmarks/scenarios/bursty-chat.toml"
+    )

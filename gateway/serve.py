@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import structlog
 import uvloop
 from rich.console import Console
 
@@ -21,9 +22,9 @@ from gateway import collector
 from gateway.app import Reading, run
 from gateway.clock import LiveClock
 from gateway.config import Config, Server, Timeouts, WorkerEntry, check, load, with_workers
+from gateway.router_flags import LEVELS, add_idle, idle_flags, is_stand_in, place_named
 from gateway.settings import ConfigError, decode
 from policies.clock import Clock
-from policies.registry import PLACE
 from policies.types import Pool, Role
 
 _EMBEDDED = (
@@ -40,8 +41,8 @@ answer made-up words. Try:
     -d '{{"stream": true, "messages": [{{"role": "user", "content": "Hello"}}]}}'
 
 """
-_POLICIES = {"round_robin": "round-robin"}
-"""SGLang's router calls it so; its other policies balance load, as `least-work` does."""
+
+log = structlog.get_logger("slackwater")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,10 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--worker-urls", nargs="+", default=[], metavar="URL", help="unified servers")
     add("--fleet", type=Path, metavar="FILE", help="start this fleet of real servers, too")
     add("--api-key", default="", help="sent to the servers that the flags name")
-    add("--policy", metavar="NAME", help="placement: least-work, round_robin, ...")
+    add("--policy", metavar="NAME", help="placement: least-work, round_robin, cache_aware, ...")
     add("--request-timeout-secs", type=float, metavar="S", help="the longest a request may take")
-    add("--log-level", choices=("debug", "info", "warning", "error"))
+    add("--log-level", choices=("debug", "info", "warning", "error", "warn"))
     add("--pd-disaggregation", action="store_true", help="accepted; it follows from --prefill")
+    add_idle(parser)
 
 
 def run_serve(given: argparse.Namespace) -> int:
@@ -76,7 +78,9 @@ def run_serve(given: argparse.Namespace) -> int:
         if given.fleet is not None:
             runner.run(_run_over_fleet(given, read_spec(given.fleet), clock, rng))
         elif config.worker:
-            runner.run(run(lambda: _read(given), given.config, clock, rng))
+            runner.run(
+                run(lambda: _read(given), given.config, clock, rng, lambda _: _say_flags(given))
+            )
         else:
             runner.run(_run_embedded(given, clock, rng))
     return 0
@@ -101,8 +105,23 @@ async def _run_embedded(given: argparse.Namespace, clock: Clock, rng: random.Ran
             given.config,
             clock,
             rng,
-            greet=lambda port: sys.stderr.write(_WELCOME.format(host=host, port=port)),
+            greet=lambda port: _welcome(given, host, port),
         )
+
+
+def _welcome(given: argparse.Namespace, host: str, port: int) -> None:
+    sys.stderr.write(_WELCOME.format(host=host, port=port))
+    _say_flags(given)
+
+
+def _say_flags(given: argparse.Namespace) -> None:
+    """What a router's command line asks for and does not get."""
+    if idle := idle_flags(given):
+        log.warning("flags of SGLang's router that do nothing here", flags=idle)
+    if given.policy is not None and is_stand_in(given.policy):
+        policy = place_named(given.policy)
+        log.warning("there is no such policy here: another takes its place",
+                    asked=given.policy, policy=policy)  # fmt: skip
 
 
 def _read(given: argparse.Namespace) -> Reading:
@@ -144,7 +163,13 @@ async def _run_over_fleet(
             )
             async with asyncio.TaskGroup() as tasks:
                 keeper = tasks.create_task(fleet.keep())
-                await run(lambda: _read_beside(given, entries), given.config, clock, rng)
+                await run(
+                    lambda: _read_beside(given, entries),
+                    given.config,
+                    clock,
+                    rng,
+                    lambda _: _say_flags(given),
+                )
                 keeper.cancel()
 
 
@@ -161,9 +186,10 @@ def configuration(given: argparse.Namespace) -> Config:
         timeouts = replace(config.timeouts, total_s=asked.total_s)
         config = replace(config, timeouts=timeouts)
     if given.log_level is not None:
-        config = replace(config, log=replace(config.log, level=given.log_level))
+        level = LEVELS.get(given.log_level, given.log_level)
+        config = replace(config, log=replace(config.log, level=level))
     if given.policy is not None:
-        place = given.policy if given.policy in PLACE else _POLICIES.get(given.policy, "least-work")
+        place = place_named(given.policy)
         config = replace(config, policies=replace(config.policies, place=place))
     entries = _entries(given)
     return check(replace(config, worker=entries) if entries else config)

@@ -164,7 +164,7 @@ class Fleet:
         ]
         prefills = [self.ledgers[w.name] for w in pools.prefills(kind, workers)]
         decodes = [self.ledgers[w.name] for w in pools.decodes(kind, workers)]
-        if kind is Kind.OFFLINE:
+        if kind is Kind.OFFLINE and pools.lends:
             decodes = _lending(decodes)
         return Candidates(
             prefills=[e for e in prefills if e.worker.role is Role.PREFILL],

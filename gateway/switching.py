@@ -110,8 +110,7 @@ class Switching:
                 leaves = move.wanted.role is None and move.asked_us is not None
                 self._over(move, Outcome.DONE if leaves else Outcome.GONE, now_us)
             elif move.asked_us is not None:
-                # Not even a probe that it answers meanwhile lets anybody in.
-                ledger.draining = ledger.worker.role is not move.wanted.role
+                ledger.draining = True
                 self._await(move, move.asked_us, now_us)
             elif not self._has_others(ledger):
                 self._back(move, ledger, Outcome.LAST, now_us)
@@ -155,10 +154,12 @@ class Switching:
             self._tell(move, Outcome.HANGS, now_us)
 
     def ended(self, event: RoleSwitched, now_us: int) -> None:
-        """The server is what it says it is, whatever was wanted; one that is silent stays out."""
-        ledger = self._fleet.ledgers.get(event.worker)
-        if ledger is not None and event.role is not None:
-            self._fleet.add(replace(ledger.worker, role=event.role))
+        """The server is what it says it is, whatever was wanted; a silent one is down."""
+        if (ledger := self._fleet.ledgers.get(event.worker)) is not None:
+            if event.role is None:
+                self._fleet.silence(event.worker)
+            else:
+                self._fleet.add(replace(ledger.worker, role=event.role))
             ledger.draining = False
         self._changed()
         if (move := self.moves.get(event.worker)) is None:

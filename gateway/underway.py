@@ -18,8 +18,12 @@ class Underway:
         self._tickets: dict[str, Ticket] = {}
 
     def sent(self, ticket: Ticket, ledger: Ledger, least_chunks: int) -> None:
-        chunk_tokens = ledger.worker.chunk_tokens or UNKNOWN_CHUNK_TOKENS
+        chunk_tokens = ledger.chunk_tokens or UNKNOWN_CHUNK_TOKENS
         if least_chunks and ticket.booked_prefill > least_chunks * chunk_tokens:
+            if ledger.worker.name not in self._tickets:
+                # Servers come and go under new names for as long as the gateway runs.
+                known = self._tickets.items()
+                self._tickets = {name: it for name, it in known if it.prefill is not None}
             self._tickets[ledger.worker.name] = ticket
 
     def victim(

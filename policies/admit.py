@@ -52,7 +52,7 @@ class Headroom:
     def prefill(self, job: Job, ledger: Ledger) -> bool:
         if not ledger.prefills:
             return self.fits_ever(job, ledger)
-        cap = ledger.worker.chunk_tokens * self.prefill_chunks or self.prefill_cap_tokens
+        cap = ledger.chunk_tokens * self.prefill_chunks or self.prefill_cap_tokens
         return ledger.prefill_tokens + ledger.uncached(job) <= cap
 
     def prefills(self, job: Job, ledgers: Sequence[Ledger]) -> list[Ledger]:
@@ -63,8 +63,7 @@ class Headroom:
             e
             for e in ledgers
             if (
-                e.prefill_tokens + tokens
-                <= (e.worker.chunk_tokens * chunks or self.prefill_cap_tokens)
+                e.prefill_tokens + tokens <= (e.chunk_tokens * chunks or self.prefill_cap_tokens)
                 if e.prefills
                 else self.fits_ever(job, e)
             )

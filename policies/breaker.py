@@ -29,8 +29,16 @@ class Breaker:
         self.open_until_us = 0
 
     def __repr__(self) -> str:
-        state = "closed" if not self.open_until_us else "half-open" if self._trial else "open"
-        return f"<Breaker {state}, {self._row} in a row>"
+        return f"<Breaker {self.state}, {self._row} in a row>"
+
+    @property
+    def state(self) -> str:
+        """closed, open, or half-open: one job tries the server out."""
+        return "closed" if not self.open_until_us else "half-open" if self._trial else "open"
+
+    @property
+    def failures_in_a_row(self) -> int:
+        return self._row
 
     @property
     def is_closed(self) -> bool:

@@ -25,6 +25,10 @@ class CalibrationError(ValueError):
     """The measurements cannot be explained, and the message says why."""
 
 
+class TooFew(CalibrationError):
+    """There are not enough of them to be explained."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One measured step."""
@@ -150,7 +154,7 @@ def _inside(value: float, bound: Bound) -> float:
 
 def _check_samples(samples: Sequence[Sample]) -> None:
     if not samples:
-        raise CalibrationError("no samples at all")
+        raise TooFew("no samples at all")
     for sample in samples:
         if not math.isfinite(sample.seconds) or sample.seconds <= 0:
             raise CalibrationError(f"a step took {sample.seconds} s, which is no time: {sample}")
@@ -159,12 +163,12 @@ def _check_samples(samples: Sequence[Sample]) -> None:
         if not of_phase:
             continue
         if len(of_phase) < FEWEST_SAMPLES:
-            raise CalibrationError(
+            raise TooFew(
                 f"{len(of_phase)} {phase} samples are too few, at least {FEWEST_SAMPLES} are needed"
             )
         work = {(s.batch.new_tokens, s.batch.context_tokens, s.batch.pairs) for s in of_phase}
         if len(work) < 3:
-            raise CalibrationError(
+            raise TooFew(
                 f"the {phase} samples cover {len(work)} different loads, at least 3 are needed"
             )
 

@@ -56,8 +56,6 @@ class Demand:
     """Online prompts that no server has begun."""
     waiting_tokens: int = 0
     oldest_wait_s: float = 0.0
-    offline_tokens: int = 0
-    """Of prompts of offline requests that wait."""
     kv_use: float = 0.0
     """Of the fullest decode server."""
     decode_is_full: bool = False
@@ -73,10 +71,6 @@ class Demand:
     """Since the last arrival."""
     interval_s: float = 10.0
     """Between two looks."""
-
-    @property
-    def is_idle(self) -> bool:
-        return not (self.online.rate_per_s or self.offline.rate_per_s or self.waiting)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

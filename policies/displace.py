@@ -80,7 +80,7 @@ def standing_of(job: Job, ledger: Ledger, sent_us: int, times: int, now_us: int)
     """
     if not (rate := ledger.prefill_tokens_per_us):
         return None
-    chunk_tokens = ledger.worker.chunk_tokens or UNKNOWN_CHUNK_TOKENS
+    chunk_tokens = ledger.chunk_tokens or UNKNOWN_CHUNK_TOKENS
     tokens = ledger.uncached(job)
     done_tokens = min(tokens, round(rate * (now_us - sent_us)))
     kept_tokens = max(0, done_tokens // chunk_tokens - 1) * chunk_tokens

@@ -126,6 +126,7 @@ class Progress:
 class Finished:
     job_id: str
     generated: int
+    """Tokens of the attempt that ended well; those of earlier ones were told with their ends."""
 
 
 @dataclass(frozen=True, slots=True)

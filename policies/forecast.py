@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice, pairwise
 from types import MappingProxyType
 
@@ -260,49 +260,6 @@ def _lead(gains: Sequence[float]) -> float:
     if count < FEWEST_POINTS:
         return 0.0
     mean = sum(gains) / count
-    variance = sum((gain - mean) ** 2 for gain in gains) / (count - 1)
+    errors = [gain - mean for gain in gains]  # `** 2` would raise where a product is infinite
+    variance = sum(error * error for error in errors) / (count - 1)
     return mean - math.sqrt(variance / count)
-
-
-@dataclass(slots=True)
-class Accuracy:
-    """How forecasts compared with what came, for tables and metrics."""
-
-    count: int = 0
-    covered: int = 0
-    _share_sum: float = 0.0
-    _counted: int = 0
-    _under: float = 0.0
-    _over: float = 0.0
-    _load: float = 0.0
-    believed: dict[str, int] = field(default_factory=dict)
-
-    def add(self, told: float, value: float, *, by: str = "") -> None:
-        self.count += 1
-        self.covered += value <= told
-        if value > 0:
-            self._share_sum += abs(value - told) / value
-            self._counted += 1
-        self._under += max(0.0, value - told)
-        self._over += max(0.0, told - value)
-        self._load += value
-        if by:
-            self.believed[by] = self.believed.get(by, 0) + 1
-
-    @property
-    def mape(self) -> float | None:
-        """Of the intervals that had any load."""
-        return self._share_sum / self._counted if self._counted else None
-
-    @property
-    def under(self) -> float | None:
-        """Load that came above the forecast, as a share of all."""
-        return self._under / self._load if self._load else None
-
-    @property
-    def over(self) -> float | None:
-        return self._over / self._load if self._load else None
-
-    @property
-    def coverage(self) -> float | None:
-        return self.covered / self.count if self.count else None

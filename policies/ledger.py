@@ -14,7 +14,7 @@ from policies.types import Job, Worker
 class PrefillRate:
     """Prompt tokens a microsecond while there was anything to do, over the last seconds of work."""
 
-    __slots__ = ("_busy_us", "_since_us", "_tokens")
+    __slots__ = ("_busy_us", "_is_whole", "_since_us", "_tokens")
 
     WINDOW_US = 10_000_000
     EVIDENCE_TOKENS = 2_048
@@ -22,20 +22,27 @@ class PrefillRate:
 
     def __init__(self) -> None:
         self._since_us = 0
+        self._is_whole = True
+        """All that was worked on since then is there, or done."""
         self._busy_us = 0.0
         self._tokens = 0.0
 
     def begin(self, now_us: int) -> None:
-        self._since_us = now_us
+        self._since_us, self._is_whole = now_us, True
+
+    def broke_off(self) -> None:
+        """A prompt was taken off: how much of it was computed is not known, but it took time."""
+        self._is_whole = False
 
     def under_way(self, now_us: int) -> float:
         """Tokens computed since the last prompt was, if the server kept to its rate."""
         return (now_us - self._since_us) * (self.tokens_per_us or 0.0)
 
     def done(self, tokens: int, now_us: int) -> None:
-        self._busy_us += now_us - self._since_us
-        self._tokens += tokens
-        self._since_us = now_us
+        if self._is_whole:
+            self._busy_us += now_us - self._since_us
+            self._tokens += tokens
+        self.begin(now_us)
         if self._busy_us > self.WINDOW_US:
             self._busy_us /= 2
             self._tokens /= 2
@@ -88,6 +95,7 @@ class Ledger:
     __slots__ = (
         "_foreign_before",
         "breaker",
+        "chunk_tokens",
         "context_tokens",
         "decodes",
         "dispatched",
@@ -111,6 +119,7 @@ class Ledger:
 
     def __init__(self, worker: Worker, breaker: Breaker) -> None:
         self.worker = worker
+        self.chunk_tokens = worker.chunk_tokens
         self.breaker = breaker
         self.up = True
         self.draining = False
@@ -155,6 +164,7 @@ class Ledger:
     def adopt(self, worker: Worker) -> None:
         """The same server, better known."""
         self.worker, load = worker, self.load
+        self.chunk_tokens = worker.chunk_tokens
         self.line = None
         self.kv_tokens = _tighter(worker.kv_tokens, load.capacity_tokens if load else 0)
         self.max_running = _tighter(worker.max_running, load.max_running if load else 0)
@@ -173,7 +183,7 @@ class Ledger:
     def predict_by(self, cost: CostModel | None) -> None:
         """What was learnt stays for as long as the hardware does."""
         self.line = None
-        chunk_tokens, replicas = self.worker.chunk_tokens, self.worker.dp_size
+        chunk_tokens, replicas = self.chunk_tokens, self.worker.dp_size
         if cost is None:
             self.steps = None
         elif self.steps is None or not self.steps.fits(cost, chunk_tokens, replicas):
@@ -214,6 +224,7 @@ class Ledger:
     def end_prefill(self, tokens: int) -> None:
         self.prefills -= 1
         self.prefill_tokens -= tokens
+        self.prefill_rate.broke_off()
 
     def add_decode(self, context: int, reserved: int) -> None:
         self.decodes += 1

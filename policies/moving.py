@@ -127,11 +127,11 @@ class Moving:
 
     def _see_to(self, count: int, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> int:
         now_us, rate, servers, first_tokens = outlook
-        jobs, entries, seen = self._jobs, heap.entries, 0
+        jobs, seen = self._jobs, 0
         for arrival, tokens in self._arrivals.after(self._last, count):
             self._last, job_id, seen = arrival, arrival[1], seen + 1
             key = order.key(jobs[job_id], Outlook(now_us, rate, servers, first_tokens + tokens))
-            if key != entries[job_id]:
+            if not heap.has(job_id, key):
                 heap.put(job_id, key)
         return seen
 
@@ -141,7 +141,7 @@ class Moving:
             if (job_id := heap.peek()) is None:
                 return None
             key = self.key(self._jobs[job_id], order, outlook)
-            if key == heap.entries[job_id]:
+            if heap.has(job_id, key):
                 return job_id
             heap.put(job_id, key)
         return heap.peek()

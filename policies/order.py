@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Final, NamedTuple, Protocol
 
+from policies.queue import KeyedHeap
 from policies.types import Job
 
 Key = tuple[int, ...]
@@ -37,11 +38,32 @@ class Order(Protocol):
     """Smaller keys go first; the queue breaks ties by id."""
 
     @property
-    def moves(self) -> bool:
-        """Whether keys change while jobs wait; otherwise each is computed once."""
+    def moves(self) -> type[Movement] | None:
+        """How keys are kept that change while jobs wait; None where each is computed once."""
         ...
 
     def key(self, job: Job, outlook: Outlook = NO_OUTLOOK) -> Key: ...
+
+
+class Movement(Protocol):
+    """What a queue knows of its jobs where keys move; it looks at no more of them in a longer one.
+
+    The queue's heap holds the keys as far as they are known; `first` makes up for the rest.
+    """
+
+    def add(self, job: Job) -> None: ...
+
+    def discard(self, job: Job) -> None: ...
+
+    def key(self, job: Job, order: Order, outlook: Outlook) -> Key:
+        """Under which it goes into the heap."""
+        ...
+
+    def turn(self, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> None:
+        """Time has passed: what has to be seen to at every look."""
+        ...
+
+    def first(self, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> str | None: ...
 
 
 def remaining_tokens(job: Job) -> int:
@@ -58,7 +80,7 @@ def target_us(job: Job) -> int:
 class Fcfs:
     """First come, first served."""
 
-    moves: ClassVar[bool] = False
+    moves: ClassVar[None] = None
 
     def key(self, job: Job, outlook: Outlook = NO_OUTLOOK) -> Key:
         return (job.arrival_us,)
@@ -68,7 +90,7 @@ class Fcfs:
 class Edf:
     """Earliest deadline first: the most urgent prompt before the oldest one."""
 
-    moves: ClassVar[bool] = False
+    moves: ClassVar[None] = None
 
     def key(self, job: Job, outlook: Outlook = NO_OUTLOOK) -> Key:
         return (job.deadline_us, job.arrival_us)
@@ -78,7 +100,7 @@ class Edf:
 class Shortest:
     """The least left to compute first, as SGLang's `shortest-prefill-first` orders its queue."""
 
-    moves: ClassVar[bool] = False
+    moves: ClassVar[None] = None
 
     def key(self, job: Job, outlook: Outlook = NO_OUTLOOK) -> Key:
         return (remaining_tokens(job), job.arrival_us)

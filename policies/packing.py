@@ -85,6 +85,7 @@ class Slack:
     * Everybody steps, unless that takes longer than the limit: then the shortest that fit do.
     * The limit is `aim` of the target, or what the least advanced request that is on time has in
       hand at that pace, where this is more. Late requests set none: they would stop the whole.
+    * Tokens per second are never fewer than in a step of all: a busy server would fall behind.
     * Nobody waits for more than `most_skipped` steps in a row; when a turn comes, all step, because
       a step that one long context makes slow costs the others least when they are in it.
     """
@@ -97,11 +98,10 @@ class Slack:
         everybody = list(range(len(running)))
         contexts = [row.context_tokens for row in running]
         limit_us = self.limit_us(running)
-        if (
-            len(running) < 2
-            or any(row.skipped >= self.most_skipped for row in running)
-            or step_us(len(running), sum(contexts), max(contexts)) <= limit_us
-        ):
+        if len(running) < 2 or any(row.skipped >= self.most_skipped for row in running):
+            return everybody
+        all_us = step_us(len(running), sum(contexts), max(contexts))
+        if all_us <= limit_us:
             return everybody
         everybody.sort(key=contexts.__getitem__)  # stable: in a tie, who joined first
         must = [i for i in everybody if running[i].must_step]
@@ -116,6 +116,9 @@ class Slack:
                 low = middle
             else:
                 high = middle
+        took_us = step_us(low, sums[low - 1], tops[low - 1])
+        if low * all_us < len(running) * took_us:
+            return list(range(len(running)))
         return sorted(everybody[:low])
 
     def limit_us(self, running: Sequence[Running]) -> float:
@@ -125,9 +128,9 @@ class Slack:
             tpot_us, since_us = row.tpot_us, row.since_first_us
             due_us = tpot_us * (row.produced + 1)
             if tpot_us > 0 and since_us <= due_us:
-                in_hand_us = aim * due_us - since_us
-                if in_hand_us < least_us:
-                    least_us = max(in_hand_us, aim * tpot_us)
+                own_us = max(aim * due_us - since_us, aim * tpot_us)
+                if own_us < least_us:
+                    least_us = own_us
         return least_us
 
 

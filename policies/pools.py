@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from policies.types import Kind, Pool, Role, Worker
 
 
 class Pools(Protocol):
+    @property
+    def lends(self) -> bool:
+        """Whether strict decode servers take offline work as far as their slack goes."""
+        ...
+
     def prefills(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]:
         """Servers that may compute the prompt: prefill servers, and unified ones for all of it."""
         ...
@@ -25,6 +30,8 @@ class Pools(Protocol):
 @dataclass(frozen=True, slots=True)
 class Shared:
     """One pool: every server takes every job of its role."""
+
+    lends: ClassVar[bool] = False
 
     def prefills(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]:
         return [w for w in workers if w.role is not Role.DECODE]

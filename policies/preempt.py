@@ -56,6 +56,10 @@ class GiveWay(Protocol):
         """Who makes the steps of this server too long."""
         ...
 
+    def may_pull(self, strict: Ledger, relaxed: Ledger) -> bool:
+        """Asked at every report, of every pair: whether it is worth a look at who is there."""
+        ...
+
     def pull(self, strict: Ledger, relaxed: Ledger, victims: Victims) -> Victim | None:
         """Which job of a relaxed server is better off at a strict one that has room."""
         ...
@@ -103,6 +107,9 @@ class Stay:
 
     def over(self, ledger: Ledger, leaving: Leaving, victims: Victims) -> Victims:
         return ()
+
+    def may_pull(self, strict: Ledger, relaxed: Ledger) -> bool:
+        return False
 
     def pull(self, strict: Ledger, relaxed: Ledger, victims: Victims) -> Victim | None:
         return None
@@ -209,10 +216,17 @@ class ForSlack:
             count, context = count - 1, context - victim.context_tokens
         return chosen
 
+    def may_pull(self, strict: Ledger, relaxed: Ledger) -> bool:
+        """Whether a job of no length at all would step faster there."""
+        if not self.pulls or strict.steps is None or relaxed.steps is None:
+            return False
+        there_us = strict.steps.decode_us(strict.decodes + 1, strict.context_tokens)
+        return there_us < relaxed.steps.decode_us(relaxed.decodes, relaxed.context_tokens)
+
     def pull(self, strict: Ledger, relaxed: Ledger, victims: Victims) -> Victim | None:
         """The one whose length fills the strict server best, if what its steps are shorter there
         for the rest of its answer is more than its prompt costs again."""
-        if not self.pulls or strict.steps is None or relaxed.steps is None:
+        if strict.steps is None or relaxed.steps is None:
             return None
         fit = [v for v in victims if self._may_move(v)]
         if not fit:

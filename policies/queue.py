@@ -35,8 +35,15 @@ class KeyedHeap(Generic[K]):
         """Every entry, in order; for reports, not for decisions."""
         return (item[-1] for item in sorted(self.entries.values()))
 
+    def has(self, entry: str, key: K) -> bool:
+        """Whether the entry waits under that very key."""
+        return self.entries.get(entry) == (*key, entry)
+
     def put(self, entry: str, key: K) -> None:
         """Insert, or move to another key."""
+        if not self.entries:
+            # Keys of another order may be of another shape: what they left behind is not compared.
+            self._heap.clear()
         self.entries[entry] = item = (*key, entry)
         heapq.heappush(self._heap, item)
         if len(self._heap) > 2 * len(self.entries) + 64:
@@ -58,6 +65,12 @@ class KeyedHeap(Generic[K]):
     def first_key(self) -> K | None:
         entry = self.peek()
         return None if entry is None else cast(K, self.entries[entry][:-1])
+
+    def first(self) -> Item:
+        """The head's key and id; there has to be one."""
+        if (entry := self.peek()) is None:
+            raise IndexError("the first of an empty heap")
+        return self.entries[entry]
 
     def pop(self) -> str:
         entry = self.peek()

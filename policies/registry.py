@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from policies.displace import ByCost, Displace, Never
+from policies.hrrn import Hrrn
 from policies.lengths import LengthSplit
 from policies.order import Edf, Fcfs, Order, Shortest
 from policies.place import CacheAware, LeastWork, Place, PowerOfTwo, RoundRobin
@@ -10,7 +11,8 @@ from policies.planners import DynLoad, DynSla
 from policies.pools import ByLatency, Pools, Shared
 from policies.preempt import ForSlack, GiveWay, Stay
 from policies.ratio import Dopd, DopdPlus, Ratio, Static
-from policies.slack import Hrrn, Kairos, Salvage
+from policies.salvage import Salvage
+from policies.slack import Kairos
 
 ORDER: dict[str, type[Order]] = {
     "fcfs": Fcfs,

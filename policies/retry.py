@@ -40,8 +40,10 @@ class RetryBudget:
         self.tokens: float = rule.burst_tokens
 
     def earn(self, job: Job) -> None:
-        gained = self.tokens + self._rule.share * job.prompt_tokens
-        self.tokens = min(gained, self._rule.burst_tokens)
+        rule = self._rule
+        if self.tokens < rule.burst_tokens:
+            gained = self.tokens + rule.share * job.prompt_tokens
+            self.tokens = min(gained, rule.burst_tokens)
 
     def refusal(self, job: Job, attempt: int, fault: Fault, now_us: int) -> Reason | None:
         """Why there is no further attempt; `attempt` counts those that were made."""

@@ -44,7 +44,8 @@ class Tide:
         self.roll(now_us)
         self.count += 1
         self._tpots[tpot_us] = self._tpots.get(tpot_us, 0) + 1
-        self._peak = max(self._peak, self.count)
+        if self.count > self._peak:
+            self._peak = self.count
         known = self.tokens_each or tokens
         self.tokens_each = known + _WEIGHT * (tokens - known)
 

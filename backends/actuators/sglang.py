@@ -77,12 +77,14 @@ class SglangActuator:
             if (server := self._server(decision.worker)) is not None:
                 event = await self._switched(server, decision)
         except Exception as error:  # noqa: BLE001  # the task's edge: the move must end
-            event = RoleSwitched(decision.worker, None, str(error))
+            why = f"{type(error).__name__}: {error}"
+            event = RoleSwitched(decision.worker, None, why)
         self._post(event)
 
     async def _switched(self, server: Server, decision: SwitchRole) -> RoleSwitched:
         was, known_as = await self._verified(server), server.worker.role
         if was is None:
+            server.is_known = False
             return RoleSwitched(server.name, None, "it does not answer")
         if was is not known_as:
             self._note(server, was)
@@ -92,6 +94,7 @@ class SglangActuator:
             return RoleSwitched(server.name, was, f"no other {was.value} server answers")
         why = await self._asked(server, decision.role)
         role = await self._verified(server)
+        server.is_known = server.is_known and role is not None
         if role is not None:
             self._note(server, role)
         return RoleSwitched(server.name, role, why)
@@ -147,6 +150,7 @@ class SglangActuator:
                 continue
             if answer.status == 200:
                 return ROLES.get(str(_object(answer.body).get("disaggregation_mode")))
+            await pause(self._clock, AGAIN_S)
         return None
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, TypeGuard
 
 from backends.emulator.tokenizer import decode, encode
@@ -29,6 +30,8 @@ class Call:
     """Whether the answer is a list."""
     model: str
     body: Body
+    created: int = field(default_factory=lambda: int(datetime.now(UTC).timestamp()))
+    """When it came, in seconds of the epoch: engines have a clock of their own."""
 
 
 def read_generate(body: Body, model: str, *, fresh_rid: Callable[[], str]) -> Call:

@@ -151,7 +151,7 @@ class Completions(OpenAi):
         return {
             "id": resident.request.rid,
             "object": "text_completion",
-            "created": int(resident.arrived_s),
+            "created": call.created,
             "model": call.model,
         }
 
@@ -199,7 +199,7 @@ class Chat(OpenAi):
         return {
             "id": resident.request.rid,
             "object": "chat.completion.chunk",
-            "created": int(resident.arrived_s),
+            "created": call.created,
             "model": call.model,
         }
 

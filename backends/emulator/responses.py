@@ -95,7 +95,7 @@ class Responses(OpenAi):
         return {
             "id": f"resp_{resident.request.rid}",
             "object": "response",
-            "created_at": int(resident.arrived_s),
+            "created_at": call.created,
             "status": "in_progress",
             "model": call.model,
             "output": [],

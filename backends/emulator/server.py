@@ -77,6 +77,7 @@ class Face:
             post(path, self._tokenize)
         for path in ("/v1/detokenize", "/detokenize"):
             post(path, self._detokenize)
+        post("/v1/messages/count_tokens", self._count_tokens)
         post("/emulator/faults", self._set_faults)
         app.router.add_delete("/emulator/faults", self._clear_faults)
         self._admin.add_routes(app)
@@ -101,7 +102,10 @@ class Face:
             early = await self._early_fault(request, fault)
             if early is not None:
                 return early
-        return await handler(request)
+        try:
+            return await handler(request)
+        except web.HTTPNotFound:
+            return json_response({"detail": "Not Found"}, status=404)
 
     async def _early_fault(self, request: web.Request, fault: Fault) -> web.StreamResponse | None:
         if fault.kind == FaultKind.REFUSE and request.transport is not None:
@@ -209,14 +213,25 @@ class Face:
 
     async def _detokenize(self, request: web.Request) -> web.StreamResponse:
         try:
-            tokens = (await self._body(request)).get("tokens")
+            tokens: Any = (await self._body(request)).get("tokens")
         except BadBody as bad:
             return json_response(error_object(400, str(bad), "BadRequestError"), status=400)
-        if not isinstance(tokens, list):
-            why = error_object(400, "tokens: a list is required", "BadRequestError")
-            return json_response(why, status=400)
-        many = bool(tokens) and isinstance(tokens[0], list)
-        return json_response({"text": [decode(ids) for ids in tokens] if many else decode(tokens)})
+        many = isinstance(tokens, list) and bool(tokens) and isinstance(tokens[0], list)
+        lists = tokens if many else [tokens]
+        if not all(map(_are_ids, lists)):
+            why = "tokens: a list of token ids, or a list of such lists, is required"
+            return json_response(error_object(400, why, "BadRequestError"), status=400)
+        texts = [decode(ids) for ids in lists]
+        return json_response({"text": texts if many else texts[0]})
+
+    async def _count_tokens(self, request: web.Request) -> web.StreamResponse:
+        try:
+            turn = messages.as_chat(await self._body(request))
+            tokens = encode(chat_text(turn.get("messages"), turn))
+        except BadBody as bad:
+            refusal = self._messages.refusal(400, str(bad))
+            return json_response(refusal, status=400)
+        return json_response({"input_tokens": len(tokens)})
 
     async def _set_faults(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -232,6 +247,10 @@ class Face:
         self.faults.clear()
         self.apply_slowness()
         return json_response({"faults": 0})
+
+
+def _are_ids(tokens: object) -> bool:
+    return isinstance(tokens, list) and all(type(it) is int and it >= 0 for it in tokens)
 
 
 def embedding(ids: list[int]) -> list[float]:

@@ -31,9 +31,6 @@ th:nth-child(-n+3),td:nth-child(-n+3){text-align:left}td small{color:var(--soft)
 """
 
 
-KEPT = (("all targets", "attained"), ("TTFT", "ttft_attained"), ("TPOT", "tpot_attained"))
-
-
 def page(plan: Plan, rows: Sequence[Row], outcomes: Sequence[Outcome], notes: Sequence[str]) -> str:
     scenario = plan.scenario
     sections = [

@@ -12,13 +12,14 @@ from backends.engine import Engine, Resident
 from backends.simulated import Delays, Grid, SimulatedBackend, Work, load_of
 from backends.workload import Ask
 from gateway.config import control_of, rules_of
-from gateway.core import Core
+from gateway.core import Core, Rules
 from gateway.driver import Driver
 from gateway.planning import URGENT_S, Look, Planner
 from gateway.scenario import CLOSED, FleetEntry, Plan, PolicyEntry
 from gateway.simulation.asks import Stream, opened, prefixes_of, prepared
 from gateway.simulation.doors import DOORS, Door
 from gateway.simulation.fleet import ServerPlan, engines_of, servers_of, worker_for
+from gateway.simulation.oracles import ORACLES, answer_left
 from gateway.simulation.records import Ended, Record, RunFacts
 from policies.clock import VirtualClock
 from policies.demand import Targets
@@ -37,6 +38,7 @@ from policies.events import (
     Reject,
     WorkerUp,
 )
+from policies.ledger import Ledger
 from policies.registry import PLACE
 from policies.types import Job, Kind, Role, Worker
 
@@ -156,11 +158,9 @@ class Entrance:
         core: Core,
         driver: Driver,
         backend: SimulatedBackend,
-        engines: list[Engine],
         clock: Grid,
     ) -> None:
         self._core, self._driver, self._backend, self._clock = core, driver, backend, clock
-        self._decoding = [engine for engine in engines if engine.role is not Role.PREFILL]
         self._work: dict[str, Work] = {}
 
     def open(self, job: Job, work: Work) -> None:
@@ -174,7 +174,7 @@ class Entrance:
 
     @property
     def slots(self) -> int:
-        return sum(engine.config.max_running for engine in self._decoding)
+        return sum(ledger.max_running for ledger in self._decoding())
 
     @property
     def online_waiting(self) -> int:
@@ -182,8 +182,12 @@ class Entrance:
 
     @property
     def kv_use(self) -> float:
-        ledgers = [self._core.ledgers[engine.name] for engine in self._decoding]
-        return max(e.load.used_tokens / e.kv_tokens if e.load else 0.0 for e in ledgers)
+        told = [(e.load.used_tokens, e.kv_tokens) for e in self._decoding() if e.load]
+        return max((used / capacity for used, capacity in told if capacity), default=0.0)
+
+    def _decoding(self) -> list[Ledger]:
+        """Those of the moment: servers join, leave and change their roles."""
+        return [e for e in self._core.ledgers.values() if e.worker.role is not Role.PREFILL]
 
     def enter(self, job: Job) -> None:
         self._driver.post(Arrived(job))
@@ -230,7 +234,7 @@ class World:
         self._recorder = Recorder(self._ended)
         self._by_prefix = PLACE[case.policy.policies.place]().by_prefix
         self._looks: list[Look] = []
-        self._core = Core(rules_of(case.policy.config()), self._first_workers())
+        self._core = Core(self._rules(), self._first_workers())
         self._actuator = self._new_actuator()
         self._planner = self._new_planner()
         self._driver = Driver(
@@ -241,9 +245,7 @@ class World:
             actuator=self._actuator,
             listen=None if self._planner is None else self._planner.hear,
         )
-        self._entrance = Entrance(
-            self._core, self._driver, self._backend, self._engines, self._clock
-        )
+        self._entrance = Entrance(self._core, self._driver, self._backend, self._clock)
         self._door = self._entrance.door = DOORS[case.policy.door](self._entrance)
         self._backend.connect(self._heard)
         self._backend.on_leg_end = self._recorder.leg_ended
@@ -275,6 +277,18 @@ class World:
             sources=tuple(dict.fromkeys(it.times_source for it in self._servers)),
             looks=self._looks,
         )
+
+    @property
+    def records(self) -> Mapping[str, Record]:
+        """Of all that came so far, by id; live."""
+        return self._recorder.records
+
+    def _rules(self) -> Rules:
+        rules = rules_of(self._case.policy.config())
+        if (oracle := ORACLES[self._case.policy.oracle]) is None:
+            return rules
+        records = self._recorder.records
+        return replace(rules, order=oracle(lambda job: answer_left(job, records[job.id])))
 
     # Arrivals.
 

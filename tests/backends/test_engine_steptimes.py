@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.steptimes import LinearStepTimes, Noisy, Row, Table, read_table
+from backends.steptimes import FittedStepTimes, LinearStepTimes, Noisy, Row, Table, read_table
 
 PREFILL = [Row(1, 100, 0.01), Row(1, 200, 0.03), Row(2, 100, 0.02)]
 DECODE = [Row(1, 100, 0.01), Row(1, 300, 0.02), Row(3, 100, 0.03), Row(3, 300, 0.06)]
@@ -86,3 +86,18 @@ def test_prompts_of_one_pass_do_not_attend_to_each_other() -> None:
     table = Table(measured, DECODE)
     assert table.prefill_s([(1000, 0), (3000, 0)]) == pytest.approx(seconds(1000, 3000))
     assert table.prefill_s([(4000, 4000)]) == pytest.approx(seconds(8000) - seconds(4000))
+
+
+@pytest.mark.parametrize("each", [1, 8, 16])
+def test_fitted_steps_meet_every_expert_in_the_end(each: int) -> None:
+    times = FittedStepTimes(
+        prefill_token_s=0.0,
+        prefill_pair_s=0.0,
+        decode_base_s=0.01,
+        decode_context_token_s=0.0,
+        decode_experts_s=0.005,
+        experts=8,
+        experts_per_token=each,
+    )
+    assert times.decode_s(1, 0) == pytest.approx(0.01)
+    assert times.decode_s(256, 0) == pytest.approx(0.015)

@@ -1,24 +1,40 @@
 from __future__ import annotations
 
+import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import coloc_sweep
 from benchmarks.coloc import Found, checks_of, rows_of
-from benchmarks.coloc_sweep import Curve, Ground, Point, Task, curve, measured
+from benchmarks.coloc_sweep import (
+    Curve,
+    Ground,
+    Point,
+    Task,
+    curve,
+    has_missed,
+    measured,
+    planned_for,
+    point,
+    quiet,
+)
 from benchmarks.coloc_systems import (
     ABLATIONS,
+    ARXIV,
     BESIDE,
     DECODES,
     OURS,
     PEERS,
     PREFILLS,
     TRAFFIC,
+    System,
+    Traffic,
     fleets,
 )
 from benchmarks.fluid import Bound
-from gateway.scenario import PolicyEntry
+from gateway.scenario import WorkloadEntry
 from gateway.simulation.records import Ended, Record, RunFacts
 from policies.types import Kind, Role
 
@@ -39,23 +55,27 @@ def at(load: float, violations: float, tokens: float | None = None) -> Point:
 
 
 def searched(monkeypatch: pytest.MonkeyPatch, kept_to: float, also: float = 0.0) -> Curve:
-    def point(
-        traffic: object, policy: PolicyEntry, seed: int, load: float, rate: float, data: Path
-    ) -> Point:
+    def point(task: Task, plan: object, load: float) -> Point:
         keeps = load <= kept_to + 1e-9 or abs(load - also) < 1e-9
         return at(load, 0.0 if keeps else 0.5)
 
     monkeypatch.setattr(coloc_sweep, "point", point)
+    monkeypatch.setattr(coloc_sweep, "planned_for", lambda _: None)
+    return curve(task_of(TRAFFIC[0]))
+
+
+def task_of(traffic: Traffic, system: System = OURS, **more: object) -> Task:
     task = Task(
-        traffic=TRAFFIC[0],
-        system=OURS,
+        traffic=traffic,
+        system=system,
         seed=1,
         unit_per_s=10.0,
         alone=0.0,
+        counted=100,
         loads=LOADS,
         data=Path(),
     )
-    return curve(task)
+    return replace(task, **more)  # type: ignore[arg-type]  # a test's own words
 
 
 @pytest.mark.parametrize("kept_to", [0.0, 0.1, 0.4, 0.7, 0.9, 1.0])
@@ -132,6 +152,49 @@ def test_violations_are_of_all_online_requests_and_waste_of_all_offline_tokens()
     assert found.wasted == pytest.approx(50 / 111)
 
 
+CHAT = WorkloadEntry(
+    name="chat", rate=4.0, input_median=400.0, output_median=100.0, ttft_ms=5000.0, tpot_ms=24.0
+)
+SHORT = replace(TRAFFIC[2], online=(CHAT,), warm_up_s=5.0, duration_s=25.0)
+
+
+@pytest.fixture
+def lengths(tmp_path: Path) -> Path:
+    """Long enough prompts that a hundred of them a second are too many for anybody."""
+    path = tmp_path / ARXIV
+    path.parent.mkdir()
+    with gzip.open(path, "wt") as lines:
+        lines.write("input_tokens,output_tokens\n" + "3000,200\n" * 50)
+    return tmp_path
+
+
+def test_a_run_that_is_lost_ends_at_once_and_says_as_much(lengths: Path) -> None:
+    quiet()
+    task = task_of(SHORT, PEERS[0], unit_per_s=100.0, counted=80, data=lengths)
+    found = point(task, planned_for(task), 1.0)
+    assert max(task.limits) < found.violations < 0.5
+    assert found.tokens_per_s == 0.0
+
+
+def test_a_run_that_may_still_be_kept_goes_to_its_end(lengths: Path) -> None:
+    quiet()
+    task = task_of(SHORT, PEERS[1], unit_per_s=1.0, counted=80, data=lengths)
+    found = point(task, planned_for(task), 0.5)
+    assert found.violations == 0.0
+    assert 50 < found.tokens_per_s < 150
+    assert found.offered_per_s == 0.5
+
+
+def test_only_what_is_certain_counts_as_missed_before_the_end() -> None:
+    waiting = record("a", Kind.ONLINE, ended=Ended.UNFINISHED, first_us=None, last_us=None)
+    assert not has_missed(waiting, 1_000_000)
+    assert has_missed(waiting, 1_000_001)
+    running = record("b", Kind.ONLINE, ended=Ended.UNFINISHED)
+    assert not has_missed(running, 10**9)
+    slow = record("c", Kind.ONLINE, last_us=1_500_000)
+    assert has_missed(slow, 1_500_000)
+
+
 def found_with(**best: float) -> Found:
     """One seed; each system keeps everything up to its load."""
     bound = Bound(tokens_per_s=100.0, requests_per_s=1.0)
@@ -140,6 +203,7 @@ def found_with(**best: float) -> Found:
         seed=1,
         alone=at(0.0, 0.0),
         online=100,
+        counted=90,
         bounds={0.005: bound, 0.03: bound},
         median_tpot_ms=10.0,
         source="somewhere",

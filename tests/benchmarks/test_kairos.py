@@ -94,9 +94,9 @@ def test_names_are_distinct_and_the_baseline_is_first() -> None:
         assert names[0] == BASELINE
 
 
-def test_quick_runs_one_seed_and_a_few_systems(tmp_path: Path) -> None:
+def test_quick_runs_a_few_systems(tmp_path: Path) -> None:
     bench = Bench(tmp_path, quick=True, processes=1)
-    assert (len(bench.seeds), len(bench.systems)) == (1, 5)
+    assert len(bench.systems) == 3
     assert isinstance(bench.systems[0], System)
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import orjson
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.load import Answer, Flaw, Load, Outcome, apply, hold, quantile, summary
 from benchmarks.sse import DONE, HEAD_STREAM, Shape, chunk, event, stream_steps, whole_body
 from benchmarks.worker import Pace, Role, Worker, listen
+from gateway.config import Online
 from tests.benchmarks.servers import Then, scripted
 
 TOKENS = 4
@@ -126,6 +129,13 @@ def test_what_was_not_measured_is_null_and_not_zero() -> None:
     assert found["ttft_ms_p50"] is None
     assert found["errors"] == {"connection closed inside an answer": 1}
     assert quantile(Outcome().gaps_s, 0.5) is None
+
+
+def test_the_targets_of_the_locustfile_are_the_gateways() -> None:
+    """Locust patches the whole process when it is imported: its file is read."""
+    text = (Path(__file__).parents[2] / "benchmarks" / "locustfile.py").read_text()
+    told = dict(re.findall(r'\("online-(\w+)-ms", ([0-9.]+),', text))
+    assert told == {"ttft": str(Online().ttft_ms), "tpot": str(Online().tpot_ms)}
 
 
 def test_headers_of_a_load_are_on_the_wire() -> None:

@@ -108,14 +108,16 @@ async def test_an_online_prompt_does_not_wait_behind_a_long_offline_one(client: 
     async with standing(client, *PAIRS, classes=classes) as site:
         chunk_s = min([await first_token_s(site, CHUNK_TOKENS) for _ in range(3)])
         alone_s = max([await first_token_s(site, 200) for _ in range(3)])
-        long = site.generate(client.prompt(LONG_TOKENS), 8, headers=OFFLINE)
         busy = site.gateway.core.ledgers["prefill"]
-        await site.until(lambda: busy.offline.prefills)
-        await asyncio.sleep(chunk_s)
-        waited_s = await first_token_s(site, 200)
-        assert waited_s <= 2 * chunk_s + alone_s
-        await over(long)
-        assert len(long.ids) == 8
+        waits_s = []
+        for _ in range(3):
+            long = site.generate(client.prompt(LONG_TOKENS), 8, headers=OFFLINE)
+            await site.until(lambda: busy.offline.prefills)
+            await asyncio.sleep(chunk_s)
+            waits_s.append(await first_token_s(site, 200))
+            await over(long)
+            assert len(long.ids) == 8
+        assert median(waits_s) <= 2 * chunk_s + alone_s
         taken = site.gateway.core.accounts.preemptions
-        assert taken[Kind.OFFLINE, "prefill", Reason.ONLINE_PREFILL] >= 1
+        assert taken[Kind.OFFLINE, "prefill", Reason.ONLINE_PREFILL] >= 3
         await site.freed()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,7 +42,7 @@ def test_whatever_happens_in_between_the_books_return_to_zero(
     ticket.book(one, one if alone else other, prompt + reserved, 0)
     for step in steps:
         if isinstance(step, int):
-            ticket.grow(step)
+            ticket.grow(step, 0)
         elif step == "prefilled":
             ticket.prefilled(10)
         else:
@@ -55,7 +56,7 @@ def test_an_answer_grows_and_never_shrinks(reports: list[int]) -> None:
     books, ticket = ledger(unified()), Ticket(online("a", 100))
     ticket.book(books, books, 300, 0)
     for generated in reports:
-        ticket.grow(generated)
+        ticket.grow(generated, 0)
     assert books.context_tokens == 100 + max(reports)
     assert books.reserved_tokens == max(300, books.context_tokens)
 
@@ -64,12 +65,25 @@ def test_a_second_attempt_is_booked_afresh() -> None:
     first, second = ledger(unified("u1")), ledger(unified("u2"))
     ticket = Ticket(online("a", 100))
     ticket.book(first, first, 200, 0)
-    ticket.grow(50)
+    ticket.grow(50, 0)
     ticket.release()
     ticket.book(second, second, 200, 0)
-    ticket.grow(10)
+    ticket.grow(10, 0)
     assert booked(first) == [0]
     assert (second.context_tokens, second.dispatched) == (110, 1)
+
+
+def test_no_pace_is_taken_over_a_time_in_which_nobody_was_asked_for_it() -> None:
+    books = ledger(unified())
+    chat, batch = Ticket(online("a", 100)), Ticket(offline("b", 100))
+    chat.book(books, books, 200, 0)
+    for tick in range(1, 100):
+        if tick in (10, 80):
+            batch.book(books, books, 200, 0)
+        if tick == 20:
+            batch.release()
+        chat.grow(10 * tick, tick * 100_000)
+    assert books.online.pace_us == pytest.approx(10_000)
 
 
 def test_a_lane_counts_the_tokens_of_each_kind() -> None:

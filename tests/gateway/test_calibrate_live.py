@@ -16,10 +16,11 @@ from backends.calibration_run import CannotMeasure, Facts, Findings, Plan, Step
 from backends.emulator import EmulatedFleet, ServerSpec
 from backends.engine import EngineConfig
 from backends.steptimes import LinearStepTimes
-from gateway.calibrate import add_arguments, fit_servers, run_calibrate
+from gateway.calibrate import add_arguments, fit_servers, in_lines, run_calibrate
 from gateway.calibrate_live import Asked, Measured, measure_servers
 from gateway.config import load, rules_of
 from policies.calibration import CalibrationError, Setup
+from policies.clock import VirtualClock
 from policies.devices import device_named
 from policies.models import ModelError, model_named
 from policies.roofline import Parallel
@@ -138,7 +139,7 @@ def test_the_file_that_is_written_is_loaded_by_a_gateway(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = measured_without_servers()
-    monkeypatch.setattr(gateway.calibrate, "_measured", lambda asked, out: found)
+    monkeypatch.setattr(gateway.calibrate, "_measured", lambda asked: found)
     status, text = calibrate("--worker", "http://x:1", *WORDS, "--out", str(tmp_path / "c.toml"))
     assert status == 0, text
     assert "mean error" in text
@@ -152,6 +153,41 @@ def test_the_file_that_is_written_is_loaded_by_a_gateway(
     assert model.decode(32, 32 * 2000).seconds == pytest.approx(
         TRUE.decode_s(32, 32 * 2000), rel=0.05
     )
+
+
+def test_too_few_loads_ask_for_more_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measured_without_servers()
+    del found.found[0].prefills[32, 0], found.found[0].prefills[128, 0]
+    monkeypatch.setattr(gateway.calibrate, "_measured", lambda asked: found)
+    status, text = calibrate("--worker", "http://x:1", *WORDS, "--seconds", "20")
+    assert status == 1
+    assert "too few" in text
+    assert "--seconds 40" in text
+
+
+def test_halves_that_are_too_small_are_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measured_without_servers()
+    monkeypatch.setattr(gateway.calibrate, "_measured", lambda asked: found)
+    status, text = calibrate("--worker", "http://x:1", *WORDS)
+    assert status == 0
+    assert "-: half of the steps are too few" in text
+
+
+async def test_a_calibrated_pair_is_named_by_both_addresses() -> None:
+    found = await measured(plan_of=few)
+    (told,) = found.urls
+    assert told.count("http://127.0.0.1:") == 2
+
+
+def test_where_no_bar_can_move_a_line_comes_now_and_then() -> None:
+    clock, out = VirtualClock(), io.StringIO()
+    report = in_lines(Console(file=out, width=200), clock)
+    for second in range(35):
+        clock.run(until=second)
+        report(second / 100, f"second {second}")
+    report(1.0, "done")
+    told = out.getvalue().splitlines()
+    assert [line.split()[-1] for line in told] == ["0", "10", "20", "30", "done"]
 
 
 def measured_without_servers() -> Measured:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from gateway.config import Config, rules_of
 from gateway.core import Rules
 from policies.colocation import Colocated
+from policies.displace import ByCost
 from policies.events import (
     Finished,
     FirstToken,
@@ -17,6 +19,9 @@ from policies.events import (
     PrefillDone,
     Progress,
     Reason,
+    WorkerDown,
+    WorkerDraining,
+    WorkerGone,
     WorkerUp,
 )
 from policies.order import Fcfs
@@ -216,6 +221,28 @@ def test_without_a_relaxed_server_offline_work_does_as_it_is_told(
         assert talk.say(WorkerUp(relaxed())) == [("go", "a", "p", "r")]
 
 
+@pytest.mark.parametrize("gone", [WorkerDown("r"), WorkerDraining("r")])
+def test_offline_work_borrows_when_the_last_relaxed_server_goes(
+    gone: WorkerDown | WorkerDraining,
+) -> None:
+    """Of these strict servers nobody knows the hardware, so while there is a relaxed one they lend
+    nothing."""
+    talk = Talk([prefill(), decode("d"), relaxed(max_running=1)], rules_of(Config()))
+    assert talk.arrive(offline("a")) == [("go", "a", "p", "r")]
+    talk.say(PrefillDone("a"), FirstToken("a"))
+    assert talk.arrive(offline("b")) == []
+    assert talk.say(gone) == [("go", "b", "p", "d")]
+
+
+def test_in_one_pool_offline_work_goes_to_strict_servers_too() -> None:
+    talk = Talk([prefill(), decode("d"), relaxed(max_running=1)], Rules())
+    talk.arrive(offline("a"))
+    talk.say(PrefillDone("a"), FirstToken("a"))
+    talk.arrive(offline("b"))
+    talk.say(PrefillDone("b"), FirstToken("b"))
+    assert {e.decodes for e in talk.core.ledgers.values() if e.worker.name != "p"} == {1}
+
+
 def test_a_strict_server_with_room_takes_over_what_is_slow_elsewhere() -> None:
     crowd = [f"{i:03}" for i in range(120)]
     talk = Talk(fleet(), replace(RULES, admit=Colocated(tpot_us=50_000, gate=False)))
@@ -236,6 +263,17 @@ def test_a_job_that_was_pulled_goes_back_if_the_room_is_gone() -> None:
     talk.core._take_off(ticket, Reason.PULLED)
     talk.arrive(online("b"))
     assert talk.say(Preempted("a", 5)) == [("go", "a", "p", "r", "resume")]
+
+
+def test_servers_that_come_and_go_under_new_names_are_forgotten() -> None:
+    talk = Talk(fleet(), replace(RULES, displace=ByCost()))
+    for number in range(50):
+        name = f"p{number}"
+        talk.say(WorkerUp(prefill(name, chunk_tokens=8192)))
+        talk.arrive(offline("a", LONG), offline("b", LONG))
+        talk.say(Finished("a", 1), Finished("b", 1), WorkerGone(name))
+    assert len(talk.core._preemptor._residents) < 5
+    assert len(talk.core._underway._tickets) < 5
 
 
 def test_the_accounts_say_what_it_cost() -> None:

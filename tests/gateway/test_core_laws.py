@@ -56,7 +56,7 @@ from policies.order import Edf, Fcfs
 from policies.pools import ByLatency, Shared, WithoutRelaxed
 from policies.preempt import AbortRule, ForSlack
 from policies.retry import RetryRule
-from policies.slack import Salvage
+from policies.salvage import Salvage
 from policies.steps import Costs
 from policies.types import Kind, Pool, Resume, Role
 from tests.gateway.talk import load, offline, online, server

@@ -17,13 +17,18 @@ from policies.events import (
     Finished,
     Freed,
     Left,
+    Outcome,
     Preempt,
     Preempted,
     Recall,
     Reject,
+    Release,
+    SwitchOver,
+    SwitchRole,
+    SwitchWanted,
 )
-from policies.types import Job
-from tests.gateway.talk import PATIENCE_US, RULES, broke, one_at_a_time, online, pair
+from policies.types import Job, Role
+from tests.gateway.talk import PATIENCE_US, RULES, broke, decode, one_at_a_time, online, pair
 
 
 class Scripted:
@@ -161,6 +166,25 @@ def test_a_decision_that_cannot_be_carried_out_leaves_no_job_behind() -> None:
     driver.post(Finished("b", 1))
     clock.run()
     assert len(core) == 0
+
+
+class Lame:
+    """Cannot move a server."""
+
+    def connect(self, post: Post) -> None: ...
+
+    def move(self, decision: SwitchRole | Release) -> None:
+        raise ValueError("a bug")
+
+
+@pytest.mark.parametrize("role", [Role.PREFILL, None])
+def test_a_move_that_cannot_be_carried_out_is_over(role: Role | None) -> None:
+    clock, seen = VirtualClock(), list[Decision]()
+    core = Core(RULES, [*pair(), decode("d2")])
+    driver = Driver(core, clock, Scripted(), lambda _, it: seen.append(it), actuator=Lame())
+    driver.post(SwitchWanted("d2", role, "spare"))
+    clock.run(1.0)
+    assert [it.outcome for it in seen if isinstance(it, SwitchOver)] == [Outcome.LOST]
 
 
 class Stubborn(Scripted):

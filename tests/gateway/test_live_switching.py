@@ -6,6 +6,9 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
+from backends.actuators.sglang import SglangActuator
 from gateway.config import Cost, RatioSettings
 from gateway.planning import Mode
 from policies.events import SwitchWanted
@@ -68,6 +71,21 @@ async def test_offline_work_gives_way_to_a_switch_and_is_whole_in_the_end() -> N
             told = await asking
         assert all(whole(it, 600) for it in told)
         assert took_s < 2.0
+
+
+async def test_a_server_that_does_not_answer_after_its_switch_is_found_by_its_probe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def silent(*_: object) -> None:
+        return None
+
+    monkeypatch.setattr(SglangActuator, "_verified", silent)
+    async with standing(FIXED) as site:
+        site.gateway.driver.post(SwitchWanted("d2", Role.PREFILL, "asked for"))
+        ledger = site.core.ledgers["d2"]
+        await site.until("it is out", lambda: not ledger.up)
+        await site.until("it is back", lambda: ledger.usable(0))
+        assert roles(site)["d2"] == "decode"
 
 
 async def test_a_server_that_refuses_to_switch_serves_on() -> None:

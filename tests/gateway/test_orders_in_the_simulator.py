@@ -21,7 +21,7 @@ from policies.clock import VirtualClock
 from policies.displace import ByCost, Displace, Never
 from policies.events import Arrived, Event, FirstToken
 from policies.registry import DISPLACE, ORDER
-from policies.slack import Salvage
+from policies.salvage import Salvage
 from policies.types import Role
 from tests.gateway.talk import SECOND, online
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from backends.constants_file import dump_constants
-from gateway.predict import Demand, add_arguments, answer, read_model, run_predict
+from gateway.config import Online
+from gateway.predict import TITLES, Answer, Demand, add_arguments, answer, read_model, run_predict
 from policies.constants import lookup
 from policies.devices import device_named
 from policies.known_models import KNOWN_CONFIGS
@@ -62,7 +64,27 @@ def test_json_holds_what_the_model_says() -> None:
     )
     assert report["answer"]["prefill_ms"] == pytest.approx(cost.prefill_one(1024).seconds * 1e3)
     assert report["kv_bytes_per_token"] == 327_680
-    assert report["answer"]["decode_step_ms"] <= 50
+    assert report["answer"]["decode_step_ms"] <= Online().tpot_ms
+
+
+def test_its_targets_are_those_of_the_gateway_unless_it_is_told_others() -> None:
+    demand = predicted(*LLAMA)["demand"]
+    assert (demand["ttft_ms"], demand["tpot_ms"]) == (Online().ttft_ms, Online().tpot_ms)
+    assert predicted(*LLAMA, "--tpot-ms", "30")["answer"]["decode_step_ms"] <= 30
+
+
+def test_the_help_tells_every_default() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    told = " ".join(parser.format_help().split())
+    for default in ("2000.0", "100.0", "50.0", "1024", "256", "bf16"):
+        assert f"(default: {default})" in told
+    assert "None" not in told
+
+
+def test_the_table_says_what_each_figure_counts() -> None:
+    assert set(TITLES) == {field.name for cls in (Demand, Answer) for field in fields(cls)}
+    assert "prefill servers per decode server" in predict(*LLAMA)[1]
 
 
 def test_a_cached_prompt_and_more_replicas_bear_more() -> None:

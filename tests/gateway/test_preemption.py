@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from backends.emulator import ServerSpec
 from gateway.config import Policies
-from policies.events import Recall
+from policies.events import Event, Finished, Preempted, Recall
 from policies.types import Role
 from tests.gateway.gateway_under_test import (
     OFFLINE,
@@ -115,6 +115,19 @@ async def test_an_offline_whole_answer_has_the_tokens_of_an_undisturbed_run(
         told = await preempted(site, "/generate", generate(TOKENS), when_s)
         assert whole(told) == whole(undisturbed)
         assert preemptions(site) == count
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("fleet", FLEETS)
+async def test_what_the_core_hears_of_the_attempts_adds_up_to_the_answer(
+    fleet: str, *, stream: bool
+) -> None:
+    heard: list[Event] = []
+    async with standing(FLEETS[fleet]) as site:
+        site.gateway.driver.listen = lambda _, event: heard.append(event)
+        await preempted(site, "/generate", generate(TOKENS, stream=stream), points(1, 3, 1.0))
+        assert site.lines[-1]["tokens"] == TOKENS
+    assert sum(it.generated for it in heard if isinstance(it, Preempted | Finished)) == TOKENS
 
 
 @pytest.mark.parametrize("seed", range(3))

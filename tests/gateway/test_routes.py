@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from backends.emulator import EmulatedFleet, FaultKind
 from gateway.app import Gateway
 from gateway.clock import LiveClock
-from gateway.config import Config, Key, Server
-from policies.types import Kind, Role
+from gateway.config import Classes, Config, Key, Online, Server
+from policies.types import Kind, Pool, Role
 from tests.gateway.gateway_under_test import (
     BODIES,
     OFFLINE,
@@ -118,6 +118,22 @@ async def test_text_becomes_tokens_and_text_again(prefix: str) -> None:
         assert text.body["text"] == "hello there"
 
 
+@pytest.mark.parametrize("path", ["/parse_function_call", "/separate_reasoning"])
+async def test_a_page_that_servers_do_not_have_is_a_stable_code(path: str) -> None:
+    async with standing() as site:
+        told = await site.ask(path, {"text": "x"})
+        assert (told.status, told.code) == (404, "not_found")
+        assert told.body["error"]["message"].endswith(f"has no page {path}")
+
+
+async def test_the_tokens_of_a_conversation_are_counted_by_a_server() -> None:
+    async with standing() as site:
+        body = {"model": "emulated", "messages": [{"role": "user", "content": "Tell me more"}]}
+        told = await site.ask("/v1/messages/count_tokens", body)
+        assert (told.status, list(told.body)) == (200, ["input_tokens"])
+        assert told.body["input_tokens"] > 3
+
+
 async def test_metrics_can_be_parsed_and_count_what_was_served() -> None:
     async with standing() as site:
         await site.ask("/generate", generate(5))
@@ -131,6 +147,47 @@ async def test_metrics_can_be_parsed_and_count_what_was_served() -> None:
         }
         assert counted == {("online", "ok"): 1.0, ("offline", "ok"): 1.0}
         assert {s.value for s in families["slackwater_worker_usable"].samples} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("fleet", "stream", "known"),
+    [(PAIR, False, 1), (PAIR, True, 1), (UNIFIED, True, 1), (UNIFIED, False, 0)],
+)
+async def test_targets_are_counted_wherever_the_first_token_is_known(
+    fleet: Any, *, stream: bool, known: int
+) -> None:
+    async with standing(fleet) as site:
+        await site.ask("/v1/completions", completion(5, stream=stream))
+        await site.ask("/v1/completions", completion(5, stream=stream), OFFLINE)
+        text = (await site.get("/metrics")).raw.decode()
+    for target in ("ttft", "tpot"):
+        counted = f'slackwater_slo_total{{met="true",target="{target}"}} {known}.0'
+        assert (counted in text) is bool(known)
+    assert 'met="false"' not in text
+
+
+async def test_an_answer_that_came_too_late_has_missed_its_target_streamed_or_not() -> None:
+    async with standing(
+        classes=Classes(online=Online(ttft_ms=1.0, tpot_ms=1.0, patience=1e6))
+    ) as site:
+        await site.ask("/v1/completions", completion(5))
+        text = (await site.get("/metrics")).raw.decode()
+    for target in ("ttft", "tpot"):
+        assert f'slackwater_slo_total{{met="false",target="{target}"}} 1.0' in text
+
+
+async def test_the_line_of_a_refused_request_says_why() -> None:
+    async with standing(UNIFIED) as site:
+        await site.ask("/v1/completions", b"{")
+        await site.ask("/v1/completions", completion(2))
+        site.gateway.front.draining = True
+        await site.ask("/v1/completions", completion(2))
+        text = (await site.get("/metrics")).raw.decode()
+    bad, good, late = site.lines
+    assert bad["error"].startswith("the body is not valid JSON")
+    assert "error" not in good
+    assert (late["outcome"], late["error"]) == ("gateway_draining", "the gateway is shutting down")
+    assert 'slackwater_requests_total{class="none",outcome="invalid_json"} 1.0' in text
 
 
 async def test_servers_are_listed_added_drained_and_removed() -> None:
@@ -159,6 +216,68 @@ async def test_a_server_that_never_answers_is_listed_and_can_be_removed() -> Non
         assert [w["is_healthy"] for w in listed if w["id"] == "typo"] == [False]
         assert (await site.ask("/workers/typo", b"", method="DELETE")).status == 202
         assert "typo" not in await roles(site)
+
+
+async def test_a_server_described_once_more_is_accepted_and_changes_nothing() -> None:
+    async with standing(ALL, workers=["p1", "d1"]) as site:
+        described = {"url": site.fleet["u1"].url, "name": "u1", "pool": "relaxed"}
+        first = await site.ask("/workers", described)
+        await site.until(
+            "it is up", lambda: "u1" in site.core.ledgers and site.core.ledgers["u1"].up
+        )
+        server = next(it for it in site.gateway.backend.servers() if it.name == "u1")
+        again = await site.ask("/workers", described)
+        assert (first.status, again.status, again.body) == (202, 202, first.body)
+        assert server in site.gateway.backend.servers()
+
+
+@pytest.mark.parametrize(
+    ("changed", "param"),
+    [
+        ({"pool": "strict"}, "name"),
+        ({"name": "other"}, "url"),
+        ({"url": "http://127.0.0.1:1"}, "name"),
+        ({"api_key": "x"}, "name"),
+    ],
+)
+async def test_another_server_of_a_known_name_or_address_is_a_conflict(
+    changed: dict[str, str], param: str
+) -> None:
+    async with standing(ALL, workers=["p1", "d1"]) as site:
+        described = {"url": site.fleet["u1"].url, "name": "u1", "pool": "relaxed"}
+        await site.ask("/workers", described)
+        before = (await site.get("/workers")).body["total"]
+        told = await site.ask("/workers", described | changed)
+        assert (told.status, told.code) == (409, "worker_exists")
+        assert told.body["error"]["param"] == param
+        assert (await site.get("/workers")).body["total"] == before
+        kept = next(it for it in site.gateway.backend.servers() if it.name == "u1")
+        assert kept.worker.pool is Pool.RELAXED
+
+
+async def test_a_server_that_was_removed_may_come_back_as_another() -> None:
+    async with standing(ALL, workers=["p1", "d1"]) as site:
+        described = {"url": site.fleet["u1"].url, "name": "u1"}
+        await site.ask("/workers", described)
+        await site.ask("/workers/u1", b"", method="DELETE")
+        assert (await site.ask("/workers", described | {"pool": "relaxed"})).status == 202
+        await site.until(
+            "it is up", lambda: "u1" in site.core.ledgers and site.core.ledgers["u1"].up
+        )
+        assert site.core.ledgers["u1"].worker.pool is Pool.RELAXED
+
+
+async def test_the_breaker_of_a_server_is_told_as_data() -> None:
+    async with standing(UNIFIED) as site:
+        (worker,) = (await site.get("/workers")).body["workers"]
+        assert worker["breaker"] == {"state": "closed", "failures_in_a_row": 0, "open_for_ms": 0}
+        ledger = site.core.ledgers[worker["id"]]
+        for _ in range(3):
+            ledger.breaker.failed(site.gateway.backend.now_us())
+        (worker,) = (await site.get("/workers")).body["workers"]
+        assert worker["breaker"]["state"] == "open"
+        assert worker["breaker"]["failures_in_a_row"] == 3
+        assert 0 < worker["breaker"]["open_for_ms"] <= 2000
 
 
 async def draining(site: Site) -> list[str]:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 import pytest
+import structlog
 
 from gateway import serve
 from gateway.__main__ import main
@@ -60,12 +61,59 @@ def test_a_prefill_with_anything_but_one_port_is_refused(values: tuple[str, ...]
         configured("--prefill", "http://p:1", *values)
 
 
-def test_a_policy_that_balances_load_in_sglangs_router_is_least_work_here() -> None:
-    assert configured("--policy", "cache_aware").policies.place == "least-work"
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [
+        ("cache_aware", "cache-aware"),
+        ("power_of_two", "power-of-two"),
+        ("round_robin", "round-robin"),
+        ("random", "power-of-two"),
+        ("round-robin", "round-robin"),
+        ("least_work", "least-work"),
+    ],
+)
+def test_a_policy_goes_by_our_name_and_by_the_routers(given: str, place: str) -> None:
+    assert configured("--policy", given).policies.place == place
 
 
-def test_a_policy_of_ours_goes_by_its_own_name() -> None:
-    assert configured("--policy", "round-robin").policies.place == "round-robin"
+@pytest.mark.parametrize("given", ["manual", "cache-awareness", ""])
+def test_an_unknown_policy_is_refused_with_the_known_ones(given: str) -> None:
+    with pytest.raises(ConfigError, match=r"--policy: .* is not known.*cache-aware.*cache_aware"):
+        configured("--policy", given)
+
+
+def told_of(*words: str) -> list[dict[str, object]]:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    with structlog.testing.capture_logs() as lines:
+        serve._say_flags(parser.parse_args(words))
+    return [dict(line) for line in lines]
+
+
+def test_flags_of_the_router_that_do_nothing_here_are_said_in_one_line() -> None:
+    words = ("--prometheus-port", "29000", "--prefill-policy", "random", "--decode", "http://d:1")
+    (line,) = told_of(*words)
+    assert line["flags"] == ["--prefill-policy", "--prometheus-port"]
+    assert told_of("--decode", "http://d:1", "--policy", "cache_aware") == []
+
+
+def test_a_policy_that_stands_in_for_another_is_said() -> None:
+    (line,) = told_of("--policy", "random")
+    assert (line["asked"], line["policy"]) == ("random", "power-of-two")
+
+
+def test_the_routers_word_for_a_level_is_understood() -> None:
+    assert configured("--log-level", "warn").log.level == "warning"
+
+
+def test_a_flag_that_nobody_knows_is_refused_with_the_usage_of_its_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", "--service-discovery"])
+    told = capsys.readouterr().err
+    assert told.startswith("usage: slackwater serve ")
+    assert "unrecognized arguments: --service-discovery" in told
 
 
 def test_flags_go_before_the_file(tmp_path: Path) -> None:

@@ -50,6 +50,18 @@ def test_a_rate_lies_between_the_slowest_and_the_fastest(steps: list[tuple[int, 
         assert min(seen) * 0.999 <= rate.tokens_per_us <= max(seen) * 1.001
 
 
+def test_work_on_prompts_that_were_taken_off_is_no_evidence() -> None:
+    books, now_us = ledger(), 0
+    for _ in range(20):
+        for prompt in (30_000, 30_000, 1_000):  # the second one is taken off half way
+            books.add_prefill(prompt, now_us)
+        books.prefilled(30_000, now_us + 3_000_000)
+        books.end_prefill(30_000)
+        books.prefilled(1_000, now_us + 4_600_000)
+        now_us += 5_000_000
+    assert books.prefill_tokens_per_us == pytest.approx(0.01)
+
+
 @given(st.lists(st.integers(0, 5000), min_size=2))
 def test_foreign_tokens_are_never_more_than_two_reports_agree_on(totals: list[int]) -> None:
     books = ledger()

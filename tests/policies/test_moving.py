@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policies.hrrn import Hrrn
 from policies.moving import TURN_JOBS, Arrival, Arrivals, Moving
 from policies.order import NO_OUTLOOK, Key, Order, Outlook
 from policies.queue import KeyedHeap
-from policies.slack import Hrrn, Kairos, Salvage
+from policies.salvage import Salvage
+from policies.slack import Kairos
 from policies.types import Job
 from tests.gateway.talk import SECOND, online
 
@@ -51,8 +53,9 @@ class Queue:
     order: Order
 
     def __post_init__(self) -> None:
+        assert self.order.moves is not None
         self.heap: KeyedHeap[Key] = KeyedHeap()
-        self.moving = Moving()
+        self.moving = self.order.moves()
 
     def put(self, job: Job, outlook: Outlook = NO_OUTLOOK) -> None:
         self.moving.add(job)
@@ -91,8 +94,18 @@ def test_a_short_queue_is_in_order_at_every_look(order: Order) -> None:
             queue.take(gone)
 
 
+@dataclass(frozen=True, slots=True)
+class Sinking:
+    """Keys that change once, when their deadline passes."""
+
+    moves: ClassVar[type[Moving]] = Moving
+
+    def key(self, job: Job, outlook: Outlook = NO_OUTLOOK) -> Key:
+        return (int(outlook.now_us > job.deadline_us), job.prompt_tokens)
+
+
 def test_in_a_long_queue_every_key_is_seen_to_within_one_look_a_block() -> None:
-    queue = Queue(Salvage())
+    queue = Queue(Sinking())
     jobs = [online(f"{number:04}", 1000 - number % 900, number) for number in range(1000)]
     for job in jobs:
         queue.put(job)
@@ -104,11 +117,36 @@ def test_in_a_long_queue_every_key_is_seen_to_within_one_look_a_block() -> None:
     assert all(key[0] == 1 for key in queue.heap.entries.values())
 
 
+class Noting(KeyedHeap[Key]):
+    """A heap that tells what is put into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.puts = list[str]()
+
+    def put(self, entry: str, key: Key) -> None:
+        self.puts.append(entry)
+        super().put(entry, key)
+
+
+@pytest.mark.parametrize("order", [Sinking(), Kairos(), Salvage()])
+def test_a_key_that_stays_is_not_put_into_the_heap_again(order: Order) -> None:
+    queue, heap = Queue(order), Noting()
+    queue.heap = heap
+    for number in range(TURN_JOBS):
+        queue.put(online(str(number), at_us=0))
+    heap.puts.clear()
+    queue.look(NO_OUTLOOK)
+    assert not heap.puts
+    queue.look(Outlook(now_us=3 * SECOND))
+    assert heap.puts
+
+
 @dataclass(frozen=True, slots=True)
 class Backwards:
     """All that wait fall behind whoever was looked at."""
 
-    moves: ClassVar[bool] = True
+    moves: ClassVar[type[Moving]] = Moving
 
     def key(self, job: Job, outlook: Outlook = NO_OUTLOOK) -> Key:
         return (outlook.now_us,)
@@ -119,7 +157,35 @@ def test_heads_that_all_lose_their_place_end_the_search() -> None:
     for number in range(500):
         queue.put(online(str(number), at_us=number))
     assert queue.look(Outlook(now_us=7)) is not None
-    assert sum(key == (7,) for key in queue.heap.entries.values()) < 3 * TURN_JOBS
+    assert 0 < sum(key == 7 for key, _ in queue.heap.entries.values()) < 3 * TURN_JOBS
+
+
+class Counted(KeyedHeap[Key]):
+    """Counts what is put anew."""
+
+    puts = 0
+
+    def put(self, entry: str, key: Key) -> None:
+        self.puts += 1
+        super().put(entry, key)
+
+
+def test_keys_that_have_not_moved_are_not_put_anew() -> None:
+    queue = Queue(Salvage())
+    queue.heap = counted = Counted()
+    for number in range(100):
+        queue.put(online(f"{number:03}", 1000 - number))
+    assert queue.look(Outlook(now_us=1)) == "099"
+    assert counted.puts == 100
+
+
+def test_a_head_that_stays_the_head_ends_the_search() -> None:
+    queue = Queue(Backwards())
+    queue.heap = counted = Counted()
+    for name in "ab":
+        queue.put(online(name))
+    assert queue.look(Outlook(now_us=7)) == "a"
+    assert counted.puts == 4
 
 
 def test_an_empty_queue_has_no_head() -> None:

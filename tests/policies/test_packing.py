@@ -96,6 +96,13 @@ def test_nobody_is_left_out_where_a_step_of_all_keeps_to_the_limit_or_a_turn_has
 
 
 @given(running, step_laws)
+def test_packing_never_costs_tokens_per_second(members: list[Running], step_us: StepUs) -> None:
+    chosen, everybody = Slack().choose(members, step_us), range(len(members))
+    stock = len(members) / took(members, everybody, step_us)
+    assert len(chosen) / took(members, chosen, step_us) >= stock * (1 - 1e-9)
+
+
+@given(running, step_laws)
 def test_whoever_is_left_out_holds_more_than_whoever_is_not(
     members: list[Running], step_us: StepUs
 ) -> None:
@@ -127,6 +134,13 @@ def test_a_long_context_waits_until_the_others_are_ahead_of_their_target() -> No
     assert Slack().choose([*ahead, row(120_000)], by_longest) == [0, 1, 2]
 
 
+def test_the_limit_is_that_of_the_strictest_whoever_joined_first() -> None:
+    strict = Running(500, 100, 1_394_000.0, 20_000.0)
+    relaxed = Running(500, 0, 40_000.0, 50_000.0)
+    for members in ([strict, relaxed], [relaxed, strict]):
+        assert Slack().limit_us(members) == pytest.approx(20_000)
+
+
 def test_one_hopeless_request_stops_the_printed_rule_and_not_the_repaired_one() -> None:
     members = [row(4_000, slack_ms=30), row(4_000, slack_ms=30), row(120_000, slack_ms=-5_000)]
     assert Kairos().choose(members, by_longest) == [0, 1, 2]
@@ -151,7 +165,7 @@ def test_online_is_filled_in_first_and_offline_gets_the_room_that_is_left() -> N
 @given(st.permutations(range(5)))
 def test_equal_contexts_are_taken_in_the_order_they_joined(order: list[int]) -> None:
     members = [row(8_000, slack_ms=50 + i) for i in order]
-    chosen = Slack().choose(members, lambda n, c, m: 10_000.0 + 9_000.0 * n)
+    chosen = Slack().choose(members, lambda n, c, m: 5_000.0 * n**2)
     assert chosen == [0, 1]
 
 

@@ -168,7 +168,8 @@ def test_work_moves_to_a_strict_server_when_its_shorter_steps_pay_for_the_prompt
     victims = [victim("a", left_tokens=2.0), victim("b", left_tokens=500.0)]
     assert RULE.pull(strict, relaxed, victims[:1]) is None
     assert RULE.pull(strict, relaxed, victims[1:]) == victims[1]
-    assert ForSlack(pulls=False).pull(strict, relaxed, victims) is None
+    assert RULE.may_pull(strict, relaxed)
+    assert not ForSlack(pulls=False).may_pull(strict, relaxed)
 
 
 def test_what_could_not_go_on_or_moved_often_stays() -> None:
@@ -237,3 +238,13 @@ def test_no_more_is_aborted_than_was_earned(wishes: list[tuple[int, int]]) -> No
         budget.spend(taken) if taken else None
         spent += taken
     assert spent <= 8 + 5 * now_us / SECOND + 1e-6
+
+
+@given(st.integers(0, 60), st.integers(0, 200), st.integers(1, 6000), st.floats(0, 1e5))
+def test_where_a_pull_is_not_worth_a_look_nobody_is_pulled(
+    chats: int, jobs: int, context: int, left_tokens: float
+) -> None:
+    strict = chat(ledger(), chats)
+    relaxed = batch(ledger(pool=Pool.RELAXED), jobs, context)
+    victims = [victim("a", context_tokens=context, left_tokens=left_tokens)]
+    assert RULE.may_pull(strict, relaxed) or RULE.pull(strict, relaxed, victims) is None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from policies.hrrn import Hrrn
 from policies.order import Outlook, Shortest
-from policies.slack import Hrrn, Kairos, Salvage
+from policies.salvage import Salvage
+from policies.slack import Kairos
 from tests.gateway.talk import SECOND, online
 
 EIGHT = {"deadline_us": 8 * SECOND}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from typing import Any
 
 import aiohttp
@@ -60,6 +61,52 @@ async def test_text_goes_to_tokens_and_back(
     _, back = await post(http, url + "/v1/detokenize", model="m", tokens=tokens["tokens"])
     assert back["text"] == text
     assert tokens["count"] == len(tokens["tokens"])
+
+
+async def test_generated_tokens_become_the_text_that_was_answered(
+    fleet: EmulatedFleet, http: aiohttp.ClientSession
+) -> None:
+    url = fleet.urls["u"]
+    body = {"prompt": "once", "max_tokens": 5, "ignore_eos": True, "return_token_ids": True}
+    _, answer = await post(http, url + "/v1/completions", **body)
+    (choice,) = answer["choices"]
+    _, back = await post(http, url + "/detokenize", tokens=choice["token_ids"])
+    assert back["text"] == choice["text"]
+
+
+@pytest.mark.parametrize("tokens", ["text", None, ["a"], [1, -1], [[1], "b"], [True]])
+async def test_what_are_no_tokens_is_refused(
+    fleet: EmulatedFleet, http: aiohttp.ClientSession, tokens: object
+) -> None:
+    status, told = await post(http, fleet.urls["u"] + "/detokenize", tokens=tokens)
+    assert status == 400
+    assert told["message"].startswith("tokens: a list of token ids")
+
+
+async def test_the_tokens_of_a_conversation_are_those_that_its_answer_counts(
+    fleet: EmulatedFleet, http: aiohttp.ClientSession
+) -> None:
+    body = {"system": "Be brief.", "messages": [{"role": "user", "content": "Tell me more"}]}
+    url = fleet.urls["u"] + "/v1/messages"
+    _, counted = await post(http, url + "/count_tokens", model="m", **body)
+    _, answer = await post(http, url, model="m", max_tokens=2, **body)
+    assert counted == {"input_tokens": answer["usage"]["input_tokens"]}
+    assert (await post(http, url + "/count_tokens", model="m"))[0] == 400
+
+
+async def test_answers_are_dated_by_the_calendar(
+    fleet: EmulatedFleet, http: aiohttp.ClientSession
+) -> None:
+    before = int(datetime.now(UTC).timestamp())
+    _, answer = await post(http, fleet.urls["u"] + "/v1/completions", prompt="x", max_tokens=2)
+    assert before <= answer["created"] <= datetime.now(UTC).timestamp()
+
+
+async def test_a_page_that_is_not_there_is_refused_as_sglang_does(
+    fleet: EmulatedFleet, http: aiohttp.ClientSession
+) -> None:
+    told = await post(http, fleet.urls["u"] + "/parse_function_call", text="x")
+    assert told == (404, {"detail": "Not Found"})
 
 
 async def test_metrics_carry_sglang_names(

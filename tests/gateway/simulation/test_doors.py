@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -185,3 +186,14 @@ def test_a_gateway_that_is_told_no_classes_makes_online_requests_wait_behind_a_b
         records = ran(crowd(policy)).records
         waits.append(max(it.ttft_us or 0 for it in records if it.kind is Kind.ONLINE))
     assert waits[1] > 2 * waits[0]
+
+
+@pytest.mark.parametrize("door", ["priority-classes", "aimd"])
+def test_a_door_sees_the_servers_that_are_there(door: str) -> None:
+    late = ServerEntry(name="late", kv_tokens=50_000, joins_s=2.0, start_up_s=3.0)
+    policy = PolicyEntry(name=door, policies=FIRST_COME, door=door)
+    crowded = crowd(policy, slots=240)
+    [one] = crowded.scenario.fleet
+    grown = replace(one, server=(*one.server, late))
+    records = ran(replace(crowded, scenario=replace(crowded.scenario, fleet=(grown,)))).records
+    assert {it.ended for it in records} == {Ended.FINISHED}

@@ -12,6 +12,7 @@ import pytest
 
 from gateway.scenario import (
     MODES,
+    PUBLIC,
     BadRows,
     FleetEntry,
     GatewayEntry,
@@ -29,6 +30,7 @@ from policies.types import Role
 from tests.gateway.simulation.scenarios import CHAT, UNIFIED, fleet, plan
 
 SHIPPED = sorted((Path(__file__).parents[3] / "benchmarks" / "scenarios").glob("*.toml"))
+DOCUMENTATION = Path(__file__).parents[3] / "docs" / "simulator.md"
 HEADER = "timestamp,input_tokens,output_tokens"
 SMALL = """
 duration_s = 5.0
@@ -65,6 +67,8 @@ SECOND_FLEET = '[[fleet]]\nname = "b"\nserver = [{ role = "prefill" }]\n'
         ),
         (SECOND_POLICY + 'policies = { plaice = "y" }', "unknown key policy[0].policies.plaice"),
         (SECOND_POLICY + 'fleet = "y"', "policy[0].fleet must be one of ['fleet'], got 'y'"),
+        (SECOND_POLICY + 'oracle = "delphi"', "policy[0].oracle must be one of ['none', 'srpf-"),
+        (SECOND_POLICY + 'oracle = "srpf-oracle"', 'policy[0].name must have "oracle" in it'),
         (SECOND_POLICY + SECOND_POLICY, "two [[policy]] are called 'x'"),
         ("[sweep]\nvalues = [0.0]", "sweep.values must be positive"),
         ('[sweep]\nof = "speed"', "sweep.of must be one of ['rate', 'offline']"),
@@ -93,6 +97,40 @@ def test_a_trace_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
     message = refused(tmp_path, text)
     assert f"workload[1].trace: {tmp_path / 'traces/b.csv'} is not there" in message
     assert "--data" in message
+    assert "timestamp, input_tokens, output_tokens" in message
+    assert "bursty-chat.toml" in message
+
+
+def test_a_public_trace_that_is_not_there_is_named_with_its_source(tmp_path: Path) -> None:
+    chat = next(path for path in SHIPPED if path.stem == "chat")
+    with pytest.raises(ConfigError, match=r"github\.com/Azure/AzurePublicDataset: docs"):
+        load(chat, tmp_path)
+
+
+def commands_of_the_documentation() -> list[Path]:
+    """Scenarios that the first commands name: whoever has a clone alone runs these."""
+    text = DOCUMENTATION.read_text() + (DOCUMENTATION.parents[1] / "README.md").read_text()
+    named = re.findall(r"^slackwater simulate (benchmarks/\S+)", text, re.MULTILINE)
+    return [DOCUMENTATION.parents[1] / name for name in named]
+
+
+def test_the_first_commands_of_the_documentation_need_no_trace(tmp_path: Path) -> None:
+    named = commands_of_the_documentation()
+    assert len(named) >= 2
+    for path in named:
+        of = load(path, tmp_path)
+        assert all(source.trace is None for source in of.sources)
+        assert next(iter(prepared(of, 1.0, 1).streams[0].asks)).input_tokens > 0
+
+
+def test_every_trace_of_a_shipped_scenario_is_told_of() -> None:
+    text = DOCUMENTATION.read_text()
+    for path in SHIPPED:
+        for entry in decode(Scenario, tomllib.loads(path.read_text())).workload:
+            for file in filter(None, (entry.trace, entry.lengths)):
+                assert f"`{file}`" in text
+                assert any(file.rpartition("/")[2].startswith(begin) for begin in PUBLIC)
+    assert all(url in text for url in PUBLIC.values())
 
 
 def traced(folder: Path, rows: str, keys: str = "") -> Path:
@@ -188,7 +226,7 @@ def test_a_shipped_scenario_says_something(path: Path) -> None:
 
 
 def test_the_documentation_names_every_key() -> None:
-    text = (Path(__file__).parents[3] / "docs" / "simulator.md").read_text()
+    text = DOCUMENTATION.read_text()
     named = set(re.findall(r"`([a-z_.]+)`", text)) | set(re.findall(r"^\[*([a-z_]+)", text, re.M))
     named = {part for it in named for part in it.split(".")}
     for cls in (Scenario, Sweep, GatewayEntry, FleetEntry, ServerEntry, WorkloadEntry, PolicyEntry):

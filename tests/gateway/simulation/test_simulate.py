@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gateway.__main__ import main, parser
+from gateway.__main__ import main, parsed
 from gateway.simulate import run_simulate
 from gateway.simulation.summary import METRICS
 from gateway.simulation.svg import Axis, Line, axis, bars, log_axis, plot
@@ -59,10 +59,10 @@ def told(folder: Path) -> dict[str, Any]:
     path.write_text(SCENARIO)
     out = io.StringIO()
     options = ["--json", "--processes", "1", "--log", str(folder), "--html", str(folder / "r.html")]
-    given = parser().parse_args(["simulate", str(path), *options])
+    given = parsed(["simulate", str(path), *options])
     assert run_simulate(given, Console(file=out, width=200)) == 0
-    parsed: dict[str, Any] = json.loads(out.getvalue())
-    return parsed
+    answer: dict[str, Any] = json.loads(out.getvalue())
+    return answer
 
 
 def test_the_json_has_a_row_for_each_load_policy_and_workload(told: dict[str, Any]) -> None:
@@ -123,7 +123,7 @@ def test_tables_name_policies_and_workloads(folder: Path) -> None:
     path = folder / "small.toml"
     path.write_text(SCENARIO.replace("[1.0, 2.0]", "[1.0]").replace("[1, 2]", "[1]"))
     out = io.StringIO()
-    given = parser().parse_args(["simulate", str(path), "--processes", "1", "--quiet"])
+    given = parsed(["simulate", str(path), "--processes", "1", "--quiet"])
     assert run_simulate(given, Console(file=out, width=220)) == 0
     for word in ("edf", "fcfs & friends", "batch", "TTFT kept", "wasted tok", "step times"):
         assert word in out.getvalue()
