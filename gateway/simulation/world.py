@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -243,6 +244,7 @@ class World:
                 answer_s=delays.answer_ms / 1e3,
                 tick_s=delays.tick_ms / 1e3,
             ),
+            _first_token_s(case.policy),
         )
         self._recorder = Recorder(self._ended)
         self._by_prefix = PLACE[case.policy.policies.place]().by_prefix
@@ -500,3 +502,14 @@ class World:
             launched=self._actuator.launched,
             released=self._actuator.released,
         )
+
+
+def _first_token_s(policy: PolicyEntry) -> Mapping[Kind, float]:
+    """A gateway's own; what stands in its place in a comparison has no such limit."""
+    if policy.door != "open":
+        return dict.fromkeys(Kind, math.inf)
+    timeouts = policy.config().timeouts
+    return {
+        Kind.ONLINE: timeouts.first_token_online_s,
+        Kind.OFFLINE: timeouts.first_token_offline_s,
+    }
