@@ -97,6 +97,8 @@ def group_of(index: int, table: Any) -> Group:
     group = Group(**values)
     if group.count < 1:
         raise FleetError(f"{where}count must be at least 1, got {group.count}")
+    if not 0 <= group.port <= 65_536 - group.count:
+        raise FleetError(f"{where}port must leave {group.count} ports up to 65535, got {group.port}")
     if group.gpus and len(group.gpus) != group.count:
         raise FleetError(f"{where}gpus names {len(group.gpus)} of {group.count} servers")
     return group

@@ -38,6 +38,8 @@ def test_a_file_says_how_many_of_each(tmp_path: Path) -> None:
         ({"servers": [{"role": "router"}]}, "servers[0].role must be one of ['prefill'"),
         ({"servers": [{"role": "decode", "count": 0}]}, "servers[0].count must be at least 1"),
         ({"servers": [{"role": "decode", "count": True}]}, "servers[0].count must be a int"),
+        ({"servers": [{"role": "decode", "port": 99_999}]}, "servers[0].port must leave 1 ports"),
+        ({"servers": [{"role": "decode", "port": 65_535, "count": 2}]}, "must leave 2 ports"),
         ({"servers": [{"role": "decode", "gpus": ["0"], "count": 2}]}, "names 1 of 2 servers"),
         ({"servers": [3]}, "servers[0] must be a table"),
         ({"servers": []}, "servers: a fleet needs at least one"),
