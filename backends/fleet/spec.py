@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from backends.words import TYPES
 from policies.types import Pool, Role
 
 
@@ -126,7 +127,7 @@ def value_of(one: Any, value: Any, where: str) -> Any:
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if type(value) is not type(default):
-        raise FleetError(f"{where} must be a {type(default).__name__}, got {value!r}")
+        raise FleetError(f"{where} must be {TYPES.get(type(default), 'a table')}, got {value!r}")
     return value
 
 
