@@ -148,7 +148,7 @@ def test_a_report_that_could_not_be_written_is_refused_before_anything_runs(
     assert main(["simulate", str(path), "--html", str(tmp_path / "absent" / "r.html")]) == 2
     assert "there is no folder" in capsys.readouterr().err
     assert main(["simulate", str(path), "--log", str(path)]) == 2
-    assert "File exists" in capsys.readouterr().err
+    assert "file exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("points", [[], [(1.0, 0.5)], [(0.0, 0.0), (1.0, 1.0), (2.0, 0.2)]])
