@@ -42,6 +42,8 @@ log = structlog.get_logger("slackwater.preemption")
 _RID_PREFIX = {"chat": "chatcmpl-", "completions": "cmpl-"}
 """What clients of the OpenAI routes expect their ids to begin with."""
 
+BOOTSTRAP_PORT = 8998
+"""Of a prefill server that says nothing about it."""
 _ROOM_BITS = 62
 _LOST_PAIR = frozenset({Fault.TIMEOUT, Fault.PAIRING})
 """How a pair ends whose legs have not found each other."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -32,6 +32,9 @@ from policies.types import Job, Kind, Resume, Role, Worker
 _OVERLOADED = frozenset({429, 503})
 _PRIORITY = {Kind.ONLINE: 1, Kind.OFFLINE: 0}
 """Read by servers that order by priority, and ignored by the others."""
+FIRST_TOKEN_S: Mapping[Kind, float] = {Kind.ONLINE: 60.0, Kind.OFFLINE: 600.0}
+"""From dispatch until the servers of a request without a token are given up: the gateway's own."""
+_LOST_PAIR = frozenset({Fault.TIMEOUT, Fault.PAIRING})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,14 +128,20 @@ class _Attempt:
     """One dispatch; over as soon as the gateway would take it to be over."""
 
     __slots__ = (
-        *("_backend", "_flows", "decode", "is_complete", "job", "over", "prefill"),
+        *("_backend", "_flows", "decode", "is_complete", "job", "over", "prefill", "sent_s"),
         "told_tokens",
     )
 
     def __init__(
-        self, backend: SimulatedBackend, job: Job, prefill: Engine | None, decode: Engine
+        self,
+        backend: SimulatedBackend,
+        job: Job,
+        prefill: Engine | None,
+        decode: Engine,
+        sent_s: float,
     ) -> None:
         self._backend = backend
+        self.sent_s = sent_s
         self._flows = False
         self.job = job
         self.prefill = None if prefill is None else _Leg(self, prefill, is_prefill=True)
@@ -204,6 +213,16 @@ class _Attempt:
         )
         self._backend.ended(self.job.id, failed)
 
+    def check(self, now_s: float) -> None:
+        """Before the KV has arrived nobody can tell which side hangs, so both are to blame."""
+        if self.over or self._flows:
+            return
+        if now_s - self.sent_s > self._backend.first_token_s[self.job.kind]:
+            open_legs = [leg for leg in self.legs if leg.resident is not None or not leg.is_prefill]
+            blamed = tuple(leg.engine.name for leg in open_legs)
+            self.close()
+            self._backend.ended(self.job.id, Failed(self.job.id, Fault.TIMEOUT, blamed))
+
     def close(self) -> None:
         self.over = True
         self._backend.after(self._backend.delays.request_s, self._leave)
@@ -234,16 +253,23 @@ class SimulatedBackend:
     """Answers dispatches with engines on a clock; the core and the driver see no difference."""
 
     def __init__(
-        self, engines: Iterable[Engine], clock: Clock, delays: Delays | None = None
+        self,
+        engines: Iterable[Engine],
+        clock: Clock,
+        delays: Delays | None = None,
+        first_token_s: Mapping[Kind, float] = FIRST_TOKEN_S,
     ) -> None:
         self.engines = {engine.name: engine for engine in engines}
         self.delays = delays or Delays()
+        self.first_token_s = first_token_s
         self.post: Post = _nobody
         self.on_leg_end: Callable[[str, Resident], object] | None = None
         """Told of every leg that is over at its server, for whoever keeps accounts."""
         self._clock = clock
         self._work: dict[str, Work] = {}
         self._live: dict[str, _Attempt] = {}
+        self._spellings: dict[str, int] = {}
+        """Of prefill servers that have lost pairs, how often they were named anew for it."""
         self._serials = count(1)
         self._ticking = False
 
@@ -271,7 +297,8 @@ class SimulatedBackend:
     def start(self, dispatch: Dispatch) -> None:
         job, serial = dispatch.job, next(self._serials)
         prefill = None if dispatch.prefill is None else self.engines[dispatch.prefill]
-        attempt = _Attempt(self, job, prefill, self.engines[dispatch.decode])
+        now_s = self._clock.time()
+        attempt = _Attempt(self, job, prefill, self.engines[dispatch.decode], now_s)
         self._live[job.id] = attempt
         work = self._work[job.id]
         request = Request(
@@ -284,7 +311,7 @@ class SimulatedBackend:
             arrived_s=job.arrival_us / 1e6,
             ttft_s=(job.deadline_us - job.arrival_us) / 1e6 if job.kind is Kind.ONLINE else 0.0,
             tpot_s=job.tpot_us / 1e6,
-            bootstrap_host=_address_of(prefill) if prefill else "",
+            bootstrap_host=self._address_of(prefill) if prefill else "",
             bootstrap_port=prefill.config.bootstrap_port if prefill else None,
             bootstrap_room=serial if prefill else None,
         )
@@ -319,12 +346,23 @@ class SimulatedBackend:
     # What attempts say.
 
     def ended(self, job_id: str, event: Finished | Failed) -> None:
-        self._live.pop(job_id, None)
+        attempt = self._live.pop(job_id, None)
         if isinstance(event, Finished):
             self._work.pop(job_id, None)
         else:
             self._grow(job_id, event.generated)
+            if attempt is not None and attempt.prefill is not None and event.fault in _LOST_PAIR:
+                self._lost_pair(attempt.prefill.engine.name, event.blamed)
         self.post(event)
+
+    def _lost_pair(self, prefill: str, blamed: tuple[str, ...]) -> None:
+        if prefill in blamed:
+            self._spellings[prefill] = self._spellings.get(prefill, 0) + 1
+
+    def _address_of(self, prefill: Engine) -> str:
+        """As the live backend has it: a new spelling for each life, turn at the role and loss."""
+        known_as = prefill.life + prefill.switches + self._spellings.get(prefill.name, 0)
+        return respelled(prefill.config.bootstrap_host, known_as)
 
     def _grow(self, job_id: str, generated: int) -> None:
         """What was generated is part of the prompt of the next attempt."""
@@ -356,13 +394,11 @@ class SimulatedBackend:
                 moved.append((job_id, tokens))
         if moved:
             self.post(Progress(tuple(moved)))
+        now_s = self._clock.time()
+        for attempt in list(self._live.values()):
+            attempt.check(now_s)
         if self._live:
             self._tick_on()
-
-
-def _address_of(prefill: Engine) -> str:
-    """As the live backend has it: a new spelling for each life and each turn at the role."""
-    return respelled(prefill.config.bootstrap_host, prefill.life + prefill.switches)
 
 
 def worker_of(engine: Engine) -> Worker:

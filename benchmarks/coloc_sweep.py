@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from benchmarks.coloc_budget import fitted
 from benchmarks.coloc_systems import (
     DECODES,
     PREFILLS,
@@ -26,17 +27,18 @@ from benchmarks.coloc_systems import (
 from benchmarks.fluid import Bound, Mix, Servers, Targets, bound
 from gateway.scenario import Plan, PolicyEntry, Scenario, Sweep, Swept, planned
 from gateway.simulation.asks import prepared
+from gateway.simulation.budget import BudgetEntry
 from gateway.simulation.fleet import servers_of
 from gateway.simulation.records import Ended, Record, RunFacts
 from gateway.simulation.world import Case, World
-from policies.types import Kind
+from policies.types import Kind, Role
 
 T = TypeVar("T")
 
 DRAIN_S = 30.0
 LOADS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
 """Offered offline requests, as shares of what the fluid bound serves; the last is a backlog."""
-QUICK_LOADS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.2)
+QUICK_LOADS = (0.15, 0.35, 0.6, 0.9, 1.2)
 AUTHORS, STRICTER = 0.03, 0.005
 """The authors' line for online violations; and ours, beside what online alone violates."""
 LOOK_EVERY = 8
@@ -48,6 +50,7 @@ class Point:
     """One run."""
 
     load: float
+    """Or the share of the target that is the budget, where that is searched."""
     offered_per_s: float
     violations: float
     ttft_violations: float
@@ -154,8 +157,8 @@ def has_missed(record: Record, now_us: int) -> bool:
 
 def point(task: Task, plan: Plan, load: float) -> Point:
     """A run that is lost has at least the violations it had when that was seen."""
-    case = Case(policy=plan.scenario.policy[0], load=load, seed=task.seed)
-    rate = load * task.unit_per_s
+    case = case_of(task, plan.scenario.policy[0], load)
+    rate = case.load * task.unit_per_s
     world = World(plan, case, lambda share: spared.tick(share))
     spared = Spared(task.traffic, max(task.limits) * task.counted, world.records)
     try:
@@ -163,6 +166,15 @@ def point(task: Task, plan: Plan, load: float) -> Point:
     except Lost:
         return lost(load, rate, spared.missed / task.counted)
     return measured(ran.facts, ran.records, load, rate)
+
+
+def case_of(task: Task, policy: PolicyEntry, load: float) -> Case:
+    """Where budgets are searched, `load` is one, as a share of the target for a token."""
+    if not task.system.budgets:
+        return Case(policy=policy, load=load, seed=task.seed)
+    budget = replace(policy.budget, ms=load * task.traffic.tpot_ms)
+    backlog = max(task.loads)
+    return Case(policy=replace(policy, budget=budget), load=backlog, seed=task.seed)
 
 
 def lost(load: float, rate: float, violations: float) -> Point:
@@ -205,8 +217,17 @@ def _missed(kept: Iterable[bool]) -> float:
 
 def planned_for(task: Task) -> Plan:
     """Its files are read once: loads multiply the offline rate."""
-    scenario = scenario_of(task.traffic, task.system.policy, task.unit_per_s)
+    policy = task.system.policy
+    if task.system.budgets:
+        policy = replace(policy, budget=profiled(task))
+    scenario = scenario_of(task.traffic, policy, task.unit_per_s)
     return planned(replace(scenario, sweep=Sweep(of=Swept.OFFLINE)), task.data)
+
+
+def profiled(task: Task) -> BudgetEntry:
+    fleet = next(it for it in fleets(task.traffic.strict) if it.name == task.system.policy.fleet)
+    server = servers_of(fleet, task.data)[-1]
+    return fitted(server.times, stalls=server.config.role is Role.UNIFIED)
 
 
 def curve(task: Task) -> Curve:
@@ -216,14 +237,15 @@ def curve(task: Task) -> Curve:
     """
     found: dict[int, Point] = {}
     plan = planned_for(task)
+    levels = task.system.budgets or task.loads
 
     def at(index: int) -> Point:
         if index not in found:
-            found[index] = point(task, plan, task.loads[index])
+            found[index] = point(task, plan, levels[index])
         return found[index]
 
     for limit in task.limits:
-        _search(at, len(task.loads), limit)
+        _search(at, len(levels), limit)
     return Curve(
         traffic=task.traffic.key,
         system=task.system.key,

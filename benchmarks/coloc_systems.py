@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from benchmarks.coloc_budget import BUDGETS
 from gateway.config import Admission, Classes, Colocation, Cost, Limits, Online, Policies
 from gateway.scenario import FleetEntry, PolicyEntry, ServerEntry, WorkloadEntry
 from policies.types import Kind, Pool, Role
@@ -136,6 +137,10 @@ def fleets(strict: int) -> tuple[FleetEntry, ...]:
         split("plain", DECODES, priority=False),
         split("by priority", DECODES, priority=True),
         split("pools", strict, priority=True),
+        _fleet(
+            "unified",
+            _servers(Role.UNIFIED, PREFILLS + DECODES, Pool.STRICT, priority=True),
+        ),
     )
 
 
@@ -145,6 +150,8 @@ class System:
     about: str
     policy: PolicyEntry
     is_ours: bool = False
+    budgets: tuple[float, ...] = ()
+    """Searched instead of the load, which is a backlog then."""
 
 
 _BACKLOG = Limits(max_queued=1_000_000)
@@ -161,6 +168,11 @@ def _peer(key: str, about: str, fleet: str = "by priority", **keys: object) -> S
         about=about,
         policy=replace(entry, **keys),  # type: ignore[arg-type]  # checked as above
     )
+
+
+def _budgeted(key: str, about: str, fleet: str, admission: Admission) -> System:
+    peer = _peer(key, about, fleet=fleet, door="latency-budget", admission=admission)
+    return replace(peer, budgets=BUDGETS)
 
 
 def _own(key: str, about: str, **keys: object) -> System:
@@ -181,7 +193,10 @@ PEERS = (
     _peer("SMG classes", "v1 behind slots for each class", door="priority-classes"),
     _peer("AIMD", "v1 behind a batch processor's window", door="aimd"),
 )
-BESIDE: tuple[System, ...] = ()
+BESIDE = (
+    _budgeted("HyGen", "unified servers, a latency budget", "unified", Admission()),
+    _budgeted("HyGen, P/D", "the same rule before v1's servers", "by priority", _LATE),
+)
 OURS = _own("ours", "two pools; offline work is lent what online work leaves, and taken back")
 ABLATIONS = (
     _own("no preemption", "what runs may end", policies=Policies(preempt="none")),

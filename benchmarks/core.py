@@ -14,7 +14,7 @@ import sys
 import time
 from array import array
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from rich.table import Table
@@ -159,8 +159,9 @@ def us(trials: list[Trial], kind: str, share: float) -> Spread:
     return Spread.of(quantile(each.times_us[kind], share) or 0.0 for each in trials)
 
 
-def table(depth: int, trials: list[Trial]) -> Table:
-    grid = Table(title=f"{depth:,} jobs queued: microseconds a call", title_justify="left")
+def table(depth: int, order: str, trials: list[Trial]) -> Table:
+    title = f"{depth:,} jobs queued, order = {order}: microseconds a call"
+    grid = Table(title=title, title_justify="left")
     for column in ("call", "calls", "p50", "p99", "most"):
         grid.add_column(column, justify="left" if column == "call" else "right")
     for kind in sorted(trials[0].times_us, key=lambda each: (each != DECISION, each)):
@@ -184,35 +185,59 @@ The garbage collector runs as it does in service.
 examples:
   python -m benchmarks.core
   python -m benchmarks.core --quick --json
-  python -m benchmarks.core --order fcfs
+  python -m benchmarks.core --order edf salvage hrrn kairos
 """,
     )
-    parser.add_argument("--order", choices=sorted(ORDER), default="edf", help="of the queue")
+    parser.add_argument(
+        "--order",
+        choices=sorted(ORDER),
+        nargs="+",
+        default=["edf"],
+        metavar="NAME",
+        help=f"of the queue, several in turn; of {', '.join(sorted(ORDER))} (default: edf)",
+    )
     parser.add_argument("--rounds", type=int, help="trials at each depth, each with a new seed")
     add_report_options(parser)
     return parser.parse_args()
 
 
+def measured(
+    orders: Sequence[str], seeds: Iterable[int], turns: int
+) -> dict[tuple[int, str], list[Trial]]:
+    """The orders in turn, seed by seed: what disturbs one disturbs the others."""
+    found: dict[tuple[int, str], list[Trial]] = {
+        (depth, order): [] for depth in DEPTHS for order in orders
+    }
+    for depth in DEPTHS:
+        for seed in seeds:
+            for order in orders:
+                found[depth, order].append(trial(depth, order, seed, turns))
+    return found
+
+
+def checks(order: str, found: dict[tuple[int, str], list[Trial]]) -> Iterator[Check]:
+    p99 = us(found[10_000, order], DECISION, 0.99).median
+    p50 = us(found[1_000, order], DECISION, 0.5).median
+    yield Check(name=f"{order}: decision at 10,000 queued, p99", value=p99, target=200, unit="us")
+    yield Check(name=f"{order}: decision at 1,000 queued, median", value=p50, target=30, unit="us")
+
+
 def main() -> int:
     asked = parsed()
     effort = QUICK if asked.quick else FULL
+    orders = tuple(dict.fromkeys(asked.order))
     report, watch = Report(title="core"), Watch.begin()
     run_rarely()
     if asked.quick:
         report.notes.append(f"--quick: {effort}, instead of {FULL}")
-    seeds = range(asked.rounds or effort.rounds)
-    found = {d: [trial(d, asked.order, seed, effort.turns) for seed in seeds] for d in DEPTHS}
+    found = measured(orders, range(asked.rounds or effort.rounds), effort.turns)
     report.notes.append(watch.note())
-    for depth, trials in found.items():
-        report.tables.append(table(depth, trials))
+    for (depth, order), trials in found.items():
+        report.tables.append(table(depth, order, trials))
         for share in (0.5, 0.99):
-            name = f"decision at {depth} queued, p{share * 100:.0f}, us"
+            name = f"{order}: decision at {depth} queued, p{share * 100:.0f}, us"
             report.spread[name] = us(trials, DECISION, share)
-    p99, p50 = us(found[10_000], DECISION, 0.99), us(found[1_000], DECISION, 0.5)
-    report.checks = [
-        Check(name="decision at 10,000 queued, p99", value=p99.median, target=200, unit="us"),
-        Check(name="decision at 1,000 queued, median", value=p50.median, target=30, unit="us"),
-    ]
+    report.checks = [check for order in orders for check in checks(order, found)]
     return report.finish(as_json=asked.json)
 
 

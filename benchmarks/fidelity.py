@@ -42,6 +42,7 @@ from benchmarks.processes import (
     wait_until_listening,
 )
 from benchmarks.report import Check, Report, add_report_options, number
+from gateway.asking import CLASS_HEADER
 from gateway.clock import LiveClock
 from gateway.scenario import Plan, WorkloadEntry, load
 from gateway.settings import ConfigError
@@ -151,12 +152,17 @@ class Player:
         record = opened(stream, ask, self._now_us(), self._room)[2]
         self.late_ms.append(record.arrival_us / 1e3 - ask.arrival_s * 1e3)
         self.records.append(record)
-        await self._ask(http, ask, record, body)
+        await self._ask(http, ask, record, body, stream.entry.kind)
 
     async def _ask(
-        self, http: aiohttp.ClientSession, ask: Ask, record: Record | None, body: bytes = b""
+        self,
+        http: aiohttp.ClientSession,
+        ask: Ask,
+        record: Record | None,
+        body: bytes = b"",
+        kind: Kind = Kind.ONLINE,
     ) -> None:
-        headers = {"content-type": "application/json"}
+        headers = {"content-type": "application/json", CLASS_HEADER: str(kind)}
         try:
             async with http.post(
                 f"{self._url}/generate", data=body or self._body(ask), headers=headers

@@ -27,11 +27,12 @@ from rich.table import Table
 
 from benchmarks.kairos_systems import (
     BASELINE,
-    PATCHED,
+    ENGINE,
     PLACED,
     PRINTED,
     REPAIRED,
     RESCUED,
+    STOCK,
     SYSTEMS,
     System,
     Traffic,
@@ -241,7 +242,7 @@ def stock_keeps(bench: Bench, traffic: Traffic, rate: float) -> str:
     """The best that a gateway reaches without touching the engine, of the patched gain."""
     best = {}
     for what in ("ttft", "tpot", "both"):
-        stock = [it.name for it in bench.systems if it.needs != PATCHED]
+        stock = [it.name for it in bench.systems if it.needs in (STOCK, ENGINE)]
         patched = fmean(bench.results.gains(traffic, RESCUED, rate, what))
         gains = {n: fmean(bench.results.gains(traffic, n, rate, what)) for n in stock}
         top = max(gains, key=lambda name: gains[name])

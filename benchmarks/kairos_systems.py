@@ -31,12 +31,16 @@ from gateway.scenario import (
     WorkloadEntry,
     planned,
 )
+from gateway.simulation.oracles import NO_ORACLE
 from policies.registry import DISPLACE, ORDER, PLACE
 from policies.types import Role
 
+ORACLE = "srpf-oracle"
 BASELINE = "FCFS, continuous batching"
 PRINTED, REPAIRED, RESCUED = "Kairos as printed", "salvage + slack", "rescue + slack"
 STOCK, ENGINE, PATCHED = "stock", "engine setting", "patched"
+NOBODY = "what nobody has"
+"""An order that is told how long answers will be: a bound, not a system."""
 PATIENT = 1e4
 """Nobody is turned away, as in the paper: every prompt is served, however late."""
 
@@ -48,6 +52,7 @@ class System:
     name: str
     needs: str = STOCK
     order: str = "fcfs"
+    oracle: str = NO_ORACLE
     displace: str = "none"
     held: int = 0
     """So many chunks are sent ahead and the other prompts wait in the gateway; 0: all are sent.
@@ -86,6 +91,7 @@ class System:
         return PolicyEntry(
             name=self.name,
             fleet=self.name,
+            oracle=self.oracle,
             policies=Policies(
                 order=self.order, displace=self.displace, place=self.place, pools="none"
             ),
@@ -125,6 +131,7 @@ SYSTEMS: tuple[System, ...] = (
         schedule_policy="shortest-prefill-first",
     ),
     *at_the_gateway(),
+    System(name=f"gateway {ORACLE}", needs=NOBODY, oracle=ORACLE, held=2),
     System(name="Kairos, prefill only", needs=PATCHED, prefill_order="kairos"),
     System(name="Kairos, decode only", needs=PATCHED, packing="kairos"),
     System(name=PRINTED, needs=PATCHED, prefill_order="kairos", packing="kairos"),

@@ -83,10 +83,11 @@ class Gateway:
         self._tasks = tasks
         self.backend = Sglang(clock, rng, patience_of(config.timeouts), self._connect)
         self.core = Core(rules_of(config))
-        actuator = SglangActuator(self.backend, clock, tasks)
+        self._actuator = SglangActuator(self.backend, clock, tasks)
+        self._tell_actuator(config)
         self.control = RatioControl(self.core, clock, tasks)
         self.driver = Driver(
-            self.core, clock, self.backend, self.control.decided, actuator=actuator
+            self.core, clock, self.backend, self.control.decided, actuator=self._actuator
         )
         self.control.adopt(config, self.driver)
         self.metrics = Metrics(self.core, self.backend.now_us)
@@ -198,6 +199,7 @@ class Gateway:
         changed = changed_keys(self._config, config)
         self._config = config
         self.core.adopt(rules_of(config))
+        self._tell_actuator(config)
         self.control.adopt(config, self.driver)
         self.driver.post(Wakeup())
         self.front.adopt(config)
@@ -212,6 +214,10 @@ class Gateway:
             if name not in wanted:
                 self._remove(name)
         return changed
+
+    def _tell_actuator(self, config: Config) -> None:
+        self._actuator.switch_s = config.ratio.switch_s
+        self._actuator.graph_memory_gb = config.ratio.decode_cuda_graph_memory_gb
 
     def _refuse_itself(self, config: Config) -> None:
         listens = self._config.server

@@ -255,10 +255,17 @@ class RatioSettings:
     """`dopd+`: fewer servers must have been enough for so long."""
     hand_over_s: float = bounded(5.0, low=0)
     """Online requests that still run then on a server that is to switch go on elsewhere."""
+    hand_over_offline_s: float = bounded(0.0, low=0)
+    """The same for offline requests."""
     drain_s: float = bounded(120.0, low=1)
     """A server that is not empty by then stays what it is."""
     switch_s: float = bounded(120.0, low=1)
     """A switch that is not over by then is told of; its server stays out of rotation."""
+    lease_s: float = bounded(300.0, low=0)
+    """A gateway that sees that somebody else has changed a role changes none itself for so long."""
+    decode_cuda_graph_memory_gb: float = bounded(0.0, low=0)
+    """What a server must have free to become a decode server: its CUDA graphs, as the log of
+    another decode server has them. With less it refuses. 0: it does not look, as on CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -399,6 +406,7 @@ def control_of(ratio: RatioSettings, targets: Targets) -> Control | None:
         interval_s=ratio.interval_s,
         quantile=ratio.quantile,
         targets=replace(targets, attained=ratio.attained),
+        lease_s=ratio.lease_s,
     )
 
 
@@ -432,6 +440,7 @@ def rules_of(config: Config) -> Rules:
         costs=_costs(config),
         switch=SwitchRule(
             hand_over_us=_us(config.ratio.hand_over_s * 1e3),
+            hand_over_offline_us=_us(config.ratio.hand_over_offline_s * 1e3),
             drain_us=_us(config.ratio.drain_s * 1e3),
             switch_us=_us(config.ratio.switch_s * 1e3),
         ),

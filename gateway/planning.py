@@ -12,7 +12,7 @@ from gateway.core import Core
 from gateway.ingress import Ingress
 from policies.clock import Clock
 from policies.demand import Demand, Fleet, Flow, Site, Targets
-from policies.events import Decision, Event, Fail, Reject, SwitchWanted
+from policies.events import Decision, Event, Fail, LoadReport, Reject, RoleSwitched, SwitchWanted
 from policies.forecast import Outlook, Prediction
 from policies.ledger import Ledger
 from policies.monitor import Seen
@@ -41,6 +41,7 @@ class Control:
     budget_gpus: int = 0
     switch_s: float = 5.0
     launch_s: float = 45.0
+    lease_s: float = 300.0
 
 
 class Size(Protocol):
@@ -61,6 +62,8 @@ class Look:
     fleet: Fleet
     plan: Plan
     forecast: Prediction
+    is_held: bool = False
+    """Somebody else has changed roles of late."""
 
     @property
     def wants_change(self) -> bool:
@@ -96,6 +99,9 @@ class Planner:
         self.ingress = Ingress(self._looked_us)
         self.control = control
         self.last: Look | None = None
+        self._roles: dict[str, Role] = {}
+        """As the servers said last, or as they were made here."""
+        self._held_until_us = 0
 
     def adopt(self, control: Control) -> None:
         """Other rules from here on; what was seen of the load stays."""
@@ -107,6 +113,29 @@ class Planner:
 
     def hear(self, now_us: int, event: Event) -> None:
         self.ingress.hear(now_us, event)
+        match event:
+            case RoleSwitched(name, Role() as role, _, by_another):
+                if by_another:
+                    self._stand_back(now_us)
+                self._roles[name] = role
+            case LoadReport(name):
+                self._watch(name, now_us)
+            case _:
+                pass
+
+    def _watch(self, name: str, now_us: int) -> None:
+        """A role that changed while nothing moved here was changed by somebody else."""
+        if (ledger := self._core.ledgers.get(name)) is None:
+            return
+        role = ledger.worker.role
+        was = self._roles.setdefault(name, role)
+        if role is not was:
+            self._roles[name] = role
+            if name not in self._core.switching.moves:
+                self._stand_back(now_us)
+
+    def _stand_back(self, now_us: int) -> None:
+        self._held_until_us = now_us + round(self.control.lease_s * 1e6)
 
     def decided(self, decision: Decision) -> None:
         if isinstance(decision, Reject | Fail):
@@ -147,10 +176,15 @@ class Planner:
         self._memory, plan = self.control.policy.next(self._memory, demand, fleet, now_us)
         forecast = self._rates[Kind.ONLINE].predict()
         self.last = look = Look(
-            now_us=now_us, demand=demand, fleet=fleet, plan=plan, forecast=forecast
+            now_us=now_us,
+            demand=demand,
+            fleet=fleet,
+            plan=plan,
+            forecast=forecast,
+            is_held=now_us < self._held_until_us and min(fleet.prefills, fleet.decodes) > 0,
         )
         self._told(look)
-        if look.wants_change and self.control.mode is Mode.ACT:
+        if look.wants_change and self.control.mode is Mode.ACT and not look.is_held:
             self._act(look)
 
     # What is known.

@@ -14,7 +14,7 @@ from backends.base import Post
 from backends.counters import counters_of
 from backends.fetch import fetch
 from backends.pause import pause
-from backends.sglang import Server, Sglang
+from backends.sglang import BOOTSTRAP_PORT, Server, Sglang
 from gateway.config import Telemetry
 from policies.clock import Clock
 from policies.events import Load, LoadReport, WorkerDown, WorkerUp
@@ -63,6 +63,7 @@ class Prober:
                 worker = None
                 if not server.is_known:
                     worker = await self._introduce(server, configured)
+                known_as = server.worker
                 # Only whoever tells its load, or has no such page, is up.
                 ranks = await self._ranks(server)
                 load = load_of(ranks, round(self._clock.time() * 1e6)) if ranks else None
@@ -73,7 +74,8 @@ class Prober:
                 if load is not None:
                     self._post(LoadReport(server.name, load))
                 failures, down = 0, False
-                if ranks:
+                # Known better meanwhile, it may have said this before it switched.
+                if ranks and server.worker is known_as:
                     await self._follow_role(server, configured, ranks[0])
             except Exception as error:  # noqa: BLE001  # whatever it says, it is asked again
                 failures += 1
@@ -153,7 +155,7 @@ def learnt(worker: Worker, info: Mapping[str, Any], model: str, context_tokens: 
         model=worker.model or model,
         bootstrap_port=worker.bootstrap_port
         or _whole(info, "disaggregation_bootstrap_port")
-        or (8998 if _ROLES.get(mode, worker.role) is Role.PREFILL else None),
+        or (BOOTSTRAP_PORT if _ROLES.get(mode, worker.role) is Role.PREFILL else None),
         dp_size=dp_size,
         page_size=_whole(info, "page_size") or 1,
         kv_tokens=worker.kv_tokens or _whole(info, "max_total_num_tokens") * dp_size,

@@ -32,7 +32,7 @@ class RatioControl(Collector):
         self._tasks = tasks
         self._loop: asyncio.Task[None] | None = None
         self._planner: Planner | None = None
-        self._told: tuple[int, int] | None = None
+        self._told: tuple[int, int, bool] | None = None
         self._outcomes: dict[Outcome, int] = {}
         self._drained_s = self._took_s = 0.0
 
@@ -90,12 +90,13 @@ class RatioControl(Collector):
 
     def _look(self, look: Look) -> None:
         wanted = (look.plan.prefills, look.plan.decodes)
-        if not look.wants_change or wanted == self._told:
+        if not look.wants_change or (*wanted, look.is_held) == self._told:
             return
-        self._told = wanted
+        self._told = (*wanted, look.is_held)
         log.info(
             "ratio",
-            acts=self._planner is not None and self._planner.control.mode is Mode.ACT,
+            acts=self._acts and not look.is_held,
+            held=look.is_held,
             have=f"{look.fleet.prefills}P{look.fleet.decodes}D",
             wanted=f"{wanted[0]}P{wanted[1]}D",
             why=look.plan.why.value,
@@ -103,6 +104,10 @@ class RatioControl(Collector):
             by=look.forecast.by,
             terms={name: round(value, 4) for name, value in look.plan.terms.items()},
         )
+
+    @property
+    def _acts(self) -> bool:
+        return self._planner is not None and self._planner.control.mode is Mode.ACT
 
     # Metrics.
 

@@ -37,7 +37,9 @@ from gateway.config import (
     Retry,
 )
 from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
+from gateway.simulation.budget import BudgetEntry
 from gateway.simulation.doors import DOORS
+from gateway.simulation.oracles import NO_ORACLE, ORACLES
 from policies.packing import PACKING
 from policies.types import Kind, Pool, Role
 from policies.urgency import PREFILL_ORDER
@@ -259,6 +261,10 @@ class PolicyEntry:
     colocation: Colocation = field(default_factory=Colocation)
     door: str = one_of("open", DOORS)
     """What stands before the gateway; all but `open` are other people's rules, to compare with."""
+    oracle: str = one_of(NO_ORACLE, ORACLES)
+    """An order that knows the true length of answers, in the place of `policies.order`."""
+    budget: BudgetEntry = field(default_factory=BudgetEntry)
+    """Of the door `latency-budget`."""
     tells_classes: bool = True
     """Whether the gateway is told which requests are offline ones; else all are online to it."""
     ratio: RatioSettings = field(default_factory=RatioSettings)
@@ -415,10 +421,7 @@ def check(scenario: Scenario) -> None:
         _distinct([entry.name for entry in getattr(scenario, what)], what)
     fleets = [fleet.name for fleet in scenario.fleet]
     for i, policy in enumerate(scenario.policy):
-        if policy.fleet and policy.fleet not in fleets:
-            raise ConfigError(f"policy[{i}].fleet must be one of {fleets}, got {policy.fleet!r}")
-        if policy.ratio.policy != "static" and not policy.cost.model:
-            raise ConfigError(f"policy[{i}].ratio needs policy[{i}].cost, as in config.toml")
+        _check_policy(policy, fleets, f"policy[{i}]")
     for i, fleet in enumerate(scenario.fleet):
         _check_roles(fleet, f"fleet[{i}]")
 
@@ -426,6 +429,18 @@ def check(scenario: Scenario) -> None:
 def _distinct(names: Sequence[str], what: str) -> None:
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two [[{what}]] are called {doubled[0]!r}")
+
+
+def _check_policy(policy: PolicyEntry, fleets: Sequence[str], where: str) -> None:
+    if policy.fleet and policy.fleet not in fleets:
+        raise ConfigError(f"{where}.fleet must be one of {fleets}, got {policy.fleet!r}")
+    if policy.ratio.policy != "static" and not policy.cost.model:
+        raise ConfigError(f"{where}.ratio needs {where}.cost, as in config.toml")
+    if policy.oracle != NO_ORACLE and "oracle" not in policy.name:
+        raise ConfigError(
+            f'{where}.name must have "oracle" in it, as a warning in every table: '
+            f"{policy.oracle} knows what no gateway can; got {policy.name!r}"
+        )
 
 
 def _check_roles(fleet: FleetEntry, where: str) -> None:

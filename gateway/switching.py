@@ -28,6 +28,7 @@ class SwitchRule:
 
     hand_over_us: int = 5_000_000
     """Online requests that have not ended by then go on elsewhere, where they can."""
+    hand_over_offline_us: int = 0
     drain_us: int = 120_000_000
     """A server that is not empty by then stays what it is."""
     switch_us: int = 120_000_000
@@ -126,9 +127,11 @@ class Switching:
 
     def _drain(self, move: _Move, ledger: Ledger, tickets: Iterable[Ticket], now_us: int) -> None:
         """Offline work gives way at once, online work when it takes too long."""
-        kinds = {Kind.OFFLINE}
-        if now_us - move.began_us >= self.rule.hand_over_us:
-            kinds.add(Kind.ONLINE)
+        limits = {
+            Kind.OFFLINE: self.rule.hand_over_offline_us,
+            Kind.ONLINE: self.rule.hand_over_us,
+        }
+        kinds = {kind for kind, most_us in limits.items() if now_us - move.began_us >= most_us}
         if kinds - move.recalled:
             for ticket in list(tickets):
                 if ledger in (ticket.prefill, ticket.decode) and (
@@ -163,6 +166,8 @@ class Switching:
             return
         if event.role is None:
             self._over(move, Outcome.LOST, now_us, event.why)
+        elif event.by_another:
+            self._over(move, Outcome.TAKEN, now_us, event.why)
         elif event.role is move.wanted.role:
             self._over(move, Outcome.DONE, now_us)
         else:

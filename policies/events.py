@@ -69,6 +69,8 @@ class Outcome(StrEnum):
     LOST = "does_not_answer"
     HANGS = "hangs"
     """It is not over in time; the server stays out of rotation until it says what it is."""
+    TAKEN = "switched_by_another"
+    """Nothing was asked for: it was no longer what it was when this was decided."""
     GONE = "taken_off_the_list"
     MOVING = "moves_already"
     SAME = "has_that_role"
@@ -217,6 +219,8 @@ class RoleSwitched:
     role: Role | None
     """None: it does not answer."""
     why: str = ""
+    by_another: bool = False
+    """It had another role than was known, before anything was asked of it."""
 
 
 @dataclass(frozen=True, slots=True)

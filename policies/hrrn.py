@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
+from policies.moving import TURN_JOBS
 from policies.order import NO_OUTLOOK, Key, Order, Outlook, remaining_tokens
-from policies.queue import KeyedHeap
+from policies.queue import Item, KeyedHeap
 from policies.types import Job
 
 STEPS_AN_OCTAVE: Final = 4
@@ -64,16 +65,18 @@ class ByLength:
         """No key is kept that could have grown old."""
 
     def first(self, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> str | None:
-        """The largest ratio of this moment, of the oldest of each step."""
-        now_us, best, found = outlook.now_us, -1, None
-        for jobs in self._steps.values():
-            if (job_id := jobs.peek()) is None:
-                continue
-            arrival_us, own_tokens, _ = jobs.entries[job_id]
+        """The largest ratio now, among the oldest of each step or, if they are few, among all."""
+        now_us, best, first = outlook.now_us, -1, (0, "")
+        for arrival_us, own_tokens, job_id in self._compared():
             share = waited_share(now_us - arrival_us, own_tokens)
-            if share >= best and (share > best or found is None or (arrival_us, job_id) < found):
-                best, found = share, (arrival_us, job_id)
-        return None if found is None else found[1]
+            if share > best or (share == best and (arrival_us, job_id) < first):
+                best, first = share, (arrival_us, job_id)
+        return first[1] if best >= 0 else None
+
+    def _compared(self) -> list[Item]:
+        if len(self._step_of) <= TURN_JOBS:
+            return [item for jobs in self._steps.values() for item in jobs.entries.values()]
+        return [jobs.first() for jobs in self._steps.values()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,12 +97,14 @@ class Moving:
     that, every key is new at every look.
     """
 
-    __slots__ = ("_arrivals", "_jobs", "_last")
+    __slots__ = ("_arrivals", "_jobs", "_last", "_seen")
 
     def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
         self._arrivals = Arrivals()
         self._last = _BEFORE_ALL
+        self._seen: set[str] = set()
+        """Those whose keys are of this look: what goes in its course changes them no more."""
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -118,6 +120,7 @@ class Moving:
 
     def turn(self, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> None:
         """The next ones have their keys computed anew; after the last comes the first."""
+        self._seen.clear()
         left = min(TURN_JOBS, len(self._jobs))
         while left > 0:
             seen = self._see_to(left, heap, order, outlook)
@@ -127,9 +130,10 @@ class Moving:
 
     def _see_to(self, count: int, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> int:
         now_us, rate, servers, first_tokens = outlook
-        jobs, seen = self._jobs, 0
+        jobs, seen, known = self._jobs, 0, self._seen
         for arrival, tokens in self._arrivals.after(self._last, count):
             self._last, job_id, seen = arrival, arrival[1], seen + 1
+            known.add(job_id)
             key = order.key(jobs[job_id], Outlook(now_us, rate, servers, first_tokens + tokens))
             if not heap.has(job_id, key):
                 heap.put(job_id, key)
@@ -138,8 +142,9 @@ class Moving:
     def first(self, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> str | None:
         """The head, by keys of this moment."""
         for _ in range(HEADS):
-            if (job_id := heap.peek()) is None:
-                return None
+            if (job_id := heap.peek()) is None or job_id in self._seen:
+                return job_id
+            self._seen.add(job_id)
             key = self.key(self._jobs[job_id], order, outlook)
             if heap.has(job_id, key):
                 return job_id

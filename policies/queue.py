@@ -41,6 +41,9 @@ class KeyedHeap(Generic[K]):
 
     def put(self, entry: str, key: K) -> None:
         """Insert, or move to another key."""
+        if not self.entries:
+            # Keys of another order may be of another shape: what they left behind is not compared.
+            self._heap.clear()
         self.entries[entry] = item = (*key, entry)
         heapq.heappush(self._heap, item)
         if len(self._heap) > 2 * len(self.entries) + 64:
@@ -62,6 +65,12 @@ class KeyedHeap(Generic[K]):
     def first_key(self) -> K | None:
         entry = self.peek()
         return None if entry is None else cast(K, self.entries[entry][:-1])
+
+    def first(self) -> Item:
+        """The head's key and id; there has to be one."""
+        if (entry := self.peek()) is None:
+            raise IndexError("the first of an empty heap")
+        return self.entries[entry]
 
     def pop(self) -> str:
         entry = self.peek()

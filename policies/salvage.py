@@ -6,17 +6,14 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
+from policies.moving import HEADS, TURN_JOBS
 from policies.order import NO_OUTLOOK, Key, Order, Outlook, remaining_tokens, target_us
 from policies.queue import KeyedHeap
 from policies.types import Job
 
 GUARD_TARGETS: Final = 5
-SURFACING_JOBS: Final = 8
-"""Keys computed anew at one look, of those that come up first or whose guard has come."""
-LATE_JOBS: Final = 2
-"""And of those that a faster server would save."""
-HEADS: Final = 3
-"""Heads that may turn out to be no heads any more when one is asked for."""
+LOOK_JOBS: Final = TURN_JOBS + HEADS
+"""Keys computed anew at one look: `TURN_JOBS` of those that may rise, the others of the first."""
 _IN_TIME, _DOOMED = 0, 1
 
 
@@ -32,14 +29,17 @@ class Surfacing:
     out when it comes up first, and not before. A doomed one rises when its guard has come, which is
     known beforehand, or when the servers turn out to be faster while its deadline lies ahead:
     those few are seen to in turn.
+
+    So the head is right, unless more than `LOOK_JOBS` have changed their place since the last look.
     """
 
-    __slots__ = ("_guards", "_jobs", "_late")
+    __slots__ = ("_guards", "_jobs", "_late", "_left")
 
     def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
         self._guards: KeyedHeap[tuple[int]] = KeyedHeap()
         self._late: OrderedDict[str, None] = OrderedDict()
+        self._left = LOOK_JOBS
 
     def add(self, job: Job) -> None:
         self.discard(job)
@@ -53,34 +53,37 @@ class Surfacing:
     def key(self, job: Job, order: Order, outlook: Outlook) -> Key:
         key = order.key(job, outlook)
         if key[0] == _DOOMED:
-            self._guards.put(job.id, (guarded_us(job),))
+            if job.id not in self._guards.entries:
+                self._guards.put(job.id, (guarded_us(job),))
             if job.deadline_us > outlook.now_us:
                 self._late[job.id] = None
         return key
 
     def turn(self, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> None:
-        left, guards, late = SURFACING_JOBS, self._guards, self._late
-        while left and (due := guards.first_key()) is not None and due[0] < outlook.now_us:
+        """Those that may have risen."""
+        seen, guards, late = 0, self._guards, self._late
+        while seen < TURN_JOBS and (due := guards.first_key()) and due[0] < outlook.now_us:
             self._see_to(guards.pop(), heap, order, outlook)
-            left -= 1
-        for _ in range(min(LATE_JOBS, len(late))):
+            seen += 1
+        for _ in range(min(TURN_JOBS - seen, len(late))):
             self._see_to(late.popitem(last=False)[0], heap, order, outlook)
-        self._surface(left, heap, order, outlook)
+            seen += 1
+        self._left = LOOK_JOBS - seen
 
     def first(self, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> str | None:
         """The head, by keys of this moment."""
-        self._surface(HEADS, heap, order, outlook)
+        for _ in range(max(1, self._left)):
+            if (job_id := heap.peek()) is None:
+                return None
+            self._left -= 1
+            if not self._see_to(job_id, heap, order, outlook):
+                return job_id
         return heap.peek()
-
-    def _surface(self, count: int, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> None:
-        for _ in range(count):
-            if (job_id := heap.peek()) is None or not self._see_to(job_id, heap, order, outlook):
-                return
 
     def _see_to(self, job_id: str, heap: KeyedHeap[Key], order: Order, outlook: Outlook) -> bool:
         """Whether its key is another one now."""
         key = self.key(self._jobs[job_id], order, outlook)
-        if (*key, job_id) == heap.entries[job_id]:
+        if heap.has(job_id, key):
             return False
         heap.put(job_id, key)
         return True

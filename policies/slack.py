@@ -25,8 +25,9 @@ class Kairos:
     moves: ClassVar[type[Moving]] = Moving
 
     def key(self, job: Job, outlook: Outlook = NO_OUTLOOK) -> Key:
-        own_tokens = remaining_tokens(job)
-        queue_us = outlook.work_us(outlook.ahead_tokens + own_tokens) / outlook.servers
-        slack_us = job.deadline_us - outlook.now_us - queue_us
+        now_us, rate, servers, ahead_tokens = outlook
+        queued_tokens = ahead_tokens + remaining_tokens(job)
+        queue_us = queued_tokens / (rate * servers) if rate else 0.0
+        slack_us = job.deadline_us - now_us - queue_us
         share = _SCALE * slack_us / (target_us(job) * max(1, job.prompt_tokens))
         return (-round(share), job.arrival_us)

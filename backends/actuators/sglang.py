@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -12,7 +13,7 @@ from backends.base import Post
 from backends.fetch import fetch
 from backends.http import HttpError
 from backends.pause import pause
-from backends.sglang import Server, Sglang
+from backends.sglang import BOOTSTRAP_PORT, Server, Sglang
 from policies.clock import Clock
 from policies.events import Event, Release, RoleSwitched, SwitchRole
 from policies.types import Role
@@ -25,7 +26,12 @@ ROLES = {"prefill": Role.PREFILL, "decode": Role.DECODE}
 
 
 class SglangActuator:
-    """Needs servers that were started with --enable-pd-role-switch."""
+    """Needs servers that were started with --enable-pd-role-switch.
+
+    Another gateway may switch the same servers, and SGLang has no lock to take. So each is asked
+    who it is just before, and nothing is asked of one that is not what it is known as, nor of one
+    whose role nobody else has any more.
+    """
 
     def __init__(
         self,
@@ -35,7 +41,7 @@ class SglangActuator:
         *,
         idle_s: float = 10.0,
         switch_s: float = 110.0,
-        graph_memory_gb: float | None = None,
+        graph_memory_gb: float = 0.0,
     ) -> None:
         self._backend = backend
         self._clock = clock
@@ -45,7 +51,8 @@ class SglangActuator:
         """For so long a server that is empty in the books may say that it is not idle."""
         self.switch_s = switch_s
         self.graph_memory_gb = graph_memory_gb
-        """What a decode server keeps for its graphs; servers that have none yet ask for it."""
+        """What must be free for the graphs of a decode server. A server that has not captured any
+        yet refuses where it is not told, even where there are no graphs."""
 
     def connect(self, post: Post) -> None:
         self._post = post
@@ -56,27 +63,62 @@ class SglangActuator:
             return
         self._tasks.create_task(self._switch(decision))
 
+    def _server(self, name: str) -> Server | None:
+        return next((it for it in self._backend.servers() if it.name == name), None)
+
     def _known(self, name: str) -> Role | None:
-        servers = {server.name: server for server in self._backend.servers()}
-        return servers[name].worker.role if name in servers else None
+        server = self._server(name)
+        return None if server is None else server.worker.role
 
     async def _switch(self, decision: SwitchRole) -> None:
         """Whatever happens, one event says what the server is now."""
-        role, why = None, "it was taken off the list"
+        event = RoleSwitched(decision.worker, None, "it was taken off the list")
         try:
-            servers = {server.name: server for server in self._backend.servers()}
-            if (server := servers.get(decision.worker)) is not None:
-                why = await self._asked(server, decision.role)
-                role = await self._verified(server)
-                server.is_known = server.is_known and role is not None
+            if (server := self._server(decision.worker)) is not None:
+                event = await self._switched(server, decision)
         except Exception as error:  # noqa: BLE001  # the task's edge: the move must end
             why = f"{type(error).__name__}: {error}"
-        self._post(RoleSwitched(decision.worker, role, why))
+            event = RoleSwitched(decision.worker, None, why)
+        self._post(event)
+
+    async def _switched(self, server: Server, decision: SwitchRole) -> RoleSwitched:
+        was, known_as = await self._verified(server), server.worker.role
+        if was is None:
+            server.is_known = False
+            return RoleSwitched(server.name, None, "it does not answer")
+        if was is not known_as:
+            self._note(server, was)
+            why = f"it is a {was.value} server already, by somebody else's hand"
+            return RoleSwitched(server.name, was, why, by_another=True)
+        if not await self._has_others(server):
+            return RoleSwitched(server.name, was, f"no other {was.value} server answers")
+        why = await self._asked(server, decision.role)
+        role = await self._verified(server)
+        server.is_known = server.is_known and role is not None
+        if role is not None:
+            self._note(server, role)
+        return RoleSwitched(server.name, role, why)
+
+    async def _has_others(self, server: Server) -> bool:
+        role = server.worker.role
+        for other in list(self._backend.servers()):
+            alike = other.worker.role is role and other.worker.model == server.worker.model
+            if other.name != server.name and alike and await self._verified(other) is role:
+                return True
+        return False
+
+    def _note(self, server: Server, role: Role) -> None:
+        """Before anybody is sent there: in its new role it needs another name than before."""
+        worker = server.worker
+        if self._server(server.name) is not server or worker.role is role:
+            return
+        port = worker.bootstrap_port or (BOOTSTRAP_PORT if role is Role.PREFILL else None)
+        self._backend.update(replace(worker, role=role, bootstrap_port=port))
 
     async def _asked(self, server: Server, role: Role) -> str:
         """The server's reason where it refused, or why nothing came of it."""
         body: dict[str, Any] = {"new_role": role.value}
-        if role is Role.DECODE and self.graph_memory_gb is not None:
+        if role is Role.DECODE:
             body["decode_cuda_graph_memory_gb"] = self.graph_memory_gb
         until_s = self._clock.time() + self.idle_s
         while True:

@@ -217,10 +217,12 @@ class Face:
         except BadBody as bad:
             return json_response(error_object(400, str(bad), "BadRequestError"), status=400)
         many = isinstance(tokens, list) and bool(tokens) and isinstance(tokens[0], list)
-        if not all(map(_are_ids, tokens if many else [tokens])):
+        lists = tokens if many else [tokens]
+        if not all(map(_are_ids, lists)):
             why = "tokens: a list of token ids, or a list of such lists, is required"
             return json_response(error_object(400, why, "BadRequestError"), status=400)
-        return json_response({"text": [decode(ids) for ids in tokens] if many else decode(tokens)})
+        texts = [decode(ids) for ids in lists]
+        return json_response({"text": texts if many else texts[0]})
 
     async def _count_tokens(self, request: web.Request) -> web.StreamResponse:
         try:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Protocol
 
+from gateway.simulation.budget import BudgetEntry, LatencyBudget
 from policies.types import Job, Kind
 
 AGAIN_S = 1.0
@@ -34,6 +35,22 @@ class Hall(Protocol):
     def kv_use(self) -> float:
         """Of the fullest server that decodes, as it was last reported."""
         ...
+
+    @property
+    def decoding_servers(self) -> int: ...
+
+    @property
+    def context_tokens(self) -> int:
+        """Of all that decodes, as it was last reported."""
+        ...
+
+    @property
+    def budget(self) -> BudgetEntry:
+        """What the door `latency-budget` is told."""
+        ...
+
+    @property
+    def now_s(self) -> float: ...
 
     def enter(self, job: Job) -> None: ...
 
@@ -193,4 +210,5 @@ DOORS: dict[str, Callable[[Hall], Door]] = {
     "open": Open,
     "priority-classes": PriorityClasses,
     "aimd": Aimd,
+    "latency-budget": LatencyBudget,
 }

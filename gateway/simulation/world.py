@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -11,13 +12,15 @@ from backends.engine import Engine, Resident
 from backends.simulated import Delays, Grid, SimulatedBackend, Work, load_of
 from backends.workload import Ask
 from gateway.config import control_of, rules_of
-from gateway.core import Core
+from gateway.core import Core, Rules
 from gateway.driver import Driver
 from gateway.planning import URGENT_S, Look, Planner
 from gateway.scenario import CLOSED, FleetEntry, Plan, PolicyEntry
 from gateway.simulation.asks import Stream, opened, prefixes_of, prepared
+from gateway.simulation.budget import BudgetEntry
 from gateway.simulation.doors import DOORS, Door
 from gateway.simulation.fleet import ServerPlan, engines_of, servers_of, worker_for
+from gateway.simulation.oracles import ORACLES, answer_left
 from gateway.simulation.records import Ended, Record, RunFacts
 from policies.clock import VirtualClock
 from policies.demand import Targets
@@ -157,8 +160,10 @@ class Entrance:
         driver: Driver,
         backend: SimulatedBackend,
         clock: Grid,
+        budget: BudgetEntry,
     ) -> None:
         self._core, self._driver, self._backend, self._clock = core, driver, backend, clock
+        self.budget = budget
         self._work: dict[str, Work] = {}
 
     def open(self, job: Job, work: Work) -> None:
@@ -186,6 +191,18 @@ class Entrance:
     def _decoding(self) -> list[Ledger]:
         """Those of the moment: servers join, leave and change their roles."""
         return [e for e in self._core.ledgers.values() if e.worker.role is not Role.PREFILL]
+
+    @property
+    def decoding_servers(self) -> int:
+        return len(self._decoding())
+
+    @property
+    def context_tokens(self) -> int:
+        return sum(e.load.used_tokens for e in self._decoding() if e.load)
+
+    @property
+    def now_s(self) -> float:
+        return self._clock.time()
 
     def enter(self, job: Job) -> None:
         self._driver.post(Arrived(job))
@@ -227,11 +244,12 @@ class World:
                 answer_s=delays.answer_ms / 1e3,
                 tick_s=delays.tick_ms / 1e3,
             ),
+            _first_token_s(case.policy),
         )
         self._recorder = Recorder(self._ended)
         self._by_prefix = PLACE[case.policy.policies.place]().by_prefix
         self._looks: list[Look] = []
-        self._core = Core(rules_of(case.policy.config()), self._first_workers())
+        self._core = Core(self._rules(), self._first_workers())
         self._actuator = self._new_actuator()
         self._planner = self._new_planner()
         self._driver = Driver(
@@ -242,7 +260,9 @@ class World:
             actuator=self._actuator,
             listen=None if self._planner is None else self._planner.hear,
         )
-        self._entrance = Entrance(self._core, self._driver, self._backend, self._clock)
+        self._entrance = Entrance(
+            self._core, self._driver, self._backend, self._clock, case.policy.budget
+        )
         self._door = self._entrance.door = DOORS[case.policy.door](self._entrance)
         self._backend.connect(self._heard)
         self._backend.on_leg_end = self._recorder.leg_ended
@@ -279,6 +299,13 @@ class World:
     def records(self) -> Mapping[str, Record]:
         """Of all that came so far, by id; live."""
         return self._recorder.records
+
+    def _rules(self) -> Rules:
+        rules = rules_of(self._case.policy.config())
+        if (oracle := ORACLES[self._case.policy.oracle]) is None:
+            return rules
+        records = self._recorder.records
+        return replace(rules, order=oracle(lambda job: answer_left(job, records[job.id])))
 
     # Arrivals.
 
@@ -475,3 +502,14 @@ class World:
             launched=self._actuator.launched,
             released=self._actuator.released,
         )
+
+
+def _first_token_s(policy: PolicyEntry) -> Mapping[Kind, float]:
+    """A gateway's own; what stands in its place in a comparison has no such limit."""
+    if policy.door != "open":
+        return dict.fromkeys(Kind, math.inf)
+    timeouts = policy.config().timeouts
+    return {
+        Kind.ONLINE: timeouts.first_token_online_s,
+        Kind.OFFLINE: timeouts.first_token_offline_s,
+    }

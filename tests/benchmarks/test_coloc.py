@@ -1,24 +1,28 @@
 from __future__ import annotations
 
 import gzip
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import coloc_sweep
+from backends.steptimes import LinearStepTimes
+from benchmarks import coloc, coloc_sweep
 from benchmarks.coloc import Found, checks_of, rows_of
+from benchmarks.coloc_budget import fitted
 from benchmarks.coloc_sweep import (
     Curve,
     Ground,
     Point,
     Task,
+    case_of,
     curve,
     has_missed,
     measured,
     planned_for,
     point,
-    quiet,
 )
 from benchmarks.coloc_systems import (
     ABLATIONS,
@@ -169,7 +173,6 @@ def lengths(tmp_path: Path) -> Path:
 
 
 def test_a_run_that_is_lost_ends_at_once_and_says_as_much(lengths: Path) -> None:
-    quiet()
     task = task_of(SHORT, PEERS[0], unit_per_s=100.0, counted=80, data=lengths)
     found = point(task, planned_for(task), 1.0)
     assert max(task.limits) < found.violations < 0.5
@@ -177,12 +180,34 @@ def test_a_run_that_is_lost_ends_at_once_and_says_as_much(lengths: Path) -> None
 
 
 def test_a_run_that_may_still_be_kept_goes_to_its_end(lengths: Path) -> None:
-    quiet()
     task = task_of(SHORT, PEERS[1], unit_per_s=1.0, counted=80, data=lengths)
     found = point(task, planned_for(task), 0.5)
     assert found.violations == 0.0
     assert 50 < found.tokens_per_s < 150
     assert found.offered_per_s == 0.5
+
+
+def test_a_budget_is_searched_under_a_backlog() -> None:
+    task = task_of(SHORT, BESIDE[0], loads=(0.1, 1.2))
+    case = case_of(task, BESIDE[0].policy, 0.75)
+    assert case.load == 1.2
+    assert case.policy.budget.ms == pytest.approx(0.75 * SHORT.tpot_ms)
+
+
+def test_a_larger_budget_lets_more_offline_work_in(lengths: Path) -> None:
+    task = task_of(SHORT, BESIDE[1], unit_per_s=10.0, counted=80, data=lengths)
+    plan = planned_for(task)
+    served = [point(task, plan, budget).tokens_per_s for budget in (0.3, 0.6, 0.9)]
+    assert served[0] == 0.0
+    assert 0.0 < served[1] < served[2]
+
+
+def test_the_predictor_follows_the_step_times() -> None:
+    times = LinearStepTimes()
+    found = fitted(times, stalls=True)
+    assert found.step_s(32, 32 * 2000) == pytest.approx(times.decode_s(32, 64_000), rel=0.05)
+    assert found.prompt_token_us == pytest.approx(times.prefill_s([(2048, 0)]) / 2048e-6, rel=0.1)
+    assert fitted(times, stalls=False).prompt_token_us == 0.0
 
 
 def test_only_what_is_certain_counts_as_missed_before_the_end() -> None:
@@ -226,6 +251,18 @@ def test_ours_is_judged_by_the_best_of_the_others() -> None:
     assert not any(it.ok for it in worse if "beside" in it.name)
 
 
+@pytest.mark.parametrize(("best", "code"), [(0.9, 0), (0.2, 1)])
+def test_it_ends_with_one_object_and_exits_with_1_where_a_check_falls_short(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], best: float, code: int
+) -> None:
+    monkeypatch.setattr(coloc, "run", lambda asked, tick: [found_with(ours=best, v1=0.3)])
+    monkeypatch.setattr(sys, "argv", ["coloc", "--json", "--only", "c"])
+    assert coloc.main() == code
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"checks", "spread", "machine", "date"} <= set(told)
+    assert all(it["ok"] for it in told["checks"]) is (code == 0)
+
+
 def test_the_table_has_a_row_for_each_system_and_one_for_the_bound() -> None:
     systems = [*PEERS, OURS]
     assert rows_of(found_with(), systems).row_count == len(systems) + 1
@@ -237,7 +274,9 @@ def test_every_fleet_has_the_same_servers(strict: int) -> None:
         counts = dict.fromkeys(Role, 0)
         for server in fleet.server:
             counts[server.role] += server.count
-        assert (counts[Role.PREFILL], counts[Role.DECODE]) == (PREFILLS, DECODES)
+        assert sum(counts.values()) == PREFILLS + DECODES
+        if not counts[Role.UNIFIED]:
+            assert (counts[Role.PREFILL], counts[Role.DECODE]) == (PREFILLS, DECODES)
         assert {(it.device, it.model, it.kv_tokens, it.speed) for it in fleet.server} == {
             ("", "", 0, 1.0)
         }

@@ -70,6 +70,31 @@ def test_online_work_that_takes_too_long_goes_on_elsewhere() -> None:
     assert ("switch", "d1", "prefill") in talk.say(Preempted("on", 9))
 
 
+def test_offline_work_may_be_waited_for_like_online_work() -> None:
+    rule = SwitchRule(hand_over_offline_us=3 * SECOND)
+    talk = Talk([prefill(), decode("d1")], Rules(order=Fcfs(), switch=rule))
+    talk.arrive(offline("off"))
+    talk.say(FirstToken("off"), WorkerUp(decode("d2")))
+    assert talk.say(TO_PREFILL) == []
+    assert talk.say(Wakeup(), at_us=2 * SECOND) == []
+    assert talk.say(Wakeup(), at_us=3 * SECOND) == [("preempt", "off", "role_switch")]
+
+
+def test_a_server_that_answers_while_it_switches_gets_nothing() -> None:
+    talk = Talk(TWO_DECODES)
+    talk.say(TO_PREFILL, WorkerUp(decode("d1")))
+    talk.say(WorkerUp(decode("d1")))
+    assert talk.arrive(online("a")) == [("go", "a", "p", "d2")]
+
+
+def test_a_server_that_somebody_else_has_switched_is_what_it_says() -> None:
+    talk = Talk(TWO_DECODES)
+    talk.say(TO_PREFILL)
+    foreign = RoleSwitched("d1", Role.PREFILL, "somebody else did it", by_another=True)
+    assert talk.say(foreign) == [("over", "d1", "switched_by_another")]
+    assert talk.arrive(online("b")) == [("go", "b", "d1", "d2")]
+
+
 @pytest.mark.parametrize(
     ("workers", "outcome"),
     [

@@ -1,4 +1,4 @@
-"""The contract of every registered order: a new one is held to it as soon as it has a name."""
+"""The contract of every order: a new one is held to it as soon as it has a name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.core import Core, Rules
+from gateway.simulation.oracles import SrpfOracle
 from policies.events import Arrived, Decision, Dispatch, PrefillDone
 from policies.moving import HEADS, TURN_JOBS
 from policies.order import NO_OUTLOOK, Key, Order, Outlook
@@ -17,7 +18,17 @@ from policies.registry import ORDER
 from policies.types import Job
 from tests.gateway.talk import SECOND, Talk, decode, online, prefill
 
-every_order = pytest.mark.parametrize("name", sorted(ORDER))
+
+def answer_left(job: Job) -> int:
+    """What an oracle is told, for the sake of the test."""
+    return job.prompt_tokens % 7
+
+
+EVERY: dict[str, Callable[[], Order]] = {
+    **ORDER,
+    "srpf-oracle": lambda: SrpfOracle(answer_left),
+}
+every_order = pytest.mark.parametrize("name", sorted(EVERY))
 
 JOBS = st.builds(
     online,
@@ -39,8 +50,8 @@ OUTLOOKS = st.builds(
 @every_order
 @given(job=JOBS, outlook=OUTLOOKS)
 def test_the_same_question_has_the_same_answer(name: str, job: Job, outlook: Outlook) -> None:
-    key = ORDER[name]().key(job, outlook)
-    assert key == ORDER[name]().key(job, outlook)
+    key = EVERY[name]().key(job, outlook)
+    assert key == EVERY[name]().key(job, outlook)
     assert all(type(part) is int for part in key)
 
 
@@ -49,21 +60,21 @@ def test_the_same_question_has_the_same_answer(name: str, job: Job, outlook: Out
 def test_an_order_that_does_not_move_sees_nothing_but_the_job(
     name: str, job: Job, outlook: Outlook
 ) -> None:
-    order = ORDER[name]()
+    order = EVERY[name]()
     assert order.moves or order.key(job, outlook) == order.key(job)
 
 
 @every_order
 def test_an_order_has_no_state(name: str) -> None:
-    order = ORDER[name]()
+    order = EVERY[name]()
     assert dataclasses.is_dataclass(order)
-    assert order == ORDER[name]()
+    assert order == EVERY[name]()
     assert not hasattr(order, "__dict__")
 
 
 @every_order
 def test_ties_go_by_the_id(name: str) -> None:
-    talk = Talk([prefill(chunk_tokens=100), decode()], Rules(order=ORDER[name]()))
+    talk = Talk([prefill(chunk_tokens=100), decode()], Rules(order=EVERY[name]()))
     talk.say(Arrived(online("first", 500)))
     talk.say(*(Arrived(online(each, 200)) for each in ("c", "a", "d", "b")))
     gone = [talk.say(PrefillDone(each))[0][1] for each in ("first", "a", "b", "c")]
@@ -90,7 +101,7 @@ def sent(decisions: list[Decision]) -> list[str]:
 @every_order
 @pytest.mark.parametrize("queued", [200, 2000])
 def test_a_decision_asks_for_no_more_keys_in_a_longer_queue(name: str, queued: int) -> None:
-    order = Counting(ORDER[name]())
+    order = Counting(EVERY[name]())
     core = Core(Rules(order=order), [prefill(chunk_tokens=100), decode()])
     running = "0"
     for each in range(queued):
@@ -101,16 +112,38 @@ def test_a_decision_asks_for_no_more_keys_in_a_longer_queue(name: str, queued: i
         assert order.asked <= TURN_JOBS + 2 * HEADS
 
 
-@every_order
-def test_work_is_never_left_lying_while_a_server_is_free(name: str) -> None:
-    core = Core(Rules(order=ORDER[name]()), [prefill(chunk_tokens=100), decode()])
-    jobs = [online(str(it), 1 + it * 37 % 400, it, give_up_us=10**12) for it in range(50)]
-    running = sent(core.handle([Arrived(job) for job in jobs], 50))
+def served_after(core: Core, running: list[str]) -> list[str]:
+    """Until nobody is left, one prompt a second."""
     served: list[str] = []
     while running:
         served.append(running.pop(0))
         running += sent(core.handle([PrefillDone(served[-1])], 50 + len(served) * SECOND))
-    assert sorted(served) == sorted(job.id for job in jobs)
+    return served
+
+
+FIFTY = [online(str(it), 1 + it * 37 % 400, it, give_up_us=10**12) for it in range(50)]
+
+
+@every_order
+def test_work_is_never_left_lying_while_a_server_is_free(name: str) -> None:
+    core = Core(Rules(order=EVERY[name]()), [prefill(chunk_tokens=100), decode()])
+    running = sent(core.handle([Arrived(job) for job in FIFTY], 50))
+    assert sorted(served_after(core, running)) == sorted(job.id for job in FIFTY)
+
+
+@every_order
+@pytest.mark.parametrize("before", sorted(EVERY))
+def test_a_reload_takes_all_that_wait_into_the_new_order(name: str, before: str) -> None:
+    """So few that every order is exact."""
+    jobs, found = FIFTY[: TURN_JOBS + 1], []
+    for first in (before, name):
+        core = Core(Rules(order=EVERY[first]()), [prefill(chunk_tokens=1), decode()])
+        running = sent(core.handle([Arrived(jobs[0])], 50))
+        core.handle([Arrived(job) for job in jobs[1:]], 50)
+        core.adopt(Rules(order=EVERY[name]()))
+        found.append(served_after(core, running))
+    assert found[0] == found[1]
+    assert len(set(found[0])) == len(jobs)
 
 
 # Starvation: for each order, who that came later may still go before a job that has waited.
@@ -125,12 +158,15 @@ BOUNDS: dict[str, May] = {
         later.prompt_tokens < job.prompt_tokens
         or now.now_us - job.arrival_us <= 5 * (job.deadline_us - job.arrival_us)
     ),
+    "srpf-oracle": lambda job, later, now: (
+        later.prompt_tokens + answer_left(later) < job.prompt_tokens + answer_left(job)
+    ),
     "kairos": lambda job, later, now: True,
 }
 
 
 def test_every_order_states_its_bound() -> None:
-    assert BOUNDS.keys() == ORDER.keys()
+    assert BOUNDS.keys() == EVERY.keys()
 
 
 @every_order
@@ -145,6 +181,6 @@ def test_nobody_overtakes_beyond_the_bound(
 ) -> None:
     job, later = online("a", tokens[0]), online("b", tokens[1], later_us)
     now = outlook._replace(now_us=later_us + waits_us)
-    order = ORDER[name]()
+    order = EVERY[name]()
     overtakes = order.key(later, now.behind(tokens[0])) < order.key(job, now)
     assert not overtakes or BOUNDS[name](job, later, now)

@@ -53,8 +53,9 @@ class Queue:
     order: Order
 
     def __post_init__(self) -> None:
+        assert self.order.moves is not None
         self.heap: KeyedHeap[Key] = KeyedHeap()
-        self.moving = Moving()
+        self.moving = self.order.moves()
 
     def put(self, job: Job, outlook: Outlook = NO_OUTLOOK) -> None:
         self.moving.add(job)
@@ -93,8 +94,18 @@ def test_a_short_queue_is_in_order_at_every_look(order: Order) -> None:
             queue.take(gone)
 
 
+@dataclass(frozen=True, slots=True)
+class Sinking:
+    """Keys that change once, when their deadline passes."""
+
+    moves: ClassVar[type[Moving]] = Moving
+
+    def key(self, job: Job, outlook: Outlook = NO_OUTLOOK) -> Key:
+        return (int(outlook.now_us > job.deadline_us), job.prompt_tokens)
+
+
 def test_in_a_long_queue_every_key_is_seen_to_within_one_look_a_block() -> None:
-    queue = Queue(Salvage())
+    queue = Queue(Sinking())
     jobs = [online(f"{number:04}", 1000 - number % 900, number) for number in range(1000)]
     for job in jobs:
         queue.put(job)
@@ -104,6 +115,31 @@ def test_in_a_long_queue_every_key_is_seen_to_within_one_look_a_block() -> None:
     for _ in range(-(-len(jobs) // TURN_JOBS) + 1):
         queue.look(late)
     assert all(key[0] == 1 for key in queue.heap.entries.values())
+
+
+class Noting(KeyedHeap[Key]):
+    """A heap that tells what is put into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.puts = list[str]()
+
+    def put(self, entry: str, key: Key) -> None:
+        self.puts.append(entry)
+        super().put(entry, key)
+
+
+@pytest.mark.parametrize("order", [Sinking(), Kairos(), Salvage()])
+def test_a_key_that_stays_is_not_put_into_the_heap_again(order: Order) -> None:
+    queue, heap = Queue(order), Noting()
+    queue.heap = heap
+    for number in range(TURN_JOBS):
+        queue.put(online(str(number), at_us=0))
+    heap.puts.clear()
+    queue.look(NO_OUTLOOK)
+    assert not heap.puts
+    queue.look(Outlook(now_us=3 * SECOND))
+    assert heap.puts
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,18 @@ pytestmark = pytest.mark.real_time
 
 
 async def test_live_timers_do_not_slow_a_server() -> None:
-    """Each timer fires a millisecond or two late; a hundred steps must not add that up."""
+    """Each timer fires a millisecond or two late; a hundred steps must not add that up.
+
+    Whatever else the machine does makes an answer later, never earlier: the least of three counts.
+    """
     clock = LiveClock(asyncio.get_running_loop())
     async with EmulatedFleet([ServerSpec(engine=EngineConfig(name="u"))], clock) as fleet:
         async with aiohttp.ClientSession() as http:
-            body = greedy(100, text="hello")
-            async with http.post(fleet.urls["u"] + "/generate", json=body) as response:
-                answer = await response.json()
-    assert answer["meta_info"]["e2e_latency"] < 0.0075 + 99 * 0.0066 + 0.1
+            body, took_s = greedy(100, text="hello"), []
+            for _ in range(3):
+                async with http.post(fleet.urls["u"] + "/generate", json=body) as response:
+                    took_s.append((await response.json())["meta_info"]["e2e_latency"])
+    assert min(took_s) < 0.0075 + 99 * 0.0066 + 0.1
 
 
 async def test_a_slow_reader_on_uvloop_gets_all_tokens_in_fewer_chunks() -> None:

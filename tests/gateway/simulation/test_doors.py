@@ -8,6 +8,7 @@ import pytest
 
 from gateway.config import Policies
 from gateway.scenario import Plan, PolicyEntry, ServerEntry, WorkloadEntry
+from gateway.simulation.budget import BudgetEntry, LatencyBudget
 from gateway.simulation.doors import DOORS, Aimd, Open, PriorityClasses
 from gateway.simulation.records import Ended
 from policies.types import Job, Kind, Role
@@ -21,6 +22,10 @@ class Hall:
         self.slots = slots
         self.online_waiting = 0
         self.kv_use = 0.0
+        self.decoding_servers = 1
+        self.context_tokens = 0
+        self.now_s = 0.0
+        self.budget = BudgetEntry()
         self.entered: list[str] = []
         self.turned_out: list[str] = []
         self.later: list[tuple[float, Callable[..., object], tuple[object, ...]]] = []
@@ -143,6 +148,52 @@ def test_online_requests_pass_the_window_by() -> None:
     assert len(hall.entered) == 5
 
 
+def budgeted(**more: float) -> tuple[Hall, LatencyBudget]:
+    """Steps of 10 ms and one more for each request; prompts of 100 tokens take 0.1 s."""
+    hall = Hall()
+    hall.budget = BudgetEntry(
+        **{"ms": 14.5, "step_ms": 10.0, "sequence_us": 1000.0, "context_token_us": 0.0,
+           "prompt_token_us": 0.0} | more
+    )  # fmt: skip
+    return hall, LatencyBudget(hall)
+
+
+def test_a_budget_counts_everybody_and_holds_back_offline_requests_only() -> None:
+    hall, door = budgeted()
+    for k in range(3):
+        door.arrived(job(f"b{k}"))
+    for k in range(3):
+        door.arrived(job(f"a{k}", Kind.ONLINE))
+    door.arrived(job("b3"))
+    assert hall.entered == ["b0", "b1", "b2", "a0", "a1", "a2"]
+    for name in ("b0", "a0"):
+        door.ended(name)
+    hall.pass_time()
+    assert "b3" not in hall.entered
+    door.ended("b1")
+    hall.pass_time()
+    assert hall.entered[-1] == "b3"
+
+
+def test_a_prompt_on_a_unified_server_is_paid_for_before_the_next_enters() -> None:
+    """One inside makes steps of 11 ms: of a budget of 24 ms 54 % are left to pay with."""
+    hall, door = budgeted(ms=24.0, prompt_token_us=1000.0)
+    door.arrived(job("a", Kind.ONLINE))
+    door.arrived(job("b"))
+    assert hall.entered == ["a"]
+    for now_s, entered in ((0.17, ["a"]), (0.19, ["a", "b"])):
+        hall.now_s = now_s
+        hall.pass_time()
+        assert hall.entered == entered
+
+
+def test_prompts_are_no_debt_while_no_online_request_is_inside() -> None:
+    hall, door = budgeted(ms=24.0, prompt_token_us=1000.0)
+    for k in range(3):
+        door.arrived(job(f"b{k}"))
+    assert hall.entered == ["b0", "b1", "b2"]
+
+
 def crowd(policy: PolicyEntry, *, slots: int = 256) -> Plan:
     servers = (
         ServerEntry(role=Role.PREFILL, priority=True),
@@ -157,7 +208,7 @@ FIRST_COME = Policies(order="fcfs", pools="none")
 
 
 def test_everybody_is_served_through_every_door() -> None:
-    for door in ("open", "priority-classes", "aimd"):
+    for door in DOORS:
         policy = PolicyEntry(name=door, policies=FIRST_COME, door=door)
         records = ran(crowd(policy, slots=240)).records
         assert {it.ended for it in records} == {Ended.FINISHED}

@@ -67,6 +67,8 @@ SECOND_FLEET = '[[fleet]]\nname = "b"\nserver = [{ role = "prefill" }]\n'
         ),
         (SECOND_POLICY + 'policies = { plaice = "y" }', "unknown key policy[0].policies.plaice"),
         (SECOND_POLICY + 'fleet = "y"', "policy[0].fleet must be one of ['fleet'], got 'y'"),
+        (SECOND_POLICY + 'oracle = "delphi"', "policy[0].oracle must be one of ['none', 'srpf-"),
+        (SECOND_POLICY + 'oracle = "srpf-oracle"', 'policy[0].name must have "oracle" in it'),
         (SECOND_POLICY + SECOND_POLICY, "two [[policy]] are called 'x'"),
         ("[sweep]\nvalues = [0.0]", "sweep.values must be positive"),
         ('[sweep]\nof = "speed"', "sweep.of must be one of ['rate', 'offline']"),
