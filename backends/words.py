@@ -6,6 +6,8 @@ import os
 import re
 import ssl
 
+TYPES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+"""How a value of a file is called."""
 _NUMBERED = re.compile(r"\[Errno (\d+)\]")
 
 

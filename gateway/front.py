@@ -194,7 +194,7 @@ class Front:
     def _check_length(self, ask: Ask, model: str) -> None:
         """What every server would refuse need not wait for one; in doubt they are asked."""
         longest = self._backend.context_tokens.get(model, 0)
-        if longest and (tokens := at_least(ask.body, ask.prompt_tokens)) >= longest:
+        if longest and (tokens := at_least(ask.dialect, ask.body, ask.prompt_tokens)) >= longest:
             raise ApiError(
                 Code.CONTEXT_LENGTH_EXCEEDED,
                 f"the prompt has at least {tokens} tokens, the model's context length is {longest}",

@@ -186,11 +186,15 @@ _PROMPTS: Final[dict[Dialect, Callable[[dict[str, Any]], Prompts]]] = {
 }
 
 
-def at_least(body: dict[str, Any], estimated: int) -> int:
+def at_least(dialect: Dialect, body: dict[str, Any], estimated: int) -> int:
     """Tokens that a prompt has for sure: all where ids were sent, of a text some."""
-    given = body.get("input_ids") or body.get("prompt")
-    is_ids = type(given) is list and type(given[0]) in (int, list)
-    if is_ids and not any(body.get(name) for name in MEDIA_FIELDS):
+    given = body.get("prompt" if dialect is Dialect.COMPLETIONS else "input_ids")
+    is_ids = type(given) is list and bool(given) and type(given[0]) in (int, list)
+    if (
+        is_ids
+        and dialect is not Dialect.RESPONSES
+        and not any(body.get(name) for name in MEDIA_FIELDS)
+    ):
         return estimated
     return estimated // SURELY
 

@@ -42,9 +42,8 @@ _EMBEDDED = (
     ServerSpec(engine=EngineConfig(name="decode-relaxed", role=Role.DECODE), pool=Pool.RELAXED),
 )
 _WELCOME = """
-No server is configured, so slackwater has started three EMULATED ones: a relaxed prefill server,
-a strict and a relaxed decode server. They keep the times of an 8B model on one H100 each and
-answer made-up words. Try:
+slackwater has started three EMULATED servers: a relaxed prefill server, a strict and a relaxed
+decode server. They keep the times of an 8B model on one H100 each and answer made-up words. Try:
 
   curl -N http://{host}:{port}/v1/chat/completions -H 'content-type: application/json' \\
     -d '{{"stream": true, "messages": [{{"role": "user", "content": "Hello"}}]}}'

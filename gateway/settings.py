@@ -11,8 +11,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from backends.words import TYPES
+
 T = TypeVar("T")
-_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 class ConfigError(ValueError):
@@ -74,7 +75,7 @@ def _value(wanted: Any, value: Any, key: str) -> Any:
     if wanted is float and type(value) is int:
         return float(value)
     if type(value) is not wanted:
-        raise ConfigError(f"{key} must be {_WORDS.get(wanted, wanted.__name__)}, got {value!r}")
+        raise ConfigError(f"{key} must be {TYPES.get(wanted, wanted.__name__)}, got {value!r}")
     if wanted is float and not math.isfinite(value):
         raise ConfigError(f"{key} must be a finite number, got {value!r}")
     return value

@@ -17,7 +17,7 @@ import uvloop
 from backends.emulator.fleet import EmulatedFleet, ServerSpec, describe
 from backends.engine import EngineConfig
 from backends.steptimes import Table, read_table
-from backends.words import in_words
+from backends.words import TYPES, in_words
 from policies.clock import Clock
 from policies.types import Pool, Role
 
@@ -112,7 +112,6 @@ OWN_KEYS: dict[str, type] = {
 }
 """Of a [[server]], beside those of its engine."""
 _TYPES: dict[str, type] = {"role": str, "max_queued": int, "extra_slots": int}
-_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 """Where the default does not tell."""
 
 
@@ -137,7 +136,7 @@ def _check(key: str, value: Any) -> None:
     wanted = OWN_KEYS.get(key) or _TYPES.get(key) or type(defaults[key])
     kind = float if wanted is float and type(value) is int else type(value)
     if kind is not wanted:
-        raise ValueError(f"{key} must be {_WORDS.get(wanted, wanted.__name__)}, got {value!r}")
+        raise ValueError(f"{key} must be {TYPES.get(wanted, wanted.__name__)}, got {value!r}")
     if kind in (int, float) and not 0 <= value < 1e18:
         raise ValueError(f"{key} must be at least 0, got {value!r}")
 

@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from backends.words import TYPES
 from policies.types import Pool, Role
 
 
@@ -98,7 +99,9 @@ def group_of(index: int, table: Any) -> Group:
     if group.count < 1:
         raise FleetError(f"{where}count must be at least 1, got {group.count}")
     if not 0 <= group.port <= 65_536 - group.count:
-        raise FleetError(f"{where}port must leave {group.count} ports up to 65535, got {group.port}")
+        raise FleetError(
+            f"{where}port must leave {group.count} ports up to 65535, got {group.port}"
+        )
     if group.gpus and len(group.gpus) != group.count:
         raise FleetError(f"{where}gpus names {len(group.gpus)} of {group.count} servers")
     return group
@@ -128,7 +131,7 @@ def value_of(one: Any, value: Any, where: str) -> Any:
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if type(value) is not type(default):
-        raise FleetError(f"{where} must be a {type(default).__name__}, got {value!r}")
+        raise FleetError(f"{where} must be {TYPES.get(type(default), 'a table')}, got {value!r}")
     return value
 
 

@@ -80,6 +80,19 @@ async def test_a_prompt_that_may_fit_is_left_to_the_servers_whose_refusal_has_th
         assert "context length" in told.body["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "more", [{"prompt": []}, {"prompt": {}}, {"prompt": [1]}, {"messages": []}], ids=str
+)
+async def test_fields_of_other_protocols_say_nothing_of_a_prompts_length(
+    more: dict[str, Any],
+) -> None:
+    async with standing(SHORT) as site:
+        told = await site.ask("/generate", generate(1, text="x" * 4 * 900) | more)
+        assert told.status == 200
+        body = {"model": "emulated", "input": "x" * 400, "max_output_tokens": 1, "input_ids": []}
+        assert (await site.ask("/v1/responses", body)).status == 200
+
+
 async def test_where_a_server_does_not_tell_its_limit_nothing_is_refused_for_it() -> None:
     async with standing(SHORT) as site:
         backend = site.gateway.backend

@@ -123,7 +123,7 @@ def test_a_file_sets_what_it_names(tmp_path: Path) -> None:
 def test_a_file_that_can_not_be_read_is_called_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read .*nowhere"):
         load(tmp_path / "nowhere.toml")
-    with pytest.raises(ConfigError, match=r"config\.toml: Expected"):
+    with pytest.raises(ConfigError, match=r"config\.toml is not TOML: Expected"):
         load(written(tmp_path, "[server"))
 
 
