@@ -209,10 +209,12 @@ class Sglang:
         exchange.attempts = dispatch.attempt
         rid = f"{_RID_PREFIX.get(exchange.dialect, '')}{self._rng.getrandbits(128):032x}"
         attempt = Attempt(self, exchange, prefill, decode, rid)
-        if exchange.transcript is not None and exchange.transcript.kind is None:
-            exchange.transcript.kind = _NATIVE_KIND[decode.worker.streams_increments]
+        transcript, has_begun = exchange.transcript, exchange.timeline.first_token_us > 0
+        if transcript is not None and not has_begun and transcript.kind is not Kind.COMPLETIONS:
+            # Of each attempt anew: one server streams increments, another one does not.
+            transcript.kind = _NATIVE_KIND[decode.worker.streams_increments]
         self._live[exchange.job_id] = attempt
-        if exchange.timeline.first_token_us:
+        if has_begun:
             resume(attempt, exchange, prefill or decode, self._send)
         else:
             self._send(attempt, exchange.body, None)

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 
 from tests.conformance.under_test import Client
-from tests.e2e.site import REAL, SHARED, standing
+from tests.e2e.site import QUICK, REAL, SHARED, standing
 
 pytestmark = REAL
 TOKENS = 150
@@ -44,8 +44,8 @@ async def test_a_drain_lets_streams_end_and_refuses_new_ones(client: Client) -> 
 
 
 async def test_a_drain_cuts_off_what_does_not_end_in_time(client: Client) -> None:
-    async with standing(client, "prefill", "decode") as site:
-        site.gateway.adopt(replace(site.config, server=replace(site.config.server, drain_s=0.3)))
+    server = replace(QUICK.server, drain_s=0.3)
+    async with standing(client, "prefill", "decode", server=server) as site:
         leg = site.generate(client.prompt(40), 4000)
         await leg.begun.wait()
         await asyncio.wait_for(site.gateway.drain(), 2.0)

@@ -191,6 +191,18 @@ MIXED = {
 }
 
 
+@pytest.mark.parametrize("fleet", MIXED)
+async def test_a_whole_answer_is_read_in_the_way_of_the_server_that_gave_it(fleet: str) -> None:
+    """The first server refuses before its first token, the next one streams otherwise."""
+    async with standing(MIXED[fleet]) as site:
+        undisturbed = await site.ask("/generate", generate(TOKENS), OFFLINE)
+        site.hurt("d1", FaultKind.REFUSE)
+        told = await site.ask("/generate", generate(TOKENS), OFFLINE)
+        assert site.lines[-1]["attempts"] == 2
+        for key in ("text", "output_ids"):
+            assert told.body[key] == undisturbed.body[key]
+
+
 @pytest.mark.parametrize("after", AFTER)
 @pytest.mark.parametrize("fleet", MIXED)
 async def test_a_server_that_streams_otherwise_goes_on_in_the_first_ones_way(
