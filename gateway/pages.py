@@ -227,7 +227,7 @@ def _worker_page(ledger: Ledger, now_us: int) -> dict[str, Any]:
         "model_id": worker.model,
         "bootstrap_port": worker.bootstrap_port,
         "is_healthy": ledger.up,
-        "draining": ledger.draining,
+        "draining": ledger.is_leaving,
         "breaker": {
             "state": ledger.breaker.state,
             "failures_in_a_row": ledger.breaker.failures_in_a_row,

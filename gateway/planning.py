@@ -224,7 +224,7 @@ class Planner:
         return [
             ledger
             for name in sorted(ledgers)
-            if (ledger := ledgers[name]).worker.role is role and ledger.up and not ledger.draining
+            if (ledger := ledgers[name]).worker.role is role and ledger.up and not ledger.is_leaving
         ]
 
     def _fleet(self) -> Fleet | None:

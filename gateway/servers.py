@@ -99,7 +99,7 @@ class Fleet:
         if ledger is None or ledger.worker.url != worker.url:
             return Ledger(worker, Breaker(self._breaker))
         ledger.breaker.rule = self._breaker
-        ledger.draining = False
+        ledger.draining = ledger.switching = False
         return ledger
 
     def remove(self, name: str) -> bool:

@@ -75,7 +75,7 @@ class Switching:
         if ledger is None or refusal is not None:
             self._say(SwitchOver(wanted.worker, wanted.role, refusal or Outcome.UNKNOWN, 0))
             return
-        ledger.draining = True
+        ledger.switching = True
         self.moves[wanted.worker] = _Move(wanted, now_us, set())
         self._changed()
 
@@ -95,7 +95,7 @@ class Switching:
         mine = ledger.worker
         return any(
             other.up
-            and not other.draining
+            and not other.is_leaving
             and other.breaker.is_closed
             and other.worker.role is mine.role
             and (not other.worker.model or not mine.model or other.worker.model == mine.model)
@@ -109,19 +109,19 @@ class Switching:
             if ledger is None:
                 leaves = move.wanted.role is None and move.asked_us is not None
                 self._over(move, Outcome.DONE if leaves else Outcome.GONE, now_us)
-            elif move.asked_us is not None:
-                ledger.draining = True
+                continue
+            ledger.switching = True  # even if it was taken off the list and put back at once
+            if move.asked_us is not None:
                 self._await(move, move.asked_us, now_us)
             elif not self._has_others(ledger):
                 self._back(move, ledger, Outcome.LAST, now_us)
             elif now_us - move.began_us > self.rule.drain_us:
                 self._back(move, ledger, Outcome.BUSY, now_us)
             else:
-                ledger.draining = True
                 self._drain(move, ledger, tickets, now_us)
 
     def _back(self, move: _Move, ledger: Ledger, outcome: Outcome, now_us: int) -> None:
-        ledger.draining = False
+        ledger.switching = False
         self._over(move, outcome, now_us)
         self._changed()
 
@@ -159,8 +159,10 @@ class Switching:
             if event.role is None:
                 self._fleet.silence(event.worker)
             else:
+                drains = ledger.draining
                 self._fleet.add(replace(ledger.worker, role=event.role))
-            ledger.draining = False
+                ledger.draining = drains  # an operator's word outlasts the switch
+            ledger.switching = False
         self._changed()
         if (move := self.moves.get(event.worker)) is None:
             return

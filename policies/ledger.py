@@ -113,6 +113,7 @@ class Ledger:
         "prefixes",
         "reserved_tokens",
         "steps",
+        "switching",
         "up",
         "worker",
     )
@@ -123,6 +124,9 @@ class Ledger:
         self.breaker = breaker
         self.up = True
         self.draining = False
+        """By an operator's word."""
+        self.switching = False
+        """Nothing new until it has its new role."""
         self.prefills = 0
         self.prefill_tokens = 0
         self.prefill_rate = PrefillRate()
@@ -156,10 +160,15 @@ class Ledger:
     def is_empty(self) -> bool:
         return not self.prefills and not self.decodes
 
+    @property
+    def is_leaving(self) -> bool:
+        """It gets nothing new, though it may well be up."""
+        return self.draining or self.switching
+
     def usable(self, now_us: int) -> bool:
-        if not self.breaker.open_until_us:
-            return self.up and not self.draining
-        return self.up and not self.draining and self.breaker.allows(now_us)
+        if self.draining or self.switching or not self.up:
+            return False
+        return not self.breaker.open_until_us or self.breaker.allows(now_us)
 
     def adopt(self, worker: Worker) -> None:
         """The same server, better known."""

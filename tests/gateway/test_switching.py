@@ -176,6 +176,17 @@ def test_nobody_is_sent_to_a_server_before_its_switch_is_over() -> None:
         assert not talk.core.ledgers["d1"].usable(0)
 
 
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE], ids=["switched", "refused"])
+def test_an_operators_drain_outlasts_a_switch(role: Role) -> None:
+    talk = Talk(TWO_DECODES)
+    talk.say(TO_PREFILL)
+    talk.say(WorkerDraining("d1"))
+    talk.say(RoleSwitched("d1", role))
+    assert not talk.core.ledgers["d1"].usable(0)
+    talk.say(WorkerDraining("d1", draining=False))
+    assert talk.core.ledgers["d1"].usable(0)
+
+
 def test_a_server_that_is_taken_off_the_list_ends_its_move() -> None:
     talk = talk_with_a_move()
     talk.say(TO_PREFILL)
