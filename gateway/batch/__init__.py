@@ -1,1 +1,1 @@
-"""The Batch API: files of requests that are run when there is room, and their answers."""
+"""The Batch and Files API: what is stored, how it is checked, and the routes to it."""
