@@ -263,6 +263,10 @@ class Sglang:
             self._abort_at(server, attempt.rid, attempt.sent_s + self.ABORT_AFTER_S)
         return True
 
+    def runs(self, job_id: str) -> bool:
+        """Whether it is at a server now."""
+        return job_id in self._live
+
     def __len__(self) -> int:
         """Attempts with an open leg."""
         return len(self._live) + len(self._lingering)
