@@ -26,9 +26,7 @@ class Status(StrEnum):
 
 
 TRANSITIONS: Final[dict[Status, frozenset[Status]]] = {
-    Status.VALIDATING: frozenset(
-        {Status.FAILED, Status.IN_PROGRESS, Status.FINALIZING, Status.CANCELLING}
-    ),
+    Status.VALIDATING: frozenset({Status.FAILED, Status.IN_PROGRESS, Status.CANCELLING}),
     Status.IN_PROGRESS: frozenset({Status.FINALIZING, Status.CANCELLING}),
     Status.FINALIZING: frozenset({Status.COMPLETED, Status.EXPIRED}),
     Status.CANCELLING: frozenset({Status.CANCELLED}),
@@ -138,6 +136,8 @@ class Batch:
 class NewBatch:
     """What a client asks for, checked."""
 
+    id: str
+    """A new one."""
     tenant: str
     endpoint: str
     window: str
