@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ class Rows(Protocol):
     async def join(self) -> None: ...
     async def renew(self) -> None: ...
     async def leave(self) -> None: ...
+    async def reap(self) -> int: ...
     async def claim(self, room: int) -> list[Row]: ...
     async def overdue(self, rows: Iterable[Row]) -> list[Row]: ...
     async def checkpoint(self, marks: Sequence[tuple[Row, bytes, int]]) -> None: ...
@@ -118,6 +120,8 @@ class Runner:
         self._results: list[Result] = []
         """Not recorded yet: the store may be out of order for a while."""
         self._back: list[tuple[Row, Again]] = []
+        self._engine_errors: Counter[tuple[int, int]] = Counter()
+        """By row; a crash forgets them, and so does another gateway that claims the row."""
         self._wake = asyncio.Event()
         self._epoch = 0
         """Of the lease: what was begun under an older one says nothing of this."""
@@ -324,8 +328,12 @@ class Runner:
     def _judge(self, held: Held, outcome: Outcome) -> None:
         if self._held.get(held.row.key) is not held:
             return
-        told = verdict(held.row, outcome, held.request_id)
+        key = held.row.key
+        if isinstance(outcome, Later) and outcome.is_engines:
+            self._engine_errors[key] += 1
+        told = verdict(held.row, outcome, held.request_id, self._engine_errors[key])
         if isinstance(told, Result):
+            self._engine_errors.pop(key, None)
             self._pace.answered()
             self._results.append(told)
         else:
@@ -365,6 +373,9 @@ class Runner:
 
     async def _renew(self) -> None:
         await self._store.renew()
+        if freed := await self._store.reap():
+            log.warning("rows of a gateway that is gone are free again", rows=freed)
+            self._wake.set()
 
     async def _start_anew(self) -> None:
         """Others run our rows by now."""

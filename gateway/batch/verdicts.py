@@ -34,10 +34,11 @@ class Again:
     """It is the fleet's trouble: others would meet it too."""
 
 
-def verdict(row: Row, outcome: Outcome, request_id: str) -> Result | Again:
+def verdict(row: Row, outcome: Outcome, request_id: str, engine_errors: int) -> Result | Again:
+    """`engine_errors`: how many there were of this row, this one included."""
     if isinstance(outcome, Answered):
         return _result(row, outcome, request_id)
-    if outcome.is_engines and row.attempts + 1 >= ENGINE_ERRORS:
+    if engine_errors >= ENGINE_ERRORS:
         return _result(row, _given_up(row, outcome, request_id), request_id)
     if outcome.code in _FLEETS:
         return Again(pause_us=0, blameless=True)
