@@ -260,7 +260,7 @@ class Runner:
             return []
         try:
             return list(await self._bodies(rows))
-        except Exception as error:  # whatever a disk or a bucket may raise
+        except Exception as error:  # noqa: BLE001 - whatever a disk or a bucket may raise
             where, why = rows[0], in_words(error)
             log.warning("a line cannot be read", batch=where.batch_id, line=where.number, error=why)
         if len(rows) == 1:
