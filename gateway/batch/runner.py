@@ -45,10 +45,6 @@ _UNREADABLE = Later(code=Code.INTERNAL, message="its line cannot be read", is_en
 class Rows(Protocol):
     """What of the store is needed here; the store itself has the contracts."""
 
-    async def join(self) -> None: ...
-    async def renew(self) -> None: ...
-    async def leave(self) -> None: ...
-    async def reap(self) -> int: ...
     async def claim(self, room: int) -> list[Row]: ...
     async def overdue(self, rows: Iterable[Row]) -> list[Row]: ...
     async def checkpoint(self, marks: Sequence[tuple[Row, bytes, int]]) -> None: ...
@@ -64,8 +60,6 @@ Bodies = Callable[[Sequence[Row]], Awaitable[list[bytes]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerRule:
-    lease_s: float = 30.0
-    """The store's own: it is renewed three times in each."""
     checkpoint_s: float = 5.0
     watch_s: float = 1.0
     """How soon rows are given up whose batch is cancelled."""
@@ -145,11 +139,9 @@ class Runner:
 
     async def run(self) -> None:
         """Until it is told to stop; then all rows are back in the store, or with a lease that
-        runs out."""
-        await self._persist(self._store.join)
+        runs out. Leases themselves are kept elsewhere."""
         async with asyncio.TaskGroup() as group:
             beats = [
-                group.create_task(self._every(self._rule.lease_s / 3, self._renew)),
                 group.create_task(self._every(self._rule.watch_s, self._watch)),
                 group.create_task(self._every(self._rule.checkpoint_s, self._keep)),
             ]
@@ -170,6 +162,15 @@ class Runner:
     def hurry(self) -> None:
         self.drain(0.0)
 
+    def lease_lost(self) -> None:
+        """Others run our rows by now."""
+        self._epoch += 1
+        if self._held:
+            self.tally.leases_lost += 1
+        for held in list(self._held.values()):
+            self._drop(held)
+        self._ended, self._results, self._back = [], [], []
+
     @property
     def _drains(self) -> bool:
         return self._give_back_at_s is not None
@@ -189,7 +190,6 @@ class Runner:
             self._drop(held)
         rows = [held.row for held in left]
         await self._guarded(lambda: self._release(rows, Again(pause_us=0, blameless=True)))
-        await self._guarded(self._store.leave)
 
     async def _every(self, seconds: float, do: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -203,7 +203,7 @@ class Runner:
             await do()
         except LeaseLost:
             if epoch == self._epoch:
-                await self._start_anew()
+                self.lease_lost()
             return False
         except StoreFault as fault:
             if not self._in_trouble:
@@ -217,10 +217,6 @@ class Runner:
             log.info("the store of batches works again")
         self._in_trouble = False
         return True
-
-    async def _persist(self, do: Callable[[], Awaitable[object]]) -> None:
-        while not await self._guarded(do) and not self._drains:
-            await pause(self._clock, _TROUBLE_S)
 
     async def _rest(self) -> None:
         """A little after the first that ends, so that others can join it."""
@@ -370,22 +366,6 @@ class Runner:
             held.task.cancel()
 
     # Beside the turns.
-
-    async def _renew(self) -> None:
-        await self._store.renew()
-        if freed := await self._store.reap():
-            log.warning("rows of a gateway that is gone are free again", rows=freed)
-            self._wake.set()
-
-    async def _start_anew(self) -> None:
-        """Others run our rows by now."""
-        log.warning("the lease on rows of batches was lost", rows=len(self._held))
-        self._epoch += 1
-        self.tally.leases_lost += 1
-        for held in list(self._held.values()):
-            self._drop(held)
-        self._ended, self._results, self._back = [], [], []
-        await self._guarded(self._store.join)
 
     async def _watch(self) -> None:
         """Rows of batches that were cancelled, or whose window is over, leave their servers."""

@@ -25,7 +25,7 @@ class Entry:
 @dataclass
 class Ledger:
     now_us: Callable[[], int]
-    lease_us: int = 30_000_000
+    lease_us: int = 10**12
     entries: dict[tuple[int, int], Entry] = field(default_factory=dict)
     until_us: dict[str, int] = field(default_factory=dict)
     wasted_tokens: int = 0
@@ -92,14 +92,6 @@ class MemoryRows:
             raise self.trouble
         await self.reap()
         self.ledger.until_us[self.owner] = self.ledger.now_us() + self.ledger.lease_us
-
-    async def renew(self) -> None:
-        self._check()
-        await self.join()
-
-    async def leave(self) -> None:
-        self._check()
-        self._free(self.owner)
 
     def _free(self, owner: str) -> None:
         for entry in self.ledger.entries.values():
