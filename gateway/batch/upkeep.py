@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import structlog
@@ -47,7 +48,7 @@ class Upkeep:
 
     def start(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         loops = [self._beat(), self._repeat(self.chores, asyncio.Event())]
-        loops += [self._repeat(lambda s=stage: self.work(s), self._wake[stage]) for stage in Stage]
+        loops += [self._repeat(partial(self.work, stage), self._wake[stage]) for stage in Stage]
         return [tasks.create_task(loop) for loop in loops]
 
     def wake(self, stage: Stage) -> None:
@@ -118,13 +119,22 @@ class Upkeep:
         if task is None:
             return False
         try:
-            await self._STAGES[stage](self, task)
+            await self._do(stage, task)
         except Fenced as fault:
             log.info("work on a batch was given up", batch=task.batch.id, reason=str(fault))
         except BaseException:
             await self.store.put_back(task)
             raise
         return True
+
+    async def _do(self, stage: Stage, task: Task) -> None:
+        match stage:
+            case Stage.VALIDATE:
+                await self._validate(task)
+            case Stage.FINALIZE:
+                await self._finalize(task)
+            case Stage.PURGE:
+                await self._purge(task)
 
     async def _validate(self, task: Task) -> None:
         batch = await ingest(self.store, self.blobs, task, self.limits)
@@ -151,5 +161,3 @@ class Upkeep:
         while await self.store.drop_rows(task, _PURGED_ROWS):
             pass
         await self.store.purged(task)
-
-    _STAGES: Final = {Stage.VALIDATE: _validate, Stage.FINALIZE: _finalize, Stage.PURGE: _purge}
