@@ -17,7 +17,7 @@ from backends.pause import pause
 from backends.words import in_words
 from gateway.batch.attempts import Attempts, Later, Outcome, dialect_of
 from gateway.batch.faults import LeaseLost, StoreFault
-from gateway.batch.objects import Result, Row
+from gateway.batch.objects import Batch, Result, Row
 from gateway.batch.pace import Pace, PaceRule
 from gateway.batch.tally import Tally
 from gateway.batch.verdicts import Again, verdict
@@ -33,6 +33,7 @@ _TURN_S = 0.5
 """At least so often there is a look; what ends brings one sooner."""
 _GATHER_S = 0.02
 """Rows that end within this time are recorded together."""
+_SURVEY_S = 5.0
 _TROUBLE_S = 1.0
 """A store that fails is left alone for this long."""
 _AT_ONCE = 256
@@ -53,6 +54,7 @@ class Rows(Protocol):
         self, rows: Sequence[Row], *, not_before_us: int = 0, blameless: bool = False
     ) -> int: ...
     async def waste(self, batch: int, tokens: int) -> None: ...
+    async def open_batches(self) -> list[Batch]: ...
 
 
 Bodies = Callable[[Sequence[Row]], Awaitable[list[bytes]]]
@@ -122,6 +124,8 @@ class Runner:
         self._give_back_at_s: float | None = None
         self._in_trouble = False
         self.tally = Tally()
+        self.open_batches: Sequence[Batch] = ()
+        """Of all gateways together, as they were some seconds ago."""
 
     def __len__(self) -> int:
         """Rows in memory."""
@@ -144,6 +148,7 @@ class Runner:
             beats = [
                 group.create_task(self._every(self._rule.watch_s, self._watch)),
                 group.create_task(self._every(self._rule.checkpoint_s, self._keep)),
+                group.create_task(self._every(_SURVEY_S, self._survey)),
             ]
             while not self._is_over():
                 if await self._guarded(lambda: self._turn(group)):
@@ -381,6 +386,9 @@ class Runner:
             await self._store.release([row], blameless=True)
             if tokens:
                 await self._store.waste(row.batch, tokens)
+
+    async def _survey(self) -> None:
+        self.open_batches = await self._store.open_batches()
 
     async def _keep(self) -> None:
         await self._mark(list(self._held.values()), fresh_tokens=_FRESH_TOKENS)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from gateway.batch.faults import LeaseLost
-from gateway.batch.objects import Result, Row, RowState
+from gateway.batch.objects import Batch, Result, Row, RowState
 
 
 @dataclass
@@ -154,6 +154,9 @@ class MemoryRows:
                 self.ledger.releases.append((row.key, not_before_us, blameless))
                 released += 1
         return released
+
+    async def open_batches(self) -> list[Batch]:
+        return []
 
     async def waste(self, batch: int, tokens: int) -> None:
         self._check()
