@@ -1,4 +1,4 @@
-"""How far a batch has come and when it will be done, from its own counters: any gateway can tell."""
+"""How far a batch has come and when it will be done: any gateway can tell, from its counters."""
 
 from __future__ import annotations
 
