@@ -72,7 +72,7 @@ class Front:
         limits = config.limits
         self._classes, self._timeouts, self._log = config.classes, config.timeouts, config.log
         self._by_prefix = PLACE[config.policies.place]().by_prefix
-        self._body_timeout_s = config.server.body_timeout_s
+        self.body_timeout_s = config.server.body_timeout_s
         self._keys = Keyring(config.key)
         self._limits = Limits(
             max_tokens=limits.max_tokens,
@@ -236,7 +236,7 @@ class Front:
         try:
             if request.content.is_eof():
                 return self._body_at_hand(request)
-            async with asyncio.timeout(self._body_timeout_s):
+            async with asyncio.timeout(self.body_timeout_s):
                 return await request.read()
         except TimeoutError:
             raise ApiError(Code.REQUEST_TIMEOUT, "the body did not arrive in time") from None
