@@ -95,7 +95,10 @@ class Gateway:
         self.metrics.registry.register(self.control)
         self.front = Front(config, self.driver, self.backend, self.metrics, clock, rng, write_line)
         self.prober = Prober(self.backend, self.driver.post, clock, config.telemetry)
-        self.batches = batches(config.batch, self.front, clock, rng)
+        self._passing = Passing(self.front, self.core, self.backend, clock, rng)
+        self.batches = batches(
+            config.batch, self.front, self._passing, self.backend.runs, self.metrics, clock, rng
+        )
         self._entries: dict[str, WorkerEntry] = {}
         self._runner: web.ServerRunner | None = None
         self.hurry = False
@@ -133,7 +136,6 @@ class Gateway:
         log.info("listening", host=server.host, port=self.port, workers=len(self._entries))
 
     def pages(self) -> Pages:
-        passing = Passing(self.front, self.core, self.backend, self._clock, self._rng)
         return Pages(
             self._config,
             self.front,
@@ -141,7 +143,7 @@ class Gateway:
             self.backend,
             self.prober,
             self.metrics,
-            passing,
+            self._passing,
             self._tasks,
         )
 
@@ -236,7 +238,7 @@ class Gateway:
         """No new requests; those under way may end until the time for it is over."""
         self.front.draining = True
         if self.batches is not None:
-            self.batches.drain(self._config.server.drain_s)
+            self.batches.drain(min(self._config.server.drain_s, self._config.batch.drain_s))
         until_s = self._clock.time() + self._config.server.drain_s
         log.info("draining", requests=len(self.front), for_s=self._config.server.drain_s)
         while len(self.front) and self._clock.time() < until_s and not self.hurry:
