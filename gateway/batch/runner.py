@@ -257,16 +257,14 @@ class Runner:
 
     async def _read(self, rows: Sequence[Row]) -> list[bytes | None]:
         """None for a row whose line cannot be read: the others need not suffer for it."""
-        if not rows:
-            return []
         try:
-            return list(await self._bodies(rows))
+            return list(await self._bodies(rows)) if rows else []
         except Exception as error:  # noqa: BLE001 - whatever a disk or a bucket may raise
+            if len(rows) > 1:
+                return [body for row in rows for body in await self._read([row])]
             where, why = rows[0], in_words(error)
             log.warning("a line cannot be read", batch=where.batch_id, line=where.number, error=why)
-        if len(rows) == 1:
             return [None]
-        return [body for row in rows for body in await self._read([row])]
 
     def _begin(self, row: Row, body: bytes | None, group: asyncio.TaskGroup) -> None:
         held = Held(row, f"{self._rng.getrandbits(128):032x}")
