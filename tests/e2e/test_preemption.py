@@ -71,6 +71,37 @@ async def test_preempted_requests_end_with_the_tokens_of_an_undisturbed_run(
         await site.freed()
 
 
+SETTLED = {"temperature": 0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Nothing is left to the model's own defaults, of which a server does not tell."""
+
+
+@pytest.mark.parametrize("way", ["streamed", "whole"])
+async def test_preempted_chats_end_with_the_text_of_an_undisturbed_run(
+    client: Client, way: str
+) -> None:
+    stream = way == "streamed"
+    async with standing(client, *PAIRS) as site:
+        await slowed(client, STEP_S)
+        for times in (1, 3, 5):
+            said = f"Tell me of {client.rng.random()}"
+            leg = client.chat(site.url, said, TOKENS, stream=stream, headers=OFFLINE, **SETTLED)
+            await preempted(site, leg, times, 4)
+            alone = client.chat(client.fleet.unified, said, TOKENS, stream=False, **SETTLED)
+            answer = (await over(alone)).body
+            assert text_of(leg) == answer["choices"][0]["message"]["content"]
+            assert site.lines[-1]["preemptions"] == times
+            assert site.lines[-1]["tokens"] == answer["usage"]["completion_tokens"] == TOKENS
+        await slowed(client, None)
+        await site.freed()
+
+
+def text_of(leg: Leg) -> str:
+    if not leg.chunks:
+        return str(leg.body["choices"][0]["message"]["content"])
+    choices = [choice for chunk in leg.chunks for choice in chunk["choices"]]
+    return "".join(choice["delta"].get("content") or "" for choice in choices)
+
+
 async def test_a_decode_slot_is_free_within_two_steps_of_the_decision(client: Client) -> None:
     async with standing(client, "prefill", "relaxed") as site:
         ledgers, clock = site.gateway.core.ledgers, asyncio.get_running_loop().time
