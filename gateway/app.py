@@ -266,7 +266,7 @@ class Gateway:
     async def close(self) -> None:
         self.prober.close()
         self.control.close()
-        await self._actuator.turn.close()
+        await self._actuator.close()
         if self._runner is not None:
             await self._runner.cleanup()
         self.backend.close()

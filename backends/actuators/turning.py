@@ -87,13 +87,22 @@ class Turning:
         self._clock = clock
         self._tasks = tasks
         self._roll = roll
+        self._moves: set[asyncio.Task[None]] = set()
         self._post: Post = _nobody
 
     def connect(self, post: Post) -> None:
         self._post = post
 
     def move(self, decision: SwitchRole | Release) -> None:
-        self._tasks.create_task(self._move(decision))
+        task = self._tasks.create_task(self._move(decision))
+        self._moves.add(task)
+        task.add_done_callback(self._moves.discard)
+
+    async def close(self) -> None:
+        """A move that is under way is left where it is: whoever looks next asks the servers."""
+        for task in list(self._moves):
+            task.cancel()
+        await self.turn.close()
 
     async def _move(self, decision: SwitchRole | Release) -> None:
         """Whatever happens, one event says what the server is now."""
@@ -107,6 +116,8 @@ class Turning:
                     event = await self._released(server)
         except Exception as error:  # noqa: BLE001  # the task's edge: the move must end
             why = f"{type(error).__name__}: {error}"
+            if (server := self._server(decision.worker)) is not None:
+                server.is_known = False  # its probe finds out
             event = RoleSwitched(decision.worker, None, why)
         if event is not None:
             self._post(event)

@@ -24,6 +24,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import orjson
 
@@ -69,13 +70,17 @@ class WebhookTurn:
         self._rng = rng
         self._roll = roll
         self._upstream: Upstream | None = None
+        self._page = "/"
         self.size: Size | None = None
 
     async def open(self) -> None:
         if not self.hook.url:
             raise UnfitError("ratio.webhook.url is missing")
         try:
-            self._upstream = Upstream(self.hook.url, connect_timeout_s=self.hook.answer_s)
+            url = urlsplit(self.hook.url)
+            self._page = (url.path or "/") + (f"?{url.query}" if url.query else "")
+            origin = f"{url.scheme}://{url.netloc}"
+            self._upstream = Upstream(origin, connect_timeout_s=self.hook.answer_s)
         except ValueError as error:
             raise UnfitError(f"ratio.webhook.url: {error}") from None
 
@@ -137,7 +142,7 @@ class WebhookTurn:
             answer = await fetch(
                 self._upstream,
                 b"POST",
-                b"",
+                self._page.encode(),
                 body,
                 timeout_s=self.hook.answer_s,
                 headers=headers.encode(),
