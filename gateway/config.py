@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from backends.sglang import Patience
+from gateway.actuation import LAUNCH_S, TYPICAL_S, Actuation, Relaunch, Webhook
 from gateway.chats import sampling_in
 from gateway.core import Rules
 from gateway.costs import Hardware, beside, costs_of
@@ -277,6 +278,11 @@ class RatioSettings:
     decode_cuda_graph_memory_gb: float = bounded(0.0, low=0)
     """What a server must have free to become a decode server: its CUDA graphs, as the log of
     another decode server has them. With less it refuses. 0: it does not look, as on CPU."""
+    actuator: Actuation = Actuation.SGLANG
+    """What changes a server: SGLang's own role switch, or one of the tables below. A change of it,
+    or of its table, needs a restart."""
+    relaunch: Relaunch = field(default_factory=Relaunch)
+    webhook: Webhook = field(default_factory=Webhook)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -422,6 +428,8 @@ def control_of(ratio: RatioSettings, targets: Targets) -> Control | None:
         quantile=ratio.quantile,
         targets=replace(targets, attained=ratio.attained),
         lease_s=ratio.lease_s,
+        switch_s=TYPICAL_S.get(ratio.actuator, LAUNCH_S),
+        launch_s=LAUNCH_S,
     )
 
 

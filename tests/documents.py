@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from gateway import actuation
 from gateway import config as settings
 from gateway.config import Config
 
@@ -56,6 +57,8 @@ _SECTIONS = {
     "telemetry": "How servers are watched.",
     "cost": "What the servers are, so that step times can be predicted: docs/cost-model.md.",
     "ratio": "How many servers prefill and how many decode, and who changes that: docs/ratio.md.",
+    "ratio.relaunch": "For ratio.actuator = relaunch.",
+    "ratio.webhook": "For ratio.actuator = webhook.",
     "log": "What goes to standard error.",
 }
 
@@ -110,7 +113,8 @@ class Option:
 def docstrings() -> dict[tuple[str, str], str]:
     """The string below a field, by class and field."""
     found = {}
-    for node in ast.parse(inspect.getsource(settings)).body:
+    sources = (inspect.getsource(module) for module in (settings, actuation))
+    for node in (node for source in sources for node in ast.parse(source).body):
         if not isinstance(node, ast.ClassDef):
             continue
         for field, after in zip(node.body, node.body[1:], strict=False):
