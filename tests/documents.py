@@ -51,6 +51,7 @@ _SECTIONS = {
     "colocation": "Offline work beside online work, under policies.pools = latency.",
     "admission": "How much work a server is given at once.",
     "limits": "What one client, and all of them together, may ask for.",
+    "chat": "Offline chats that can go on elsewhere: docs/operations.md.",
     "timeouts": "How long each phase may take before its servers are given up.",
     "retry": "Failed attempts are made again, within a budget of prompt tokens.",
     "breaker": "When a server that fails is left alone.",
