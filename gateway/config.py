@@ -151,8 +151,8 @@ class Colocation:
     """They take more while a step is predicted to stay below this share of the TPOT target."""
     headroom: bool = True
     """They keep room for online work to come: the q90 of its rise in a second."""
-    pull: bool = True
-    """Relaxed servers hand running work over to strict ones where that pays for its prefill."""
+    pull: bool = False
+    """Relaxed servers hand running work over to strict ones where a job ends sooner for it."""
     shed_share: float = bounded(0.98, low=0, high=2)
     """Offline work is taken off while a step is predicted to take more of the TPOT target."""
     ttft_share: float = bounded(0.5, low=0, high=1)
