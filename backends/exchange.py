@@ -84,6 +84,11 @@ class Exchange:
     """The rid of the attempt that the client has heard first: the id in all that follows."""
 
     @property
+    def has_begun(self) -> bool:
+        """There is something to go on from: shown already, or made before this process was."""
+        return self.timeline.first_token_us > 0 or (self.transcript is not None and self.tokens > 0)
+
+    @property
     def is_restartable(self) -> bool:
         """A new attempt can take over without the client noticing."""
         return self.transcript is not None or not self.timeline.first_token_us

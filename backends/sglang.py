@@ -231,7 +231,7 @@ class Sglang:
         exchange.attempts = dispatch.attempt
         rid = f"{_RID_PREFIX.get(exchange.dialect, '')}{self._rng.getrandbits(128):032x}"
         attempt = Attempt(self, exchange, prefill, decode, rid)
-        transcript, has_begun = exchange.transcript, exchange.timeline.first_token_us > 0
+        transcript, has_begun = exchange.transcript, exchange.has_begun
         if transcript is not None and not has_begun and transcript.kind is not Kind.COMPLETIONS:
             # Of each attempt anew: one server streams increments, another one does not.
             transcript.kind = _NATIVE_KIND[decode.worker.streams_increments]
@@ -284,6 +284,10 @@ class Sglang:
         for server, _ in attempt.open_legs():
             self._abort_at(server, attempt.rid, attempt.sent_s + self.ABORT_AFTER_S)
         return True
+
+    def runs(self, job_id: str) -> bool:
+        """Whether it is at a server now."""
+        return job_id in self._live
 
     def __len__(self) -> int:
         """Attempts with an open leg."""

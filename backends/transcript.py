@@ -65,6 +65,13 @@ class Transcript:
         kind = Kind.COMPLETIONS if "prompt" in body else native
         return cls(kind, stops=stops_of(body, kind))
 
+    @classmethod
+    def begun(cls, body: dict[str, Any], event: dict[str, Any]) -> Transcript:
+        """An answer to `body` that has come as far as `event` tells, and that far is settled."""
+        transcript = cls.of(body, incremental=True)
+        transcript._tally.begin(event)
+        return transcript
+
     def feed(self, piece: bytes) -> None:
         self._pieces.append(piece)
         self._kept_bytes += len(piece)
@@ -218,6 +225,11 @@ class _Tally:
             self._extend(event["output_ids"], event.get("text", ""))
         elif "choices" in event:
             self._add_chunk(event)
+
+    def begin(self, event: dict[str, Any]) -> None:
+        """With what an earlier process was given of the same answer."""
+        self.add(event)
+        self._settling.settle(len(self._ids), self._chars)
 
     def _extend(self, ids: list[int], text: str) -> None:
         self._ids += ids

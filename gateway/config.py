@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from backends.sglang import Patience
 from gateway.actuation import LAUNCH_S, TYPICAL_S, Actuation, Relaunch, Webhook
+from gateway.batch.settings import BatchSettings, batch_beside, check_batch
 from gateway.chats import sampling_in
 from gateway.core import Rules
 from gateway.costs import Hardware, beside, costs_of
@@ -234,6 +235,12 @@ class Key:
     tenant: str
     kind: Kind = Kind.ONLINE
     """The most urgent class that this key may use, and the one it gets by default."""
+    stored_gb: float = bounded(0.0, low=0)
+    """What its tenant may have stored for batches; 0: `batch.stored_gb`."""
+    open_batches: int = bounded(0, low=0)
+    """Batches of its tenant that may be open; 0: `batch.open_batches`."""
+    open_rows: int = bounded(0, low=0)
+    """Rows in them; 0: `batch.open_rows`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,6 +316,7 @@ class Config:
     telemetry: Telemetry = field(default_factory=Telemetry)
     cost: Cost = field(default_factory=Cost)
     ratio: RatioSettings = field(default_factory=RatioSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
     log: Log = field(default_factory=Log)
     worker: tuple[WorkerEntry, ...] = ()
     key: tuple[Key, ...] = ()
@@ -330,7 +338,8 @@ def _with_paths(config: Config, folder: Path) -> Config:
     )
     path = config.chat.generation_config
     chat = replace(config.chat, generation_config=str(folder / path) if path else "")
-    return replace(config, worker=entries, cost=cost, chat=chat)
+    batch = batch_beside(folder, config.batch)
+    return replace(config, worker=entries, cost=cost, chat=chat, batch=batch)
 
 
 def check(config: Config) -> Config:
@@ -348,6 +357,7 @@ def check(config: Config) -> Config:
             f"ratio.policy {config.ratio.policy!r} reckons with step times: cost.model and "
             "cost.device are missing"
         )
+    check_batch(config.batch)
     return config
 
 

@@ -14,9 +14,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from gateway import actuation
 from gateway import config as settings
+from gateway.batch import settings as batch_settings
 from gateway.config import Config
 
 ROOT = Path(__file__).parent.parent
+_MODULES = (settings, actuation, batch_settings)
 README = ROOT / "README.md"
 CONFIG = ROOT / "config.toml"
 
@@ -60,6 +62,7 @@ _SECTIONS = {
     "ratio": "How many servers prefill and how many decode, and who changes that: docs/ratio.md.",
     "ratio.relaunch": "For ratio.actuator = relaunch.",
     "ratio.webhook": "For ratio.actuator = webhook.",
+    "batch": "The OpenAI Batch and Files API: docs/batch.md. A change needs a restart.",
     "log": "What goes to standard error.",
 }
 
@@ -114,8 +117,7 @@ class Option:
 def docstrings() -> dict[tuple[str, str], str]:
     """The string below a field, by class and field."""
     found = {}
-    sources = (inspect.getsource(module) for module in (settings, actuation))
-    for node in (node for source in sources for node in ast.parse(source).body):
+    for node in (node for module in _MODULES for node in ast.parse(inspect.getsource(module)).body):
         if not isinstance(node, ast.ClassDef):
             continue
         for field, after in zip(node.body, node.body[1:], strict=False):
