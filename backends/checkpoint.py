@@ -19,7 +19,7 @@ class Checkpoint:
     output_ids: list[int]
     text: str
     meta: dict[str, Any]
-    """The `meta_info` that came with it: id, counts and all."""
+    """What came with it: the `meta_info`, or of a completion the id, the time and the model."""
     prompt_ids: list[int] | None = None
     """Where a server has told them, so that no other has to be asked."""
 
@@ -42,17 +42,19 @@ class Checkpoint:
 def taken_of(exchange: Exchange) -> Checkpoint | None:
     """None before there is a token to keep, and where an answer cannot go on from its tokens."""
     transcript = exchange.transcript
-    if transcript is None or transcript.kind is Kind.COMPLETIONS or not exchange.has_begun:
+    if transcript is None or not exchange.has_begun:
         return None
     state = transcript.state()
     settled = state.settled()
     if not settled.output_ids or state.finish_reason or state.error:
         return None
-    meta = settled.last_meta | {
-        "prompt_tokens": settled.prompt_tokens,
-        "cached_tokens": settled.cached_tokens,
-        "completion_tokens": len(settled.output_ids),
-    }
+    meta = settled.last_meta
+    if settled.kind is not Kind.COMPLETIONS:
+        meta = meta | {
+            "prompt_tokens": settled.prompt_tokens,
+            "cached_tokens": settled.cached_tokens,
+            "completion_tokens": len(settled.output_ids),
+        }
     return Checkpoint(
         output_ids=settled.output_ids,
         text=settled.text,
@@ -63,9 +65,17 @@ def taken_of(exchange: Exchange) -> Checkpoint | None:
 
 def go_on_from(exchange: Exchange, checkpoint: Checkpoint) -> None:
     """As if the exchange had been preempted there: its next attempt resumes."""
-    event: dict[str, Any] = {"output_ids": checkpoint.output_ids, "meta_info": checkpoint.meta}
-    if checkpoint.text:
-        event["text"] = checkpoint.text
-    exchange.transcript = Transcript.begun(exchange.body, event)
+    make = _chunk if "prompt" in exchange.body else _event
+    exchange.transcript = Transcript.begun(exchange.body, make(checkpoint))
     exchange.tokens = checkpoint.tokens
     exchange.prompt_ids = checkpoint.prompt_ids
+
+
+def _event(checkpoint: Checkpoint) -> dict[str, Any]:
+    event: dict[str, Any] = {"output_ids": checkpoint.output_ids, "meta_info": checkpoint.meta}
+    return event | ({"text": checkpoint.text} if checkpoint.text else {})
+
+
+def _chunk(checkpoint: Checkpoint) -> dict[str, Any]:
+    choice = {"index": 0, "token_ids": checkpoint.output_ids, "text": checkpoint.text}
+    return checkpoint.meta | {"choices": [choice]}

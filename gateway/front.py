@@ -17,7 +17,7 @@ from gateway.asking import Caller, Keyring, job_of, kind_of
 from gateway.chats import Chats
 from gateway.clients import StreamClient, UnaryClient
 from gateway.config import Config
-from gateway.dialects import ROUTES, Ask, Dialect, Limits, read
+from gateway.dialects import ROUTES, Ask, Dialect, Limits, assembled, read
 from gateway.driver import Driver
 from gateway.errors import ApiError, Code, invalid
 from gateway.fanout import split
@@ -147,6 +147,7 @@ class Front:
         ask = read(errand.dialect, errand.body, limits=self._limits)
         if ask.stream:
             raise invalid("stream", "cannot be true: nobody reads while it is made")
+        ask = assembled(ask)
         caller = Caller(errand.tenant, Kind.OFFLINE)
         kind = kind_of({}, ask, caller, self._classes.default)
         client = UnaryClient(asyncio.get_running_loop())
@@ -191,13 +192,8 @@ class Front:
         rid = ask.body.pop("rid", None) or ""
         online = kind is Kind.ONLINE
         first_s = timeouts.first_token_online_s if online else timeouts.first_token_offline_s
-        # A whole answer of /generate is asked for as a stream where it may have to be resumed.
-        assembles = (
-            not ask.stream
-            and ask.resumable
-            and kind is Kind.OFFLINE
-            and ask.dialect is Dialect.GENERATE
-        )
+        # A whole answer is asked for as a stream where it may have to be resumed.
+        assembles = not ask.stream and ask.resumable and kind is Kind.OFFLINE
         transcript = None
         if ask.resumable and (ask.stream or assembles):
             transcript = Transcript.of(ask.body)

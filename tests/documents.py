@@ -18,6 +18,7 @@ from gateway.batch import settings as batch_settings
 from gateway.config import Config
 
 ROOT = Path(__file__).parent.parent
+_MODULES = (settings, actuation, batch_settings)
 README = ROOT / "README.md"
 CONFIG = ROOT / "config.toml"
 
@@ -59,9 +60,9 @@ _SECTIONS = {
     "telemetry": "How servers are watched.",
     "cost": "What the servers are, so that step times can be predicted: docs/cost-model.md.",
     "ratio": "How many servers prefill and how many decode, and who changes that: docs/ratio.md.",
-    "batch": "The OpenAI Batch and Files API: docs/batch.md. A change needs a restart.",
     "ratio.relaunch": "For ratio.actuator = relaunch.",
     "ratio.webhook": "For ratio.actuator = webhook.",
+    "batch": "The OpenAI Batch and Files API: docs/batch.md. A change needs a restart.",
     "log": "What goes to standard error.",
 }
 
@@ -116,8 +117,7 @@ class Option:
 def docstrings() -> dict[tuple[str, str], str]:
     """The string below a field, by class and field."""
     found = {}
-    sources = (inspect.getsource(module) for module in (settings, actuation, batch_settings))
-    for node in (node for source in sources for node in ast.parse(source).body):
+    for node in (node for module in _MODULES for node in ast.parse(inspect.getsource(module)).body):
         if not isinstance(node, ast.ClassDef):
             continue
         for field, after in zip(node.body, node.body[1:], strict=False):

@@ -17,7 +17,7 @@ from backends.pause import pause
 from backends.words import in_words
 from gateway.batch.attempts import Attempts, Later, Outcome, dialect_of
 from gateway.batch.faults import LeaseLost, StoreFault
-from gateway.batch.objects import Result, Row
+from gateway.batch.objects import Batch, Result, Row
 from gateway.batch.pace import Pace, PaceRule
 from gateway.batch.tally import Tally
 from gateway.batch.verdicts import Again, verdict
@@ -33,6 +33,7 @@ _TURN_S = 0.5
 """At least so often there is a look; what ends brings one sooner."""
 _GATHER_S = 0.02
 """Rows that end within this time are recorded together."""
+_SURVEY_S = 5.0
 _TROUBLE_S = 1.0
 """A store that fails is left alone for this long."""
 _AT_ONCE = 256
@@ -45,10 +46,6 @@ _UNREADABLE = Later(code=Code.INTERNAL, message="its line cannot be read", is_en
 class Rows(Protocol):
     """What of the store is needed here; the store itself has the contracts."""
 
-    async def join(self) -> None: ...
-    async def renew(self) -> None: ...
-    async def leave(self) -> None: ...
-    async def reap(self) -> int: ...
     async def claim(self, room: int) -> list[Row]: ...
     async def overdue(self, rows: Iterable[Row]) -> list[Row]: ...
     async def checkpoint(self, marks: Sequence[tuple[Row, bytes, int]]) -> None: ...
@@ -57,6 +54,7 @@ class Rows(Protocol):
         self, rows: Sequence[Row], *, not_before_us: int = 0, blameless: bool = False
     ) -> int: ...
     async def waste(self, batch: int, tokens: int) -> None: ...
+    async def open_batches(self) -> list[Batch]: ...
 
 
 Bodies = Callable[[Sequence[Row]], Awaitable[list[bytes]]]
@@ -64,8 +62,6 @@ Bodies = Callable[[Sequence[Row]], Awaitable[list[bytes]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerRule:
-    lease_s: float = 30.0
-    """The store's own: it is renewed three times in each."""
     checkpoint_s: float = 5.0
     watch_s: float = 1.0
     """How soon rows are given up whose batch is cancelled."""
@@ -128,6 +124,8 @@ class Runner:
         self._give_back_at_s: float | None = None
         self._in_trouble = False
         self.tally = Tally()
+        self.open_batches: Sequence[Batch] = ()
+        """Of all gateways together, as they were some seconds ago."""
 
     def __len__(self) -> int:
         """Rows in memory."""
@@ -145,13 +143,12 @@ class Runner:
 
     async def run(self) -> None:
         """Until it is told to stop; then all rows are back in the store, or with a lease that
-        runs out."""
-        await self._persist(self._store.join)
+        runs out. Leases themselves are kept elsewhere."""
         async with asyncio.TaskGroup() as group:
             beats = [
-                group.create_task(self._every(self._rule.lease_s / 3, self._renew)),
                 group.create_task(self._every(self._rule.watch_s, self._watch)),
                 group.create_task(self._every(self._rule.checkpoint_s, self._keep)),
+                group.create_task(self._every(_SURVEY_S, self._survey)),
             ]
             while not self._is_over():
                 if await self._guarded(lambda: self._turn(group)):
@@ -169,6 +166,15 @@ class Runner:
 
     def hurry(self) -> None:
         self.drain(0.0)
+
+    def lease_lost(self) -> None:
+        """Others run our rows by now."""
+        self._epoch += 1
+        if self._held:
+            self.tally.leases_lost += 1
+        for held in list(self._held.values()):
+            self._drop(held)
+        self._ended, self._results, self._back = [], [], []
 
     @property
     def _drains(self) -> bool:
@@ -189,7 +195,6 @@ class Runner:
             self._drop(held)
         rows = [held.row for held in left]
         await self._guarded(lambda: self._release(rows, Again(pause_us=0, blameless=True)))
-        await self._guarded(self._store.leave)
 
     async def _every(self, seconds: float, do: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -203,7 +208,7 @@ class Runner:
             await do()
         except LeaseLost:
             if epoch == self._epoch:
-                await self._start_anew()
+                self.lease_lost()
             return False
         except StoreFault as fault:
             if not self._in_trouble:
@@ -217,10 +222,6 @@ class Runner:
             log.info("the store of batches works again")
         self._in_trouble = False
         return True
-
-    async def _persist(self, do: Callable[[], Awaitable[object]]) -> None:
-        while not await self._guarded(do) and not self._drains:
-            await pause(self._clock, _TROUBLE_S)
 
     async def _rest(self) -> None:
         """A little after the first that ends, so that others can join it."""
@@ -371,22 +372,6 @@ class Runner:
 
     # Beside the turns.
 
-    async def _renew(self) -> None:
-        await self._store.renew()
-        if freed := await self._store.reap():
-            log.warning("rows of a gateway that is gone are free again", rows=freed)
-            self._wake.set()
-
-    async def _start_anew(self) -> None:
-        """Others run our rows by now."""
-        log.warning("the lease on rows of batches was lost", rows=len(self._held))
-        self._epoch += 1
-        self.tally.leases_lost += 1
-        for held in list(self._held.values()):
-            self._drop(held)
-        self._ended, self._results, self._back = [], [], []
-        await self._guarded(self._store.join)
-
     async def _watch(self) -> None:
         """Rows of batches that were cancelled, or whose window is over, leave their servers."""
         if not self._held:
@@ -401,6 +386,9 @@ class Runner:
             await self._store.release([row], blameless=True)
             if tokens:
                 await self._store.waste(row.batch, tokens)
+
+    async def _survey(self) -> None:
+        self.open_batches = await self._store.open_batches()
 
     async def _keep(self) -> None:
         await self._mark(list(self._held.values()), fresh_tokens=_FRESH_TOKENS)

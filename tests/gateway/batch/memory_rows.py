@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from gateway.batch.faults import LeaseLost
-from gateway.batch.objects import Result, Row, RowState
+from gateway.batch.objects import Batch, Result, Row, RowState
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Entry:
 @dataclass
 class Ledger:
     now_us: Callable[[], int]
-    lease_us: int = 30_000_000
+    lease_us: int = 10**12
     entries: dict[tuple[int, int], Entry] = field(default_factory=dict)
     until_us: dict[str, int] = field(default_factory=dict)
     wasted_tokens: int = 0
@@ -93,14 +93,6 @@ class MemoryRows:
         await self.reap()
         self.ledger.until_us[self.owner] = self.ledger.now_us() + self.ledger.lease_us
 
-    async def renew(self) -> None:
-        self._check()
-        await self.join()
-
-    async def leave(self) -> None:
-        self._check()
-        self._free(self.owner)
-
     def _free(self, owner: str) -> None:
         for entry in self.ledger.entries.values():
             if entry.owner == owner and entry.state is RowState.CLAIMED:
@@ -162,6 +154,9 @@ class MemoryRows:
                 self.ledger.releases.append((row.key, not_before_us, blameless))
                 released += 1
         return released
+
+    async def open_batches(self) -> list[Batch]:
+        return []
 
     async def waste(self, batch: int, tokens: int) -> None:
         self._check()
