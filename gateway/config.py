@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from backends.sglang import Patience
 from gateway.actuation import LAUNCH_S, TYPICAL_S, Actuation, Kubernetes, Relaunch, Webhook
+from gateway.chats import sampling_in
 from gateway.core import Rules
 from gateway.costs import Hardware, beside, costs_of
 from gateway.planning import Control, Mode
@@ -170,6 +171,16 @@ class Colocation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    resume: bool = True
+    """Offline chats are asked for as token ids, so that they go on after a preemption or a death.
+    Those of which that would change the answer stay chats, and are made again."""
+    generation_config: str = ""
+    """The model's generation_config.json: SGLang fills in what a chat leaves open from it.
+    Empty: only chats that leave nothing open go as ids, unless servers fill in OpenAI's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timeouts:
     connect_s: float = bounded(5.0, low=0.01)
     first_token_online_s: float = bounded(60.0, low=0.01)
@@ -292,6 +303,7 @@ class Config:
     admission: Admission = field(default_factory=Admission)
     colocation: Colocation = field(default_factory=Colocation)
     limits: Limits = field(default_factory=Limits)
+    chat: Chat = field(default_factory=Chat)
     timeouts: Timeouts = field(default_factory=Timeouts)
     retry: Retry = field(default_factory=Retry)
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
@@ -317,7 +329,9 @@ def _with_paths(config: Config, folder: Path) -> Config:
         constants=str(folder / config.cost.constants) if config.cost.constants else "",
         model=beside(folder, config.cost.model),
     )
-    return replace(config, worker=entries, cost=cost)
+    path = config.chat.generation_config
+    chat = replace(config.chat, generation_config=str(folder / path) if path else "")
+    return replace(config, worker=entries, cost=cost, chat=chat)
 
 
 def check(config: Config) -> Config:
@@ -328,6 +342,7 @@ def check(config: Config) -> Config:
     secrets = [key.key for key in config.key]
     if "" in secrets or len(set(secrets)) < len(secrets):
         raise ConfigError("each [[key]] needs a key of its own")
+    sampling_in(config.chat.generation_config)
     costs = _costs(config)
     if config.ratio.policy != "static" and costs.default is None and not costs.by_name:
         raise ConfigError(

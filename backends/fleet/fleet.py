@@ -104,6 +104,8 @@ class Fleet:
         await self._close()
 
     async def _close(self) -> None:
+        if not self._imported.done():
+            self._link.interrupt()
         try:
             await self._link.close()
         finally:
