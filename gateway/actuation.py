@@ -6,7 +6,7 @@ import asyncio
 import importlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +35,7 @@ class Actuation(StrEnum):
     """Servers are Ray actors, which start their process in the other role."""
 
 
-ACTUATOR_KEYS = ("actuator", "relaunch", "webhook")
+ACTUATOR_KEYS = ("actuator", "relaunch", "webhook", "kubernetes")
 """What cannot change while the gateway runs."""
 TYPICAL_S = {Actuation.SGLANG: 5.0}
 """What a switch takes until one was measured; what starts a process anew takes LAUNCH_S."""
@@ -62,6 +62,32 @@ class Webhook:
     """A change that is not over by then is cancelled."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kubernetes:
+    prefill: str = ""
+    """The Deployment of the prefill servers, or the role of the group. Required."""
+    decode: str = ""
+    """The same of the decode servers. Required."""
+    group: str = ""
+    """The RoleBasedGroup that both are roles of. Empty: they are Deployments."""
+    group_version: str = "v1alpha2"
+    """Of the API `workloads.x-k8s.io`."""
+    namespace: str = ""
+    """Empty: the gateway's own."""
+    kubeconfig: str = ""
+    """Empty: the service account of the gateway's pod."""
+    port: int = bounded(30000, low=1, high=65535)
+    """Of a pod that has no port called `http`."""
+    bootstrap_port: int = bounded(8998, low=1, high=65535)
+    """Of a pod that has no port called `bootstrap`."""
+    lease: str = "slackwater"
+    """The Lease object whose holder is the one gateway that changes servers."""
+    start_s: float = bounded(600.0, low=1)
+    """A new pod that is not ready by then is given up, and the old one asked for again."""
+    poll_s: float = bounded(2.0, low=0.1)
+    """How often the pods are listed."""
+
+
 class Settings(Protocol):
     """What `[ratio]` says of actuators."""
 
@@ -75,6 +101,8 @@ class Settings(Protocol):
     def relaunch(self) -> Relaunch: ...
     @property
     def webhook(self) -> Webhook: ...
+    @property
+    def kubernetes(self) -> Kubernetes: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,10 +153,21 @@ def _webhook(settings: Settings, around: Surroundings) -> Turn:
     return WebhookTurn(hook, around.clock, around.rng, around.roll)
 
 
+def _kubernetes(settings: Settings, around: Surroundings) -> Turn:
+    told = settings.kubernetes
+    if not told.prefill or not told.decode:
+        raise ConfigError("ratio.kubernetes.prefill and ratio.kubernetes.decode are missing")
+    module = extra("backends.actuators.kubernetes", "kubernetes")
+    cluster = module.Cluster(**asdict(told))
+    turn: Turn = module.KubernetesTurn(cluster, around.clock, around.rng, around.tasks, around.roll)
+    return turn
+
+
 _MAKERS: dict[Actuation, Callable[[Settings, Surroundings], Turn]] = {
     Actuation.SGLANG: _sglang,
     Actuation.RELAUNCH: _relaunch,
     Actuation.WEBHOOK: _webhook,
+    Actuation.KUBERNETES: _kubernetes,
 }
 
 

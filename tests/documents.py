@@ -62,6 +62,7 @@ _SECTIONS = {
     "ratio": "How many servers prefill and how many decode, and who changes that: docs/ratio.md.",
     "ratio.relaunch": "For ratio.actuator = relaunch.",
     "ratio.webhook": "For ratio.actuator = webhook.",
+    "ratio.kubernetes": "For ratio.actuator = kubernetes, and the extra of that name.",
     "batch": "The OpenAI Batch and Files API: docs/batch.md. A change needs a restart.",
     "log": "What goes to standard error.",
 }

@@ -66,12 +66,14 @@ class ScriptedOwner:
                 return Relaunched(is_restarted=True)
             case "breaks":
                 raise ZeroDivisionError
-        await started_as(self.fleet, name, role, self.took_s)
+            case _:
+                await started_as(self.fleet, name, role, self.took_s)
         return Relaunched(is_restarted=True)
 
 
 def by(actuator: Actuation, **more: Any) -> RatioSettings:
-    return RatioSettings(actuator=actuator, switch_s=30.0, drain_s=20.0, hand_over_s=2.0, **more)
+    quick: dict[str, Any] = {"switch_s": 30.0, "drain_s": 20.0, "hand_over_s": 2.0}
+    return RatioSettings(actuator=actuator, **quick | more)
 
 
 @asynccontextmanager
