@@ -62,7 +62,9 @@ class Exchange:
     transcript: Transcript | None = None
     """What the client was given, for requests that can go on elsewhere."""
     prompt_ids: list[int] | None = None
-    """The prompt as tokens, once a resume has needed them."""
+    """The prompt as tokens, once they were needed."""
+    asks: dict[str, Any] | None = None
+    """What /v1/tokenize is asked before anything can be sent; None: `body` has its prompt."""
     assembles: bool = False
     """The client wants one answer, the servers are asked for a stream: it can be resumed."""
     first_token_timeout_s: float = 0.0

@@ -13,6 +13,8 @@ import structlog
 from backends.addresses import SPELLINGS, respelled
 from backends.attempt import Attempt
 from backends.base import Post
+from backends.chat import ChatRoute
+from backends.consult import Consultation, Then
 from backends.exchange import Exchange
 from backends.http import HttpError, Upstream
 from backends.progress import Kind
@@ -78,6 +80,8 @@ class Server:
     """It has said what it is; else the next probe asks it."""
     described: tuple[Worker, str] | None = None
     """What an operator said of it, its key included, before it was asked itself."""
+    chat: ChatRoute | None = None
+    """What its chats depend on; None: it did not say, or nobody here knows the like."""
 
     @property
     def name(self) -> str:
@@ -142,6 +146,7 @@ class Sglang:
         self._servers[worker.name] = server
         if known is not None:
             server.spelling, server.is_met = known.spelling, known.is_met
+            server.chat = known.chat
         self._note_models()
         return server
 
@@ -175,6 +180,23 @@ class Sglang:
 
     def servers(self) -> Iterable[Server]:
         return self._servers.values()
+
+    def chat_route(self, model: str) -> ChatRoute | None:
+        """What all servers of a model have in common; None where they differ or are silent."""
+        routes = [it.chat for it in self._servers.values() if it.worker.model == model or not model]
+        return routes[0] if routes and all(route == routes[0] for route in routes) else None
+
+    def consult(self, exchange: Exchange, path: bytes, body: bytes, then: Then) -> None:
+        """Those that the answer came from are asked first."""
+        near = (exchange.decode, exchange.prefill)
+        found = [self._servers[name] for name in near if name in self._servers]
+        models = {server.worker.model for server in found}
+        found += [
+            server
+            for server in self._servers.values()
+            if server.name not in near and (server.worker.model in models or not models)
+        ]
+        Consultation([server.upstream for server in found], path, body, self._clock, then)
 
     # Jobs, as the driver sees them.
 
@@ -214,7 +236,7 @@ class Sglang:
             # Of each attempt anew: one server streams increments, another one does not.
             transcript.kind = _NATIVE_KIND[decode.worker.streams_increments]
         self._live[exchange.job_id] = attempt
-        if has_begun:
+        if has_begun or exchange.asks is not None:
             resume(attempt, exchange, prefill or decode, self._send)
         else:
             self._send(attempt, exchange.body, None)

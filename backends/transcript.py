@@ -21,14 +21,13 @@ from backends.progress import (
 )
 from backends.splice import Splicer, stops_of, token_limit
 from backends.sse import ends_stream, payload, payloads, split_events
-from backends.trouble import Blame, StreamJudge, Trouble, judge_answer, judge_event
+from backends.trouble import Blame, Trouble, judge_answer, judge_event
 
 __all__ = [
     "Blame",
     "Kind",
     "Progress",
     "Splicer",
-    "StreamJudge",
     "Transcript",
     "Trouble",
     "ends_stream",

@@ -23,6 +23,7 @@ from gateway.rules import Rules
 from gateway.servers import Candidates, Fleet
 from gateway.switching import Switching
 from gateway.underway import Underway
+from gateway.unshown import Unshown
 from policies.events import (
     Arrived,
     Cancel,
@@ -80,6 +81,7 @@ class Core:
         self._tickets: dict[str, Ticket] = {}
         self._agenda = Agenda()
         self._underway = Underway()
+        self._unshown = Unshown()
         self._fresh: list[Ticket] = []
         self._out: list[Decision] = []
         self._lanes = Lanes(rules, self._fleet, lambda job_id: self._tickets[job_id].job)
@@ -377,9 +379,8 @@ class Core:
         """A whole answer of a unified server shows no first token; that nothing waits shows it."""
         if load.waiting or load.waiting_uncached_tokens:
             return
-        for ticket in self._tickets.values():
-            if ticket.prefill is ledger and ticket.sent_us < load.seen_us - _REPORT_LAG_US:
-                ticket.free_prefill()
+        for ticket in self._unshown.computed(ledger, load.seen_us - _REPORT_LAG_US):
+            ticket.free_prefill()
 
     def _worker_up(self, event: WorkerUp, now_us: int) -> None:
         self._fleet.add(event.worker)
@@ -503,6 +504,8 @@ class Core:
         ticket.book(prefill, decode, self._rules.admit.reserved(ticket.job), now_us)
         if least_chunks := self._rules.displace.least_chunks:
             self._underway.sent(ticket, prefill, least_chunks)
+        if prefill is decode:
+            self._unshown.sent(ticket, prefill)
         ticket.attempt += 1
         reason = _LEAST_WORK
         if ticket.attempt > 1 or ticket.preemptions:

@@ -14,6 +14,7 @@ from backends.pause import pause
 from backends.sglang import Sglang
 from backends.transcript import Transcript
 from gateway.asking import Caller, Keyring, job_of, kind_of
+from gateway.chats import Chats
 from gateway.clients import StreamClient, UnaryClient
 from gateway.config import Config
 from gateway.dialects import ROUTES, Ask, Dialect, Limits, assembled, read
@@ -64,6 +65,7 @@ class Front:
         self._dates = Dates(clock)
         self._visits: dict[str, Visit] = {}
         self._by_rid: dict[tuple[str, str], Visit] = {}
+        self._chats = Chats(backend, rng)
         self.draining = False
         self.adopt(config)
 
@@ -74,6 +76,8 @@ class Front:
         self._by_prefix = PLACE[config.policies.place]().by_prefix
         self.body_timeout_s = config.server.body_timeout_s
         self._keys = Keyring(config.key)
+        chat = config.chat
+        self._chats.adopt(resumes=chat.resume, generation_config=chat.generation_config)
         self._limits = Limits(
             max_tokens=limits.max_tokens,
             default_max_tokens=limits.default_max_tokens,
@@ -208,6 +212,8 @@ class Front:
             first_token_timeout_s=first_s,
             whole_timeout_s=first_s + job.max_tokens * timeouts.per_token_s,
         )
+        if (turn := self._chats.turn(ask, kind, model)) is not None:
+            job = self._chats.as_ids(exchange, job, turn)
         return Part(job, exchange)
 
     def _check_length(self, ask: Ask, model: str) -> None:

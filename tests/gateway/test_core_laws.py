@@ -86,7 +86,7 @@ COLOCATED = Rules(
     admit=Colocated(
         prefill_cap_tokens=600, output_reserve_tokens=50, ttft_us=40_000, tpot_us=9_000
     ),
-    give_way=ForSlack(tpot_us=9_000, ttft_share=0.01),
+    give_way=ForSlack(tpot_us=9_000, pulls=True, ttft_share=0.01),
     aborts=AbortRule(per_request=2, per_s=2, burst=6),
     costs=Costs(default=COST),
     max_queued=12,
@@ -96,7 +96,7 @@ COLOCATED = Rules(
 )
 RULES += [
     COLOCATED,
-    replace(COLOCATED, costs=Costs(), give_way=ForSlack(by_bottleneck=True)),
+    replace(COLOCATED, costs=Costs(), give_way=ForSlack(by_bottleneck=True, pulls=True)),
     replace(COLOCATED, pools=ByLatency(lends=True, without_relaxed=WithoutRelaxed.HOLD)),
 ]
 WORKERS = {
