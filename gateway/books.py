@@ -110,14 +110,18 @@ class Ticket:
             return self.job
         return self.job._replace(prompt_tokens=self.upto, max_tokens=1)
 
-    def part_done(self, *, is_cut: bool) -> None:
+    def part_done(self, *, is_cut: bool, counted_tokens: int) -> None:
         """It queues again with what its server has cached now; that was no attempt."""
         if self.state is not State.YIELDING:
             self.step(Step.PREEMPTED)
         self.step(Step.RETURNED)
         if is_cut:
             self.parts += 1
-            self.job = self.job._replace(cached_tokens=self.upto, cached_on=self.part_on)
+            tokens = counted_tokens or self.job.prompt_tokens
+            cached = min(self.upto, tokens - 1)
+            self.job = self.job._replace(
+                prompt_tokens=tokens, cached_tokens=cached, cached_on=self.part_on
+            )
         self.whole = not is_cut
         self.release()
         self.attempt -= 1

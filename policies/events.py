@@ -176,6 +176,8 @@ class PartDone:
     job_id: str
     is_cut: bool = True
     """False: nothing was sent, because nobody can tell where the prompt could be cut."""
+    prompt_tokens: int = 0
+    """Of the whole prompt, where they have been counted; before, it was an estimate."""
 
 
 @dataclass(frozen=True, slots=True)
