@@ -19,6 +19,7 @@ class Ticket:
     """Where one job stands, and what is booked for it."""
 
     __slots__ = (
+        "ahead_tokens",
         "attempt",
         "avoid",
         "booked_context",
@@ -36,6 +37,7 @@ class Ticket:
         "preemptions",
         "prefill",
         "resumes",
+        "sent_to",
         "sent_us",
         "stands_aside",
         "state",
@@ -71,10 +73,13 @@ class Ticket:
         """What it waits for is a turn of its own: others may go meanwhile."""
         self.waits_for = ""
         """The server that holds its beginning and has no room: others go elsewhere."""
+        self.ahead_tokens = 0
+        """Its own and what was before it, when it was sent."""
         self.whole = False
         """It cannot be cut."""
         self.took = 0
         """Others that were taken off their servers for this one."""
+        self.sent_to: Ledger | None = None
         self.sent_us = self.told_us = self.looked_us = 0
         self.trials: tuple[tuple[Breaker, int], ...] = ()
         self.generated = 0
@@ -145,12 +150,14 @@ class Ticket:
     def book(self, prefill: Ledger, decode: Ledger, reserved: int, now_us: int) -> None:
         job = self.sent_job
         self.prefill, self.decode = prefill, decode
+        self.sent_to = prefill
         self.part_on = prefill.worker.name if self.upto else ""
         self.booked_prefill = prefill.uncached(job)
         self.booked_context, self.booked_reserved = job.prompt_tokens, reserved
         self.generated = self.told_us = 0
         self.leaves = ""
         prefill.add_prefill(self.booked_prefill, now_us)
+        self.ahead_tokens = prefill.prefill_tokens
         if job.prefixes:
             prefill.prefixes.add(job.prefixes)
         decode.add_decode(self.booked_context, reserved)

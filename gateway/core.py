@@ -357,6 +357,7 @@ class Core:
         if ticket is None or ticket.state is _CANCELLED:
             return
         if event.is_cut:
+            self._slicing.computed(ticket, now_us)
             for ledger in (ticket.prefill, ticket.decode):
                 if ledger is not None:
                     self._succeeded(ledger)

@@ -12,6 +12,9 @@ from policies.types import Job, Role
 
 _GAP_WEIGHT = 1 / 32
 """Of the latest gap between two online requests in their mean."""
+_TURN_WEIGHT = 1 / 8
+_FORGETS = 1 / 1024
+"""How soon parts are tried again, once they have been slow: by so much with each request."""
 
 
 class Slicing:
@@ -25,6 +28,8 @@ class Slicing:
         self._out: dict[str, Ticket] = {}
         self._came_us = 0
         self._gap_us = 0.0
+        self._turn_us = 0.0
+        """What a part took beyond computing it and what was before it."""
 
     def came(self, now_us: int) -> None:
         """An online request."""
@@ -32,11 +37,19 @@ class Slicing:
             gap_us = now_us - self._came_us
             self._gap_us += _GAP_WEIGHT * (gap_us - self._gap_us) if self._gap_us else gap_us
         self._came_us = now_us
+        self._turn_us -= _FORGETS * self._turn_us
 
     def arrivals_per_us(self, now_us: int) -> float:
         """None for longer than usual is news, too."""
         gap_us = max(self._gap_us, now_us - self._came_us) if self._gap_us else 0.0
         return 1 / gap_us if gap_us else 0.0
+
+    def computed(self, ticket: Ticket, now_us: int) -> None:
+        """A part is back. A slow network makes itself felt in that: each is sent with all that
+        came before it."""
+        if (ledger := ticket.sent_to) is not None and (rate := ledger.prefill_tokens_per_us):
+            waited_us = now_us - ticket.sent_us - ticket.ahead_tokens / rate
+            self._turn_us += _TURN_WEIGHT * (max(0.0, waited_us) - self._turn_us)
 
     def sent(self, ticket: Ticket) -> None:
         if ticket.part_on not in self._out:
@@ -81,13 +94,16 @@ class Slicing:
 
     def _work(self, job: Job, ledgers: list[Ledger], now_us: int) -> Work:
         chunks = [it.chunk_tokens or UNKNOWN_CHUNK_TOKENS for it in ledgers]
+        chunk_tokens = min(chunks, default=UNKNOWN_CHUNK_TOKENS)
         rates = [rate for it in ledgers if (rate := it.prefill_tokens_per_us)]
+        tokens_per_us = sum(rates) / len(rates) if rates else 0.0
         return Work(
             tokens=job.prompt_tokens - job.cached_tokens,
-            chunk_tokens=min(chunks, default=UNKNOWN_CHUNK_TOKENS),
-            tokens_per_us=sum(rates) / len(rates) if rates else 0.0,
+            chunk_tokens=chunk_tokens,
+            tokens_per_us=tokens_per_us,
             arrivals_per_us=self.arrivals_per_us(now_us),
             has_begun=bool(job.cached_on),
+            turn_us=self._turn_us,
         )
 
     def _has_part(self, ledger: Ledger) -> bool:

@@ -37,6 +37,8 @@ class Work(NamedTuple):
     """Online requests, as seen lately."""
     has_begun: bool
     """A server holds its beginning already."""
+    turn_us: float = 0.0
+    """What a part has been seen to take beyond its computing."""
 
 
 class Displace(Protocol):
@@ -127,11 +129,12 @@ class Cheapest(ByCost):
 
     In parts: a turn for each, in which its server has nothing of it. Whole: each online request
     that comes meanwhile may displace it, `most_times` at most, and that loses the chunk under way
-    and the last one before it.
+    and the last one before it. Where a turn takes as long as its chunk, the network is what all
+    wait for: each part sends what came before it once more.
     """
 
     turn_us: float = 50_000.0
-    """A round trip, a transfer of a chunk's KV and a decode step."""
+    """At least: a round trip, a transfer of a chunk's KV and a decode step."""
     lost_chunks: float = 1.5
     parts: bool = True
 
@@ -143,7 +146,8 @@ class Cheapest(ByCost):
         turns = -(-work.tokens // work.chunk_tokens) - 1
         came = work.arrivals_per_us * work.tokens / work.tokens_per_us
         lost_us = min(came, self.most_times) * self.lost_chunks * chunk_us
-        return size if turns * self.turn_us < lost_us else 0
+        turn_us = max(self.turn_us, work.turn_us)
+        return size if turn_us < chunk_us and turns * turn_us < lost_us else 0
 
 
 def standing_of(job: Job, ledger: Ledger, sent_us: int, times: int, now_us: int) -> Standing | None:
