@@ -82,7 +82,7 @@ class Policies:
     order: str = one_of("edf", ORDER)
     """Which queued prompt goes next."""
     displace: str = one_of("none", DISPLACE)
-    """Whether a long prompt under way makes way for one that the order puts first."""
+    """How a long prompt is kept from blocking its server: it makes way, or goes out in parts."""
     place: str = one_of("least-work", PLACE)
     """Which of the servers that may take a job gets it."""
     pools: str = one_of("latency", POOLS)
