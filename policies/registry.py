@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from policies.displace import ByCost, Displace, Never
+from policies.gather import AtOnce, ByLength, Gather
 from policies.hrrn import Hrrn
 from policies.lengths import LengthSplit
 from policies.order import Edf, Fcfs, Order, Shortest
@@ -23,6 +24,7 @@ ORDER: dict[str, type[Order]] = {
     "salvage": Salvage,
 }
 DISPLACE: dict[str, type[Displace]] = {"none": Never, "by-cost": ByCost}
+GATHER: dict[str, type[Gather]] = {"none": AtOnce, "by-length": ByLength}
 PLACE: dict[str, type[Place]] = {
     "least-work": LeastWork,
     "round-robin": RoundRobin,
