@@ -6,6 +6,7 @@ from gateway.lifecycle import State, Step, advance
 from gateway.servers import Candidates
 from policies.breaker import Breaker
 from policies.events import Reason
+from policies.gather import Bucket
 from policies.ledger import Ledger
 from policies.order import Key, Movement, Order, Outlook
 from policies.queue import KeyedHeap
@@ -248,6 +249,7 @@ class Lane:
         """Jobs that no server in rotation could take: they must not block those that can go."""
         self.waiting_tokens = dict.fromkeys(Kind, 0)
         self.last_key: dict[Kind, Key] = {}
+        self.buckets = {kind: Bucket() for kind in Kind}
         self._moving: dict[Kind, Movement] = {}
         self.candidates: dict[Kind, Candidates] = {}
 
