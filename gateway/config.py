@@ -7,6 +7,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from backends.sglang import Patience
+from gateway.actuation import LAUNCH_S, TYPICAL_S, Actuation, Kubernetes, Relaunch, Webhook
+from gateway.batch.settings import BatchSettings, batch_beside, check_batch
 from gateway.chats import sampling_in
 from gateway.core import Rules
 from gateway.costs import Hardware, beside, costs_of
@@ -20,7 +22,7 @@ from policies.demand import Targets
 from policies.pools import ByLatency, Pools, WithoutRelaxed
 from policies.preempt import AbortRule, ForSlack, GiveWay, Stay
 from policies.ratio import DopdPlus
-from policies.registry import DISPLACE, ORDER, PLACE, POOLS, PREEMPT, RATIO
+from policies.registry import DISPLACE, GATHER, ORDER, PLACE, POOLS, PREEMPT, RATIO
 from policies.retry import RetryRule
 from policies.steps import Costs
 from policies.types import Kind, Pool, Role, Worker
@@ -80,7 +82,9 @@ class Policies:
     order: str = one_of("edf", ORDER)
     """Which queued prompt goes next."""
     displace: str = one_of("none", DISPLACE)
-    """Whether a long prompt under way makes way for one that the order puts first."""
+    """How a long prompt is kept from blocking its server: it makes way, or goes out in parts."""
+    gather: str = one_of("none", GATHER)
+    """Whether short prompts are sent to a prefill server together, and long ones alone."""
     place: str = one_of("least-work", PLACE)
     """Which of the servers that may take a job gets it."""
     pools: str = one_of("latency", POOLS)
@@ -149,8 +153,8 @@ class Colocation:
     """They take more while a step is predicted to stay below this share of the TPOT target."""
     headroom: bool = True
     """They keep room for online work to come: the q90 of its rise in a second."""
-    pull: bool = True
-    """Relaxed servers hand running work over to strict ones where that pays for its prefill."""
+    pull: bool = False
+    """Relaxed servers hand running work over to strict ones where a job ends sooner for it."""
     shed_share: float = bounded(0.98, low=0, high=2)
     """Offline work is taken off while a step is predicted to take more of the TPOT target."""
     ttft_share: float = bounded(0.5, low=0, high=1)
@@ -233,6 +237,12 @@ class Key:
     tenant: str
     kind: Kind = Kind.ONLINE
     """The most urgent class that this key may use, and the one it gets by default."""
+    stored_gb: float = bounded(0.0, low=0)
+    """What its tenant may have stored for batches; 0: `batch.stored_gb`."""
+    open_batches: int = bounded(0, low=0)
+    """Batches of its tenant that may be open; 0: `batch.open_batches`."""
+    open_rows: int = bounded(0, low=0)
+    """Rows in them; 0: `batch.open_rows`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,6 +287,12 @@ class RatioSettings:
     decode_cuda_graph_memory_gb: float = bounded(0.0, low=0)
     """What a server must have free to become a decode server: its CUDA graphs, as the log of
     another decode server has them. With less it refuses. 0: it does not look, as on CPU."""
+    actuator: Actuation = Actuation.SGLANG
+    """What changes a server: SGLang's own role switch, or one of the tables below. A change of it,
+    or of its table, needs a restart."""
+    relaunch: Relaunch = field(default_factory=Relaunch)
+    webhook: Webhook = field(default_factory=Webhook)
+    kubernetes: Kubernetes = field(default_factory=Kubernetes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,6 +319,7 @@ class Config:
     telemetry: Telemetry = field(default_factory=Telemetry)
     cost: Cost = field(default_factory=Cost)
     ratio: RatioSettings = field(default_factory=RatioSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
     log: Log = field(default_factory=Log)
     worker: tuple[WorkerEntry, ...] = ()
     key: tuple[Key, ...] = ()
@@ -324,7 +341,8 @@ def _with_paths(config: Config, folder: Path) -> Config:
     )
     path = config.chat.generation_config
     chat = replace(config.chat, generation_config=str(folder / path) if path else "")
-    return replace(config, worker=entries, cost=cost, chat=chat)
+    batch = batch_beside(folder, config.batch)
+    return replace(config, worker=entries, cost=cost, chat=chat, batch=batch)
 
 
 def check(config: Config) -> Config:
@@ -342,6 +360,7 @@ def check(config: Config) -> Config:
             f"ratio.policy {config.ratio.policy!r} reckons with step times: cost.model and "
             "cost.device are missing"
         )
+    check_batch(config.batch)
     return config
 
 
@@ -422,6 +441,8 @@ def control_of(ratio: RatioSettings, targets: Targets) -> Control | None:
         quantile=ratio.quantile,
         targets=replace(targets, attained=ratio.attained),
         lease_s=ratio.lease_s,
+        switch_s=TYPICAL_S.get(ratio.actuator, LAUNCH_S),
+        launch_s=LAUNCH_S,
     )
 
 
@@ -430,6 +451,7 @@ def rules_of(config: Config) -> Rules:
     return Rules(
         order=ORDER[config.policies.order](),
         displace=DISPLACE[config.policies.displace](),
+        gather=GATHER[config.policies.gather](),
         place=PLACE[config.policies.place](),
         pools=_pools(config),
         admit=_admit(config),

@@ -94,6 +94,7 @@ class Ledger:
 
     __slots__ = (
         "_foreign_before",
+        "batch_tokens",
         "breaker",
         "chunk_tokens",
         "context_tokens",
@@ -113,6 +114,7 @@ class Ledger:
         "prefills",
         "prefixes",
         "reserved_tokens",
+        "sent_us",
         "steps",
         "switching",
         "up",
@@ -130,6 +132,10 @@ class Ledger:
         """Nothing new until it has its new role."""
         self.prefills = 0
         self.prefill_tokens = 0
+        self.sent_us = -1
+        """When the last prompt went there."""
+        self.batch_tokens = 0
+        """Of the prompts that went there together with it."""
         self.prefill_rate = PrefillRate()
         self.decodes = 0
         self.context_tokens = 0
@@ -224,6 +230,8 @@ class Ledger:
             self.prefill_rate.begin(now_us)
         self.prefills += 1
         self.prefill_tokens += tokens
+        self.batch_tokens = tokens + (self.batch_tokens if self.sent_us == now_us else 0)
+        self.sent_us = now_us
 
     def prefilled(self, tokens: int, now_us: int) -> None:
         """The prompt is computed: what that took tells how fast the server is."""

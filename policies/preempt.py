@@ -130,7 +130,7 @@ class ForSlack:
     """A prompt that is predicted to need more of its TTFT target than this is in a hurry."""
     step_share: float = 0.98
     protect_after: int = 3
-    pulls: bool = True
+    pulls: bool = False
     by_bottleneck: bool = False
     """Where attention bounds the step the longest goes first, instead of the newest."""
 
