@@ -200,7 +200,7 @@ class Ticket:
         watched = decode.offline.decodes or decode.online.last_pace_us
         if watched and self.job.kind is not _OFFLINE:
             if self.told_us:
-                decode.online.paced(now_us - self.told_us, fresh, now_us)
+                decode.paced(now_us - self.told_us, fresh, now_us)
             self.told_us = now_us
         else:
             self.told_us = 0  # what comes until it is told again is not in its tokens

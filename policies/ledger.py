@@ -108,6 +108,7 @@ class Ledger:
         "max_running",
         "offline",
         "online",
+        "paced_with",
         "prefill_rate",
         "prefill_tokens",
         "prefills",
@@ -149,6 +150,8 @@ class Ledger:
         self.max_running = worker.max_running
         self.offline = Offline()
         self.online = Tide()
+        self.paced_with = 0, 0, 0
+        """Its sequences, their tokens and the offline ones among them, when the pace was seen."""
         self.steps: Steps | None = None
         """Predicted step times, where the hardware is known."""
         self.line: tuple[float, float, float] | None = None
@@ -242,6 +245,11 @@ class Ledger:
         self.prefills -= 1
         self.prefill_tokens -= tokens
         self.prefill_rate.broke_off()
+
+    def paced(self, us: int, tokens: int, now_us: int) -> None:
+        """An online job got so many tokens in that time."""
+        if self.online.paced(us, tokens, now_us):
+            self.paced_with = self.decodes, self.context_tokens, self.offline.decodes
 
     def add_decode(self, context: int, reserved: int) -> None:
         self.decodes += 1

@@ -105,9 +105,15 @@ class Steps:
         count = -(-count // self.replicas)
         if count >= len(self._base_us):
             self._tabulate(count)
-        factor = self.decode.factor
+        factor = self.decode_factor
         token_us = self._token_us[count] * factor / self.replicas
         return self._base_us[count] * factor + context_tokens * token_us, token_us
+
+    @property
+    def decode_factor(self) -> float:
+        """What is known of the other phase stands in while nothing is known of this one: a unified
+        server that computes a prompt before each step counts no steps."""
+        return (self.decode if self.decode.is_in_force else self.prefill).factor
 
     @property
     def prefill_tokens_per_us(self) -> float:
