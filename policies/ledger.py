@@ -14,7 +14,7 @@ from policies.types import Job, Worker
 class PrefillRate:
     """Prompt tokens a microsecond while there was anything to do, over the last seconds of work."""
 
-    __slots__ = ("_busy_us", "_is_whole", "_since_us", "_tokens")
+    __slots__ = ("_busy_us", "_is_whole", "_since_us", "_tokens", "tokens_per_us")
 
     WINDOW_US = 10_000_000
     EVIDENCE_TOKENS = 2_048
@@ -26,6 +26,8 @@ class PrefillRate:
         """All that was worked on since then is there, or done."""
         self._busy_us = 0.0
         self._tokens = 0.0
+        self.tokens_per_us: float | None = None
+        """Kept: it is read at every look and changes with each prompt only."""
 
     def begin(self, now_us: int) -> None:
         self._since_us, self._is_whole = now_us, True
@@ -46,12 +48,10 @@ class PrefillRate:
         if self._busy_us > self.WINDOW_US:
             self._busy_us /= 2
             self._tokens /= 2
-
-    @property
-    def tokens_per_us(self) -> float | None:
-        if self._tokens < self.EVIDENCE_TOKENS or self._busy_us <= 0:
-            return None
-        return self._tokens / self._busy_us
+        if self._tokens >= self.EVIDENCE_TOKENS and self._busy_us > 0:
+            self.tokens_per_us = self._tokens / self._busy_us
+        else:
+            self.tokens_per_us = None
 
 
 class Offline:
