@@ -24,6 +24,7 @@ from backends.pause import pause
 from backends.sglang import Sglang
 from backends.words import in_words
 from gateway.actuation import ACTUATOR_KEYS, Surroundings, turn_of
+from gateway.batches import batches
 from gateway.changes import changed_keys
 from gateway.config import (
     Config,
@@ -105,6 +106,7 @@ class Gateway:
         self.metrics = Metrics(self.core, self.backend.now_us)
         self.metrics.registry.register(self.control)
         self.front = Front(config, self.driver, self.backend, self.metrics, clock, rng, write_line)
+        self.batches = batches(config.batch, self.front, clock, rng)
         self._entries: dict[str, WorkerEntry] = {}
         self._runner: web.ServerRunner | None = None
         self.hurry = False
@@ -121,9 +123,12 @@ class Gateway:
         looks = [self._add(entry) for entry in self._config.worker]
         await self._wait_for_first_looks(looks)
         pages = self.pages()
+        more = [] if self.batches is None else self.batches.routes()
+        if self.batches is not None:
+            await self.batches.start(self._tasks)
         server = self._config.server
         listener = Door(
-            Router([*self.front.routes(), *pages.routes()]),
+            Router([*self.front.routes(), *pages.routes(), *more]),
             request_factory=partial(_request, round(server.max_body_mb * 1_048_576)),
             access_log=None,
             handler_cancellation=True,
@@ -213,7 +218,11 @@ class Gateway:
         running = self._config.server
         if asleep := changed_keys(running, config.server, "server."):
             log.warning("[server] has changed: that needs a restart", keys=asleep)
-        config = replace(config, server=running, ratio=self._with_its_actuator(config.ratio))
+        batch = self._config.batch
+        if config.batch != batch:
+            log.warning("[batch] has changed: that needs a restart")
+        ratio = self._with_its_actuator(config.ratio)
+        config = replace(config, server=running, batch=batch, ratio=ratio)
         changed = changed_keys(self._config, config)
         self._config = config
         self.core.adopt(rules_of(config))
@@ -254,6 +263,8 @@ class Gateway:
     async def drain(self) -> None:
         """No new requests; those under way may end until the time for it is over."""
         self.front.draining = True
+        if self.batches is not None:
+            self.batches.drain(self._config.server.drain_s)
         until_s = self._clock.time() + self._config.server.drain_s
         log.info("draining", requests=len(self.front), for_s=self._config.server.drain_s)
         while len(self.front) and self._clock.time() < until_s and not self.hurry:
@@ -269,6 +280,8 @@ class Gateway:
         await self._actuator.close()
         if self._runner is not None:
             await self._runner.cleanup()
+        if self.batches is not None:
+            await self.batches.close()
         self.backend.close()
 
 

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from backends.sglang import Patience
 from gateway.actuation import LAUNCH_S, TYPICAL_S, Actuation, Kubernetes, Ray, Relaunch, Webhook
+from gateway.batch.settings import BatchSettings, batch_beside, check_batch
 from gateway.chats import sampling_in
 from gateway.core import Rules
 from gateway.costs import Hardware, beside, costs_of
@@ -81,7 +82,7 @@ class Policies:
     order: str = one_of("edf", ORDER)
     """Which queued prompt goes next."""
     displace: str = one_of("none", DISPLACE)
-    """Whether a long prompt under way makes way for one that the order puts first."""
+    """How a long prompt is kept from blocking its server: it makes way, or goes out in parts."""
     place: str = one_of("least-work", PLACE)
     """Which of the servers that may take a job gets it."""
     pools: str = one_of("latency", POOLS)
@@ -150,8 +151,8 @@ class Colocation:
     """They take more while a step is predicted to stay below this share of the TPOT target."""
     headroom: bool = True
     """They keep room for online work to come: the q90 of its rise in a second."""
-    pull: bool = True
-    """Relaxed servers hand running work over to strict ones where that pays for its prefill."""
+    pull: bool = False
+    """Relaxed servers hand running work over to strict ones where a job ends sooner for it."""
     shed_share: float = bounded(0.98, low=0, high=2)
     """Offline work is taken off while a step is predicted to take more of the TPOT target."""
     ttft_share: float = bounded(0.5, low=0, high=1)
@@ -234,6 +235,12 @@ class Key:
     tenant: str
     kind: Kind = Kind.ONLINE
     """The most urgent class that this key may use, and the one it gets by default."""
+    stored_gb: float = bounded(0.0, low=0)
+    """What its tenant may have stored for batches; 0: `batch.stored_gb`."""
+    open_batches: int = bounded(0, low=0)
+    """Batches of its tenant that may be open; 0: `batch.open_batches`."""
+    open_rows: int = bounded(0, low=0)
+    """Rows in them; 0: `batch.open_rows`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,6 +318,7 @@ class Config:
     telemetry: Telemetry = field(default_factory=Telemetry)
     cost: Cost = field(default_factory=Cost)
     ratio: RatioSettings = field(default_factory=RatioSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
     log: Log = field(default_factory=Log)
     worker: tuple[WorkerEntry, ...] = ()
     key: tuple[Key, ...] = ()
@@ -332,7 +340,8 @@ def _with_paths(config: Config, folder: Path) -> Config:
     )
     path = config.chat.generation_config
     chat = replace(config.chat, generation_config=str(folder / path) if path else "")
-    return replace(config, worker=entries, cost=cost, chat=chat)
+    batch = batch_beside(folder, config.batch)
+    return replace(config, worker=entries, cost=cost, chat=chat, batch=batch)
 
 
 def check(config: Config) -> Config:
@@ -350,6 +359,7 @@ def check(config: Config) -> Config:
             f"ratio.policy {config.ratio.policy!r} reckons with step times: cost.model and "
             "cost.device are missing"
         )
+    check_batch(config.batch)
     return config
 
 

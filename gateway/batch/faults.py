@@ -15,6 +15,10 @@ class StorageUnavailable(StoreFault):
     """Locked, read-only or out of reach: nothing was written; later it may go."""
 
 
+class WrongVersion(StorageUnavailable):
+    """A newer gateway has changed the database into what this one does not know."""
+
+
 class QuotaExceeded(StoreFault):
     """The tenant holds as much as it may."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final, Literal
 
-from sqlalchemy import ColumnElement, Table, delete, insert, select, update
+from sqlalchemy import ColumnElement, Table, delete, insert, select, true, update
 from sqlalchemy.engine import MappingResult
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -44,9 +44,10 @@ async def litter(connection: AsyncConnection, now_us: int, limit: int) -> list[s
     return found
 
 
-async def abandon_all(connection: AsyncConnection) -> None:
-    """Whoever was at work on them is gone."""
-    await connection.execute(update(BLOBS).values(until_us=_DOOMED))
+async def doom(connection: AsyncConnection, blobs: Sequence[str] | None) -> None:
+    """Nobody will make files of these, or of any: whoever was at work on them is gone."""
+    which = true() if blobs is None else BLOBS.c.blob.in_(blobs)
+    await connection.execute(update(BLOBS).where(which).values(until_us=_DOOMED))
 
 
 async def forget(connection: AsyncConnection, blobs: Sequence[str]) -> None:

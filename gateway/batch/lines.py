@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import orjson
+
 from gateway.batch.objects import Row
 
 
@@ -14,7 +16,18 @@ async def bodies(blobs: object, rows: Sequence[Row]) -> list[bytes]:
 
 def answered(row: Row, *, status: int, request_id: str, body: bytes) -> bytes:
     """The line of a row that a server, or the gateway in its place, has answered."""
-    raise NotImplementedError
+    return orjson.dumps(
+        {
+            "id": f"batch_req_{row.batch}_{row.number}",
+            "custom_id": row.custom_id,
+            "response": {
+                "status_code": status,
+                "request_id": request_id,
+                "body": orjson.Fragment(body),
+            },
+            "error": None,
+        }
+    )
 
 
 def unanswered(batch_id: str, number: int, custom_id: str, *, code: str, message: str) -> bytes:

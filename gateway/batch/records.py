@@ -58,7 +58,7 @@ def moments_of(found: RowMapping) -> dict[Status, int]:
 
 
 def text_of(value: object) -> str:
-    return orjson.dumps(value).decode()
+    return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
 def row_values(batch: int, rows: Sequence[NewRow]) -> list[dict[str, Any]]:

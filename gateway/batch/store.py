@@ -71,7 +71,7 @@ class Store:
         """
         store = cls(await Database.open(url), owner, now_us, lease_us)
         if alone:
-            await store._database.write(kept.abandon_all)
+            await store._database.write(lambda tx: kept.doom(tx, None))
             await store._reap(_FOREVER_US)
         return store
 
@@ -273,6 +273,10 @@ class Store:
         """To be said now and then while it is written. Fenced: it was swept up."""
         until_us = self._now_us() + _BLOB_US
         await self._database.write(lambda tx: kept.hold(tx, blob, until_us))
+
+    async def doom(self, blobs: Sequence[str]) -> None:
+        """No file will be made of them: they are litter from now on, unless they are files."""
+        await self._database.write(lambda tx: kept.doom(tx, blobs))
 
     async def forget(self, blobs: Sequence[str]) -> None:
         """They are gone."""

@@ -24,7 +24,7 @@ from sqlalchemy import (
     update,
 )
 
-from gateway.batch.faults import StorageUnavailable
+from gateway.batch.faults import WrongVersion
 
 Migration = Callable[[Connection], None]
 
@@ -192,7 +192,7 @@ def migrate(
         return
     if found > version:
         message = f"the database is of version {found}, this gateway knows {version}"
-        raise StorageUnavailable(f"{message}: a newer gateway has used it")
+        raise WrongVersion(f"{message}: a newer gateway has used it")
     for step in range(found + 1, version + 1):
         steps[step](connection)
     connection.execute(update(SCHEMA).values(version=version))

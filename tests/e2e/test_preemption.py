@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from statistics import median
+from typing import Any
 
 import pytest
 
@@ -71,7 +72,13 @@ async def test_preempted_requests_end_with_the_tokens_of_an_undisturbed_run(
         await site.freed()
 
 
-SETTLED = {"temperature": 0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+SETTLED: dict[str, Any] = {
+    "temperature": 0,
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
 """Nothing is left to the model's own defaults, of which a server does not tell."""
 
 
