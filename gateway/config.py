@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from backends.sglang import Patience
-from gateway.actuation import LAUNCH_S, TYPICAL_S, Actuation, Kubernetes, Relaunch, Webhook
+from gateway.actuation import LAUNCH_S, TYPICAL_S, Actuation, Kubernetes, Ray, Relaunch, Webhook
 from gateway.batch.settings import BatchSettings, batch_beside, check_batch
 from gateway.chats import sampling_in
 from gateway.core import Rules
@@ -293,6 +293,7 @@ class RatioSettings:
     relaunch: Relaunch = field(default_factory=Relaunch)
     webhook: Webhook = field(default_factory=Webhook)
     kubernetes: Kubernetes = field(default_factory=Kubernetes)
+    ray: Ray = field(default_factory=Ray)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
