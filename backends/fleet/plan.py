@@ -24,10 +24,9 @@ CPU_FLAGS = (
     "--sleep-on-idle",  # without it an idle scheduler keeps half a core busy
 )
 PD_FLAGS = ("--disaggregation-transfer-backend", "mooncake", "--enable-pd-role-switch")
-CPU_PD_FLAGS = (
-    "--disable-overlap-schedule",  # with it, a prefix hit on prefill waits for a CUDA event
-    *("--disaggregation-decode-retraction-backup", "cpu_tensor"),
-)
+CPU_PD_FLAGS = ("--disaggregation-decode-retraction-backup", "cpu_tensor")
+NO_OVERLAP = "--disable-overlap-schedule"
+"""With it, a prefix hit on a prefill server waits for a CUDA event."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +86,7 @@ def _server(
         *("--served-model-name", spec.model.rstrip("/").rpartition("/")[2]),
         *("--host", HOST, "--port", str(port)),
         "--enable-metrics",
-        *_device_flags(spec, group.role),
+        *_device_flags(spec, group),
         *_role_flags(group.role, bootstrap_port),
         *spec.flags,
         *group.flags,
@@ -103,12 +102,14 @@ def _server(
     )
 
 
-def _device_flags(spec: FleetSpec, role: Role) -> Iterator[str]:
+def _device_flags(spec: FleetSpec, group: Group) -> Iterator[str]:
     if spec.device is Device.CPU:
         yield from CPU_FLAGS
         yield from ("--max-total-tokens", str(spec.kv_tokens))
-        if role is not Role.UNIFIED:
+        if group.role is not Role.UNIFIED:
             yield from CPU_PD_FLAGS
+        if group.role is Role.PREFILL or (group.role is Role.DECODE and not group.overlap):
+            yield NO_OVERLAP
 
 
 def _role_flags(role: Role, bootstrap_port: int | None) -> Iterator[str]:
