@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import orjson
 
-from backends.sse import DONE, Events, ends_stream, payloads
+from backends.sse import ends_stream, payloads
 
 MESSAGE_CHARS: Final = 2_000
 
@@ -91,26 +91,6 @@ def judge_answer(
     if body.find(b'"error"') < 0 and body.find(b'"abort"') < 0:  # `in` takes twice as long
         return None
     return _judge_values(dialect, body, leg)
-
-
-class StreamJudge:
-    """Judges a stream piece by piece as it passes, wherever the pieces are cut."""
-
-    __slots__ = ("_events", "_leg", "ended")
-
-    def __init__(self, leg: Blame = Blame.DECODE) -> None:
-        self._events = Events()
-        self._leg = leg
-        self.ended = False
-        """The protocol's last event has come: what follows, a broken line too, is no trouble."""
-
-    def feed(self, piece: bytes) -> Trouble | None:
-        events = self._events.cut(piece)
-        if events.endswith(DONE) or (events.startswith(b"event: ") and ends_stream(events)):
-            self.ended = True
-        if b'"error"' in events or b'"abort"' in events:
-            return judge_event(events, leg=self._leg)
-        return None
 
 
 def _judge_end(body: bytes, leg: Blame) -> Trouble | None:

@@ -11,6 +11,7 @@ import orjson
 import structlog
 
 from backends.base import Post
+from backends.chat import route_of
 from backends.counters import counters_of
 from backends.fetch import fetch
 from backends.pause import pause
@@ -92,7 +93,10 @@ class Prober:
     async def _introduce(self, server: Server, configured: Worker) -> Worker:
         """The server's own word on its role and size; what the operator wrote goes first."""
         model, context_tokens = await self._model(server)
-        worker = learnt(configured, await self._facts(server), model, context_tokens)
+        facts = await self._facts(server)
+        worker = learnt(configured, facts, model, context_tokens)
+        if "sampling_defaults" in facts:
+            server.chat = route_of(facts, await self._fetch(server, b"/model_info") or {})
         if worker.role is not configured.role:
             log.warning(
                 "the server has another role than configured",

@@ -9,6 +9,7 @@ import structlog
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from backends.base import Size
 from backends.pause import pause
 from gateway.config import Config, control_of
 from gateway.core import Core
@@ -26,10 +27,13 @@ log = structlog.get_logger("slackwater.ratio")
 class RatioControl(Collector):
     """Nothing but a name while `ratio.policy` is static."""
 
-    def __init__(self, core: Core, clock: Clock, tasks: asyncio.TaskGroup) -> None:
+    def __init__(
+        self, core: Core, clock: Clock, tasks: asyncio.TaskGroup, *, size: Size | None = None
+    ) -> None:
         self._core = core
         self._clock = clock
         self._tasks = tasks
+        self._size = size
         self._loop: asyncio.Task[None] | None = None
         self._planner: Planner | None = None
         self._told: tuple[int, int, bool] | None = None
@@ -50,7 +54,9 @@ class RatioControl(Collector):
             self._begin(control, driver)
 
     def _begin(self, control: Control, driver: Driver) -> None:
-        planner = Planner(self._core, self._clock, driver.post, control, told=self._look)
+        planner = Planner(
+            self._core, self._clock, driver.post, control, size=self._size, told=self._look
+        )
         self._planner, driver.listen = planner, planner.hear
         self._loop = self._tasks.create_task(self._tick(planner))
 

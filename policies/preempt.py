@@ -130,7 +130,7 @@ class ForSlack:
     """A prompt that is predicted to need more of its TTFT target than this is in a hurry."""
     step_share: float = 0.98
     protect_after: int = 3
-    pulls: bool = True
+    pulls: bool = False
     by_bottleneck: bool = False
     """Where attention bounds the step the longest goes first, instead of the newest."""
 
@@ -224,11 +224,19 @@ class ForSlack:
         return there_us < relaxed.steps.decode_us(relaxed.decodes, relaxed.context_tokens)
 
     def pull(self, strict: Ledger, relaxed: Ledger, victims: Victims) -> Victim | None:
-        """The one whose length fills the strict server best, if what its steps are shorter there
-        for the rest of its answer is more than its prompt costs again."""
+        """Of those for whom what its steps are shorter there, for the rest of the answer, is more
+        than its prompt costs again, the one whose length fills the strict server best."""
         if strict.steps is None or relaxed.steps is None:
             return None
-        fit = [v for v in victims if self._may_move(v)]
+        rate = relaxed.steps.prefill_tokens_per_us
+        there_us, token_us = strict.steps.line(strict.decodes + 1, strict.context_tokens)
+        gain_us = relaxed.steps.decode_us(relaxed.decodes, relaxed.context_tokens) - there_us
+        fit = [
+            v
+            for v in victims
+            if v.left_tokens * (gain_us - v.context_tokens * token_us) > v.context_tokens / rate
+            and self._may_move(v)
+        ]
         if not fit:
             return None
         target_us = strict.online.tightest_us(self.tpot_us)
@@ -240,13 +248,7 @@ class ForSlack:
             step_s=target_us / strict.steps.decode.factor * 1e-6,
             free_tokens=max(0, strict.kv_tokens - strict.reserved_tokens),
         )
-        best = min(fit, key=lambda v: (abs(v.context_tokens - wanted), v.job_id))
-        there_us = strict.steps.decode_us(
-            strict.decodes + 1, strict.context_tokens + best.context_tokens
-        )
-        here_us = relaxed.steps.decode_us(relaxed.decodes, relaxed.context_tokens)
-        again_us = best.context_tokens / relaxed.steps.prefill_tokens_per_us
-        return best if best.left_tokens * (here_us - there_us) > again_us else None
+        return min(fit, key=lambda v: (abs(v.context_tokens - wanted), v.job_id))
 
     def _may_move(self, victim: Victim) -> bool:
         is_free = victim.preemptions < self.protect_after

@@ -60,6 +60,8 @@ class Job(NamedTuple):
     """The server that holds them; empty: any."""
     prefixes: tuple[int, ...] = ()
     """Keys of its beginnings, where the policy of placement looks at them."""
+    made_tokens: int = 0
+    """Of its answer, in earlier attempts: part of the prompt by now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

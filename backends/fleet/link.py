@@ -51,6 +51,10 @@ class Link(asyncio.Protocol):
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps({"do": do, **details}).encode() + b"\n")
 
+    def interrupt(self) -> None:
+        """For an owner that still imports, and so reads no commands and has no servers."""
+        self._process.terminate()
+
     async def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()

@@ -33,8 +33,6 @@ class Group:
     """The first server's; the others follow. 0 takes free ones."""
     flags: tuple[str, ...] = ()
     """Added to the command line of each."""
-    overlap: bool = False
-    """Decode servers on a CPU keep SGLang's overlap scheduling, which is otherwise off there."""
     gpus: tuple[str, ...] = ()
     """What each server sees as CUDA_VISIBLE_DEVICES, in turn."""
 
@@ -61,6 +59,8 @@ class FleetSpec:
     flags: tuple[str, ...] = ()
     """Added to every command line."""
     env: dict[str, str] = field(default_factory=dict)
+    overlap: bool = False
+    """Decode servers on a CPU keep SGLang's overlap scheduling, which is otherwise off there."""
     plugin: bool = False
     """Whether the servers load our plug-in for SGLang."""
     start_timeout_s: float = 300.0

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.sse import Events, ends_stream, payload, split_events
-from backends.transcript import Blame, StreamJudge, judge_answer, judge_event
+from backends.transcript import Blame, judge_answer, judge_event
 
 DONE = b"data: [DONE]\n\n"
 
@@ -83,12 +83,11 @@ def test_no_text_that_a_model_writes_is_taken_for_an_error(text: str, finish: st
 def test_an_error_is_found_wherever_the_stream_is_cut(
     before: list[bytes], failure: tuple[bytes, int], cuts: list[int]
 ) -> None:
-    stream, judge = b"".join(before) + failure[0] + DONE, StreamJudge()
+    stream, events = b"".join(before) + failure[0] + DONE, Events()
     bounds = [0, *sorted(cut % len(stream) for cut in cuts), len(stream)]
-    found = [judge.feed(stream[a:b]) for a, b in itertools.pairwise(bounds)]
+    found = [judge_event(events.cut(stream[a:b])) for a, b in itertools.pairwise(bounds)]
 
     assert [trouble.status for trouble in found if trouble] == [failure[1]]
-    assert judge.ended
 
 
 @pytest.mark.parametrize(

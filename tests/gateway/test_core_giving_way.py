@@ -36,7 +36,7 @@ RULES = Rules(
     order=Fcfs(),
     pools=ByLatency(lends=True),
     admit=Colocated(tpot_us=50_000),
-    give_way=ForSlack(tpot_us=50_000),
+    give_way=ForSlack(tpot_us=50_000, pulls=True),
     costs=Costs(default=COST),
 )
 LONG = 60_000

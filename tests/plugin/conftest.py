@@ -10,7 +10,7 @@ import pytest
 
 from tests.conformance.sglang_fleet import RealServers, is_included
 from tests.conformance.under_test import talking
-from tests.plugin.ground import FLOOR_S, GROUNDS, Ground, Trial, spec
+from tests.plugin.ground import FLOOR_S, GROUNDS, RETRACTING, Ground, Trial, spec
 
 collect_ignore_glob = [] if is_included() else ["test_*.py"]
 
@@ -27,7 +27,10 @@ class Fleets:
         if name != self._name:
             self._open.close()
             logs = self._factory.mktemp(name.replace(" ", "-"))
-            self._servers = self._open.enter_context(RealServers(spec(name, logs)))
+            with pytest.MonkeyPatch.context() as patch:
+                for key, value in RETRACTING.items():  # read where SGLang is imported
+                    patch.setenv(key, value)
+                self._servers = self._open.enter_context(RealServers(spec(name, logs)))
             self._name = name
         return self._servers
 

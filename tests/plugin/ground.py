@@ -15,8 +15,8 @@ from tests.conformance.sglang_fleet import RealServers
 from tests.conformance.under_test import Client, Leg, until
 
 KV_TOKENS = 2048
-RETRACT_EVERY = 40
-"""Steps, by SGLang's own switch for tests: a request is taken off and comes back."""
+RETRACTING = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
+"""SGLang's own switch for tests: each 40 steps a request is taken off, and comes back."""
 CHUNK_TOKENS = 64
 STEP_S = 0.02
 """A step's floor where a test must act in the midst of something."""
@@ -37,7 +37,7 @@ FLEETS: dict[str, tuple[Group, ...]] = {
         Group(role=Role.UNIFIED, flags=(*_SMALL, *_GRAMMAR)),
     ),
     "pair": (_PREFILL, Group(role=Role.DECODE, flags=_DECODE)),
-    "overlapping pair": (_PREFILL, Group(role=Role.DECODE, flags=_DECODE, overlap=True)),
+    "overlapping pair": (_PREFILL, Group(role=Role.DECODE, flags=_DECODE)),
 }
 GROUNDS = {
     "unified": ("unified", 0),
@@ -51,12 +51,9 @@ def spec(fleet: str, logs: Path) -> FleetSpec:
     return FleetSpec(
         logs=str(logs),
         kv_tokens=KV_TOKENS,
+        overlap=fleet == "overlapping pair",
         plugin=True,
-        env={
-            "SLACKWATER_PLUGIN_DRILL": "1",
-            "SGLANG_TEST_RETRACT": "1",
-            "SGLANG_TEST_RETRACT_INTERVAL": str(RETRACT_EVERY),
-        },
+        env={"SLACKWATER_PLUGIN_DRILL": "1"},
         servers=FLEETS[fleet],
     )
 
@@ -66,6 +63,7 @@ class Ground:
 
     def __init__(self, name: str, servers: RealServers) -> None:
         fleet, place = GROUNDS[name]
+        self.name = name
         self.servers = servers
         self.known: dict[str, dict[int, list[int]]] = {}
         """What stock SGLang answers here."""

@@ -23,7 +23,7 @@ from policies.types import Pool, Resume
 from tests.gateway.talk import SECOND, online
 from tests.policies.test_colocation import batch, chat, ledger
 
-RULE = ForSlack(tpot_us=20_000)
+RULE = ForSlack(tpot_us=20_000, pulls=True)
 
 
 def victim(name: str, sent_us: int = 0, **fields: Any) -> Victim:

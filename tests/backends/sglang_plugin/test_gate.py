@@ -32,7 +32,7 @@ def step(one: Gate, batch: FakeBatch) -> list[FakeRequest]:
     """As SGLang takes it: who took part, each with a token more."""
     one.begins(batch)
     one.prepare(prepare, batch)  # type: ignore[arg-type]
-    ran = one.ends(batch)  # type: ignore[arg-type]
+    ran = one.ends(batch)
     assert ran is not None
     for it in ran.reqs:
         it.output_ids.append(1)
