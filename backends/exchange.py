@@ -70,6 +70,8 @@ class Exchange:
     first_token_timeout_s: float = 0.0
     whole_timeout_s: float = math.inf
     """For an answer that is not streamed: it shows nothing until its end."""
+    is_part: bool = False
+    """Of a prompt: its token is for nobody."""
     aborted: bool = False
     """The client asked for the end; what servers say of it is the answer."""
 

@@ -17,6 +17,7 @@ from backends.chat import ChatRoute
 from backends.consult import Consultation, Then
 from backends.exchange import Exchange
 from backends.http import HttpError, Upstream
+from backends.parts import Asked, Ids, known_ids, part_of, question
 from backends.progress import Kind
 from backends.resume import resume
 from backends.splice import Splicer
@@ -31,6 +32,7 @@ from policies.events import (
     FirstToken,
     Freed,
     Left,
+    PartDone,
     Preempt,
     Preempted,
     PrefillDone,
@@ -211,7 +213,7 @@ class Sglang:
         if exchange is not None:
             exchange.timeline.ended_us = self.now_us()
         if exchange is not None and (attempt := self._live.get(job_id)) is not None:
-            exchange.tokens += attempt.tokens
+            exchange.tokens += 0 if attempt.exchange.is_part else attempt.tokens
             attempt.tokens = 0
 
     def start(self, dispatch: Dispatch) -> None:
@@ -230,6 +232,9 @@ class Sglang:
         exchange.decode = dispatch.decode
         exchange.attempts = dispatch.attempt
         rid = f"{_RID_PREFIX.get(exchange.dialect, '')}{self._rng.getrandbits(128):032x}"
+        if dispatch.upto:
+            self._start_part(dispatch.upto, exchange, (prefill, decode), rid)
+            return
         attempt = Attempt(self, exchange, prefill, decode, rid)
         transcript, has_begun = exchange.transcript, exchange.has_begun
         if transcript is not None and not has_begun and transcript.kind is not Kind.COMPLETIONS:
@@ -242,6 +247,37 @@ class Sglang:
             self._send(attempt, exchange.body, None)
         self._tick_on()
 
+    def _start_part(
+        self, upto: int, exchange: Exchange, pair: tuple[Server | None, Server], rid: str
+    ) -> None:
+        """Its ids are asked for once, with its first part. What has begun to answer goes on."""
+        ids, asked = known_ids(exchange), question(exchange)
+        if exchange.timeline.first_token_us or (ids is None and asked is None):
+            self._post(PartDone(exchange.job_id, is_cut=False))
+            return
+        attempt = Attempt(self, part_of(exchange, ids or [], upto), *pair, rid)
+        self._live[exchange.job_id] = attempt
+        self._tick_on()
+        if ids is not None:
+            self._send(attempt, attempt.exchange.body, None)
+            return
+
+        def told(found: Ids | None) -> None:
+            if attempt.over:
+                return
+            if found is None or len(found) < 2:
+                attempt.over = True
+                del self._live[exchange.job_id]
+                self._post(PartDone(exchange.job_id, is_cut=False))
+                return
+            exchange.prompt_ids = found
+            attempt.exchange.body = part_of(exchange, found, upto).body
+            self._send(attempt, attempt.exchange.body, None)
+
+        tokenizer = pair[0] or pair[1]
+        call = tokenizer.upstream.send(b"POST", b"/v1/tokenize", asked or b"", Asked(told))
+        attempt.waits_for(tokenizer, call)
+
     def _send(self, attempt: Attempt, body: dict[str, Any], splicer: Splicer | None) -> None:
         attempt.send(orjson.dumps(self._body(attempt, body)), splicer)
 
@@ -253,12 +289,12 @@ class Sglang:
             return
         del self._live[job.id]
         attempt.close()
-        exchange = attempt.exchange
+        exchange = self._exchanges.get(job.id, attempt.exchange)
         kept = exchange.kept_tokens
         generated = max(0, kept - exchange.tokens)
         exchange.tokens = kept
         exchange.preemptions += 1
-        lost = max(0, attempt.tokens - generated)
+        lost = 0 if attempt.exchange.is_part else max(0, attempt.tokens - generated)
         _note(decision, exchange, lost)
         self._post(Preempted(job.id, generated, lost))
 
@@ -278,7 +314,7 @@ class Sglang:
     def abort(self, job_id: str) -> bool:
         """Passes a client's own abort on: the server's last words become the answer."""
         attempt = self._live.get(job_id)
-        if attempt is None:
+        if attempt is None or attempt.exchange.is_part:
             return False
         attempt.exchange.aborted = True
         for server, _ in attempt.open_legs():
@@ -327,14 +363,21 @@ class Sglang:
         if attempt.open_legs():
             self._lingering.append((self.now_s() + self.patience.linger_s, attempt))
         self._live.pop(exchange.job_id, None)
+        if exchange.is_part:
+            whole = self._exchanges.get(exchange.job_id)
+            ids = None if whole is None else known_ids(whole)
+            self._post(PartDone(exchange.job_id, prompt_tokens=len(ids or ())))
+            return
         self._exchanges.pop(exchange.job_id, None)
         self._post(Finished(exchange.job_id, attempt.tokens))
 
     def failed(self, attempt: Attempt, fault: Fault, blamed: tuple[str, ...]) -> None:
         exchange = attempt.exchange
         self._live.pop(exchange.job_id, None)
-        generated = attempt.tokens
-        if exchange.transcript is not None:
+        generated = 0 if exchange.is_part else attempt.tokens
+        if exchange.is_part and (whole := self._exchanges.get(exchange.job_id)) is not None:
+            whole.trouble, exchange = exchange.trouble, whole
+        elif exchange.transcript is not None:
             # A new attempt goes on from what is kept: events may hold more tokens than one.
             generated = max(0, exchange.kept_tokens - exchange.tokens)
         exchange.tokens += generated
@@ -373,7 +416,7 @@ class Sglang:
         moved = tuple(
             (job_id, attempt.made())
             for job_id, attempt in self._live.items()
-            if attempt.progress(now_s)
+            if attempt.progress(now_s) and not attempt.exchange.is_part
         )
         if moved:
             self._post(Progress(moved))

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from backends.sglang import Patience
-from gateway.actuation import LAUNCH_S, TYPICAL_S, Actuation, Kubernetes, Relaunch, Webhook
+from gateway.actuation import LAUNCH_S, TYPICAL_S, Actuation, Kubernetes, Ray, Relaunch, Webhook
 from gateway.batch.settings import BatchSettings, batch_beside, check_batch
 from gateway.chats import sampling_in
 from gateway.core import Rules
@@ -22,7 +22,7 @@ from policies.demand import Targets
 from policies.pools import ByLatency, Pools, WithoutRelaxed
 from policies.preempt import AbortRule, ForSlack, GiveWay, Stay
 from policies.ratio import DopdPlus
-from policies.registry import DISPLACE, ORDER, PLACE, POOLS, PREEMPT, RATIO
+from policies.registry import DISPLACE, GATHER, ORDER, PLACE, POOLS, PREEMPT, RATIO
 from policies.retry import RetryRule
 from policies.steps import Costs
 from policies.types import Kind, Pool, Role, Worker
@@ -82,7 +82,9 @@ class Policies:
     order: str = one_of("edf", ORDER)
     """Which queued prompt goes next."""
     displace: str = one_of("none", DISPLACE)
-    """Whether a long prompt under way makes way for one that the order puts first."""
+    """How a long prompt is kept from blocking its server: it makes way, or goes out in parts."""
+    gather: str = one_of("none", GATHER)
+    """Whether short prompts are sent to a prefill server together, and long ones alone."""
     place: str = one_of("least-work", PLACE)
     """Which of the servers that may take a job gets it."""
     pools: str = one_of("latency", POOLS)
@@ -291,6 +293,7 @@ class RatioSettings:
     relaunch: Relaunch = field(default_factory=Relaunch)
     webhook: Webhook = field(default_factory=Webhook)
     kubernetes: Kubernetes = field(default_factory=Kubernetes)
+    ray: Ray = field(default_factory=Ray)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -449,6 +452,7 @@ def rules_of(config: Config) -> Rules:
     return Rules(
         order=ORDER[config.policies.order](),
         displace=DISPLACE[config.policies.displace](),
+        gather=GATHER[config.policies.gather](),
         place=PLACE[config.policies.place](),
         pools=_pools(config),
         admit=_admit(config),

@@ -21,6 +21,7 @@ from gateway.lifecycle import State, Step
 from gateway.preemption import Preemptor
 from gateway.rules import Rules
 from gateway.servers import Candidates, Fleet
+from gateway.slicing import Slicing
 from gateway.switching import Switching
 from gateway.underway import Underway
 from gateway.unshown import Unshown
@@ -38,6 +39,7 @@ from policies.events import (
     Left,
     Load,
     LoadReport,
+    PartDone,
     Preempt,
     Preempted,
     PrefillDone,
@@ -64,6 +66,8 @@ __all__ = ["Core", "Rules"]
 
 _REPORT_LAG_US = 500_000
 """What was sent this long before a report must be in it."""
+_MOST_HELD = 4
+"""Parts of prompts that others may overtake at one look: the bound on its work."""
 # CPython 3.11 looks an enum's member up in Python, which costs as much as a call.
 _ONLINE, _OFFLINE = Kind.ONLINE, Kind.OFFLINE
 _QUEUED, _PREFILL, _CANCELLED = State.QUEUED, State.PREFILL, State.CANCELLED
@@ -82,6 +86,7 @@ class Core:
         self._agenda = Agenda()
         self._underway = Underway()
         self._unshown = Unshown()
+        self._slicing = Slicing()
         self._fresh: list[Ticket] = []
         self._out: list[Decision] = []
         self._lanes = Lanes(rules, self._fleet, lambda job_id: self._tickets[job_id].job)
@@ -105,6 +110,7 @@ class Core:
             Freed: self._freed,
             Recall: self._recall,
             Preempted: self._preempted,
+            PartDone: self._part_done,
             LoadReport: self._load_report,
             WorkerUp: self._worker_up,
             WorkerDown: self._worker_down,
@@ -175,6 +181,8 @@ class Core:
     def _arrived(self, event: Arrived, now_us: int) -> None:
         self._tickets[event.job.id] = ticket = Ticket(event.job)
         self._fresh.append(ticket)
+        if event.job.kind is _ONLINE and self._rules.displace.parts:
+            self._slicing.came(now_us)
 
     def _take_in(self, now_us: int) -> None:
         """Those of one instant in their order. Who would be first in the queue is spared it."""
@@ -201,11 +209,30 @@ class Core:
         kind = ticket.job.kind
         if kind is _OFFLINE and self._lanes.online_waits_beside(lane):
             return False
-        pair = self._choose(ticket, self._lanes.candidates(lane, kind, now_us), now_us)
+        candidates = self._lanes.candidates(lane, kind, now_us)
+        if self._rules.gather.holds and self._holds(ticket.job, lane, candidates, now_us):
+            return False
+        pair = self._choose(ticket, candidates, now_us)
         if pair is None:
             return False
+        self._open_bucket(lane, kind, now_us)
         self._place(ticket, *pair, now_us)
         return True
+
+    def _holds(self, job: Job, lane: Lane, candidates: Candidates, now_us: int) -> bool:
+        """The first of a queue, for others to come with it."""
+        kind = job.kind
+        tokens = max(lane.waiting_tokens[kind], job.prompt_tokens)
+        bucket, prefills = lane.buckets[kind], candidates.prefills
+        due_us = self._rules.gather.due_us(job, bucket, tokens, prefills, now_us)
+        if due_us:
+            self._agenda.put(self._agenda.held, f"{kind}/{lane.model}", due_us)
+        return due_us > 0
+
+    def _open_bucket(self, lane: Lane, kind: Kind, now_us: int) -> None:
+        if self._rules.gather.holds:
+            lane.buckets[kind].open(now_us)
+            self._agenda.held.discard(f"{kind}/{lane.model}")
 
     def _refusal(self, job: Job, lane: Lane, now_us: int) -> Reject | None:
         """What can be answered at once, before the job costs anything."""
@@ -345,6 +372,22 @@ class Core:
             self._lanes.touch_all()
             self._enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
 
+    def _part_done(self, event: PartDone, now_us: int) -> None:
+        """A part of a prompt is computed. The end that a client asked for is on its way."""
+        ticket = self._tickets.get(event.job_id)
+        if ticket is None or ticket.state is _CANCELLED:
+            return
+        if event.is_cut:
+            self._slicing.computed(ticket, now_us)
+            for ledger in (ticket.prefill, ticket.decode):
+                if ledger is not None:
+                    self._succeeded(ledger)
+            ticket.prefilled(now_us)
+        self._end_trials(ticket)
+        ticket.part_done(is_cut=event.is_cut, counted_tokens=event.prompt_tokens)
+        self._lanes.touch_all()
+        self._enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
+
     def _end_trials(self, ticket: Ticket) -> None:
         if ticket.trials:
             ticket.end_trials()
@@ -422,6 +465,8 @@ class Core:
         for job_id in passed(self._agenda.later, now_us):
             ticket = self._tickets[job_id]
             self._enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
+        for _ in passed(self._agenda.held, now_us):
+            self._lanes.touch_all()
         for job_id in passed(self._agenda.give_up, now_us):
             self._reject(self._tickets[job_id], Reason.EXPIRED, now_us)
             self._lanes.touch_all()
@@ -443,34 +488,59 @@ class Core:
                 self._fill(lane, _OFFLINE, now_us)
 
     def _fill(self, lane: Lane, kind: Kind, now_us: int) -> None:
-        """Until the first job has to wait for what runs; the order is kept."""
-        order, admit = self._rules.order, self._rules.admit
+        held: list[Job] = []
+        self._send_first(lane, kind, held, now_us)
+        for job in held:
+            outlook = self._lanes.outlook(lane, kind, now_us)
+            lane.put(job, self._rules.order, outlook)
+
+    def _send_first(self, lane: Lane, kind: Kind, held: list[Job], now_us: int) -> None:
+        """Until the first job has to wait for what runs; the order is kept.
+
+        One that waits for a turn of its own is held, and others are looked at.
+        """
+        order = self._rules.order
         candidates, outlook = self._lanes.candidates(lane, kind, now_us), NO_OUTLOOK
+        free = candidates
         if order.moves:
             outlook = self._lanes.outlook(lane, kind, now_us)
             lane.rekey(kind, order, outlook)
         while (job_id := lane.first(kind, order, outlook)) is not None:
             ticket = self._tickets[job_id]
             job = ticket.job
-            pair = self._choose(ticket, candidates, now_us)
+            if self._rules.gather.holds and self._holds(job, lane, candidates, now_us):
+                return
+            pair = self._choose(ticket, free, now_us)
             if pair is not None:
                 lane.take(job)
+                self._open_bucket(lane, kind, now_us)
                 self._agenda.give_up.discard(job_id)
                 self._place(ticket, *pair, now_us)
-            elif is_worth_a_wait(job, candidates, admit, now_us):
-                if kind is _ONLINE:
-                    self._make_room(ticket, lane, candidates, now_us)
+            elif ticket.stands_aside and len(held) < _MOST_HELD:
+                lane.take(job)
+                held.append(job)
+                free = free.without_prefill(ticket.waits_for)
+            elif not self._passes_over(ticket, lane, candidates, now_us):
                 return
-            elif not candidates.can_serve and self._rules.holds(kind):
-                return
-            elif not candidates.can_serve:
-                self._reject(ticket, Reason.NO_WORKER, now_us)
-            elif not fits_ever(job, candidates, admit):
-                self._reject(ticket, Reason.TOO_LARGE, now_us)
-            elif candidates.in_rotation(now_us).can_serve:
-                lane.set_aside(job)
-            else:
-                return
+
+    def _passes_over(self, ticket: Ticket, lane: Lane, candidates: Candidates, now_us: int) -> bool:
+        """Whether the next one may be looked at: this one waits for no server that is there."""
+        job, admit = ticket.job, self._rules.admit
+        if is_worth_a_wait(job, candidates, admit, now_us):
+            if job.kind is _ONLINE:
+                self._make_room(ticket, lane, candidates, now_us)
+            return False
+        if not candidates.can_serve and self._rules.holds(job.kind):
+            return False
+        if not candidates.can_serve:
+            self._reject(ticket, Reason.NO_WORKER, now_us)
+        elif not fits_ever(job, candidates, admit):
+            self._reject(ticket, Reason.TOO_LARGE, now_us)
+        elif candidates.in_rotation(now_us).can_serve:
+            lane.set_aside(job)
+        else:
+            return False
+        return True
 
     def _make_room(self, ticket: Ticket, lane: Lane, candidates: Candidates, now_us: int) -> None:
         """The first of the queue has to wait: for offline work, or for a long prompt behind it."""
@@ -489,19 +559,25 @@ class Core:
     def _choose(
         self, ticket: Ticket, candidates: Candidates, now_us: int
     ) -> tuple[Ledger, Ledger] | None:
-        job, admit = ticket.job, self._rules.admit
+        job = ticket.job
+        ticket.upto, ticket.waits_for, ticket.stands_aside = 0, "", False
         if ticket.avoid:
+            admit = self._rules.admit
             candidates = without_failed(job, candidates, ticket.avoid, admit, now_us)
         if ticket.leaves:
             others = candidates.without((ticket.leaves,))
-            if pair := choose(job, others, admit, self._rules.place, now_us):
+            if pair := choose(job, others, self._rules, now_us):
                 return pair
-        return choose(job, candidates, admit, self._rules.place, now_us)
+        if self._rules.displace.parts:
+            return self._slicing.choose(ticket, candidates, self._rules, now_us)
+        return choose(job, candidates, self._rules, now_us)
 
     def _place(self, ticket: Ticket, prefill: Ledger, decode: Ledger, now_us: int) -> None:
         """Booked in the step that decides, so that the next decision sees it."""
         ticket.step(_DISPATCHED)
-        ticket.book(prefill, decode, self._rules.admit.reserved(ticket.job), now_us)
+        ticket.book(prefill, decode, self._rules.admit.reserved(ticket.sent_job), now_us)
+        if ticket.upto:
+            self._slicing.sent(ticket)
         if least_chunks := self._rules.displace.least_chunks:
             self._underway.sent(ticket, prefill, least_chunks)
         if prefill is decode:
@@ -510,15 +586,11 @@ class Core:
         reason = _LEAST_WORK
         if ticket.attempt > 1 or ticket.preemptions:
             reason = ticket.why_again
-        self._out.append(
-            Dispatch(
-                ticket.job,
-                None if prefill is decode else prefill.worker.name,
-                decode.worker.name,
-                ticket.attempt,
-                reason,
-            )
-        )
+        elif ticket.parts:
+            reason = Reason.NEXT_PART
+        computes = None if prefill is decode else prefill.worker.name
+        name, attempt = decode.worker.name, ticket.attempt
+        self._out.append(Dispatch(ticket.job, computes, name, attempt, reason, ticket.upto))
         if ticket.job.kind is _OFFLINE:
             self._preemptor.placed(ticket)
         elif prefill.offline.prefills or decode.offline.decodes:
@@ -529,8 +601,9 @@ class Core:
         outlook = self._lanes.outlook(lane, job.kind, now_us) if order.moves else NO_OUTLOOK
         lane.put(job, order, outlook)
         agenda.put(agenda.give_up, job.id, job.give_up_us)
-        if lane.waiting[job.kind].peek() == job.id:
-            # Behind another it changes nothing: whoever is first was looked at already.
+        if lane.waiting[job.kind].peek() == job.id or self._rules.gather.holds:
+            # Behind another it changes nothing: whoever is first was looked at already. Unless
+            # that one waits for company.
             self._lanes.touch(lane)
 
     # Small questions.

@@ -39,16 +39,20 @@ class Candidates:
         return _some(self.unified, now_us)
 
     def in_rotation(self, now_us: int) -> Candidates:
-        return self._only(lambda ledger: ledger.usable(now_us))
+        return self.only(lambda ledger: ledger.usable(now_us))
 
     def without(self, names: tuple[str, ...]) -> Candidates:
         """A leg that nobody else can take stays with those that can."""
-        others = self._only(lambda ledger: ledger.worker.name not in names)
+        others = self.only(lambda ledger: ledger.worker.name not in names)
         others.prefills = others.prefills or self.prefills
         others.decodes = others.decodes or self.decodes
         return others
 
-    def _only(self, wanted: Callable[[Ledger], bool]) -> Candidates:
+    def without_prefill(self, name: str) -> Candidates:
+        """No prompt goes there; none may be left."""
+        return self.only(lambda it: it.worker.name != name or it.worker.role is Role.DECODE)
+
+    def only(self, wanted: Callable[[Ledger], bool]) -> Candidates:
         return Candidates(
             prefills=[e for e in self.prefills if wanted(e)],
             decodes=[e for e in self.decodes if wanted(e)],

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import structlog
 
 from backends.actuators.turning import Turned, UnfitError
-from backends.base import Roll
+from backends.base import Roll, Size
 from backends.kubernetes.api import AbsentError, Api, ApiError, ConflictError, connected
 from backends.kubernetes.lease import Lease
 from backends.kubernetes.pods import COST_ANNOTATION, Pod
@@ -83,7 +83,7 @@ class KubernetesTurn:
         self._loop: asyncio.Task[None] | None = None
         self._launches: set[asyncio.Task[None]] = set()
         self._one_at_a_time = asyncio.Lock()
-        self.size = self
+        self.size: Size | None = self
         self.starting: dict[Role, int] = {}
 
     async def open(self) -> None:
