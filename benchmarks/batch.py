@@ -185,8 +185,8 @@ async def stored(bench: Bench, folder: Path) -> None:
             bench.report.spread[f"{name}, ms"] = Spread.of(times_ms)
             bench.report.checks.append(
                 Check(
-                    name=f"{name} with {rows:,} rows stored, p99",
-                    value=quantile(times_ms, 0.99),
+                    name=f"{name} with {rows:,} rows stored, median",
+                    value=quantile(times_ms, 0.5),
                     target=ANSWER_MS,
                     unit="ms",
                 )
