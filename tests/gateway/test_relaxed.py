@@ -33,7 +33,7 @@ class Watched:
         with capture_logs() as told:
             self.core.handle(events, 0)
             self.watch.look()
-        return list(told)
+        return [dict(one) for one in told]
 
 
 @pytest.mark.parametrize("policy", WithoutRelaxed)
