@@ -47,11 +47,12 @@ from gateway.pages import Pages
 from gateway.passing import Passing
 from gateway.probe import Prober
 from gateway.ratio_control import RatioControl
+from gateway.relaxed import RelaxedWatch
 from gateway.roll import Roll
 from gateway.router import Router
 from policies.clock import Clock
 from policies.events import Event, Wakeup, WorkerGone
-from policies.types import Pool, Role, Worker
+from policies.types import Worker
 
 log = structlog.get_logger("slackwater")
 
@@ -103,6 +104,7 @@ class Gateway:
             self.core, clock, self.backend, self.control.decided, actuator=self._actuator
         )
         self.control.adopt(config, self.driver)
+        self.relaxed = RelaxedWatch(self.core, clock, config)
         self.metrics = Metrics(self.core, self.backend.now_us)
         self.metrics.registry.register(self.control)
         self.front = Front(config, self.driver, self.backend, self.metrics, clock, rng, write_line)
@@ -139,7 +141,7 @@ class Gateway:
             keepalive_timeout=server.header_timeout_s,
         )
         self._say_what_predicts()
-        self._say_who_is_relaxed()
+        self.relaxed.start()
         self._runner = web.ServerRunner(listener, shutdown_timeout=1.0)
         await self._runner.setup()
         try:
@@ -173,16 +175,6 @@ class Gateway:
                 "no model and device under [cost] for some servers: their step times are ranked "
                 "in the proportions of an 8B model on an H100, prefill times by what is seen",
                 workers=unknown,
-            )
-
-    def _say_who_is_relaxed(self) -> None:
-        workers = [ledger.worker for ledger in self.core.ledgers.values()]
-        decodes = [worker for worker in workers if worker.role is not Role.PREFILL]
-        is_relaxed = any(worker.pool is Pool.RELAXED for worker in decodes)
-        if decodes and not is_relaxed and self._config.policies.pools == "latency":
-            log.info(
-                "no relaxed server decodes: colocation.without_relaxed says what offline work does",
-                without_relaxed=self._config.colocation.without_relaxed.value,
             )
 
     async def _wait_for_first_looks(self, looks: list[asyncio.Event]) -> None:
@@ -232,6 +224,7 @@ class Gateway:
         self.control.adopt(config, self.driver)
         self.driver.post(Wakeup())
         self.front.adopt(config)
+        self.relaxed.adopt(config)
         self.backend.patience = patience_of(config.timeouts)
         self.prober.settings = config.telemetry
         wanted = {worker_of(entry, "worker").name: entry for entry in config.worker}
@@ -278,6 +271,7 @@ class Gateway:
 
     async def close(self) -> None:
         self.prober.close()
+        self.relaxed.close()
         self.control.close()
         await self._actuator.close()
         if self._runner is not None:
