@@ -106,7 +106,10 @@ class Gateway:
         self.metrics = Metrics(self.core, self.backend.now_us)
         self.metrics.registry.register(self.control)
         self.front = Front(config, self.driver, self.backend, self.metrics, clock, rng, write_line)
-        self.batches = batches(config.batch, self.front, clock, rng)
+        self._passing = Passing(self.front, self.core, self.backend, clock, rng)
+        self.batches = batches(
+            config.batch, self.front, self._passing, self.backend.runs, self.metrics, clock, rng
+        )
         self._entries: dict[str, WorkerEntry] = {}
         self._runner: web.ServerRunner | None = None
         self.hurry = False
@@ -151,7 +154,6 @@ class Gateway:
         self.driver.post(event)
 
     def pages(self) -> Pages:
-        passing = Passing(self.front, self.core, self.backend, self._clock, self._rng)
         return Pages(
             self._config,
             self.front,
@@ -159,7 +161,7 @@ class Gateway:
             self.backend,
             self.prober,
             self.metrics,
-            passing,
+            self._passing,
             self._tasks,
         )
 
@@ -264,7 +266,7 @@ class Gateway:
         """No new requests; those under way may end until the time for it is over."""
         self.front.draining = True
         if self.batches is not None:
-            self.batches.drain(self._config.server.drain_s)
+            self.batches.drain(min(self._config.server.drain_s, self._config.batch.drain_s))
         until_s = self._clock.time() + self._config.server.drain_s
         log.info("draining", requests=len(self.front), for_s=self._config.server.drain_s)
         while len(self.front) and self._clock.time() < until_s and not self.hurry:

@@ -31,7 +31,7 @@ from policies.demand import Targets
 from policies.pools import ByLatency, Pools, WithoutRelaxed
 from policies.preempt import AbortRule, ForSlack, GiveWay, Stay
 from policies.ratio import DopdPlus
-from policies.registry import DISPLACE, ORDER, PLACE, POOLS, PREEMPT, RATIO
+from policies.registry import DISPLACE, GATHER, ORDER, PLACE, POOLS, PREEMPT, RATIO
 from policies.retry import RetryRule
 from policies.steps import Costs
 from policies.types import Kind, Pool, Role, Worker
@@ -92,6 +92,8 @@ class Policies:
     """Which queued prompt goes next."""
     displace: str = one_of("none", DISPLACE)
     """How a long prompt is kept from blocking its server: it makes way, or goes out in parts."""
+    gather: str = one_of("none", GATHER)
+    """Whether short prompts are sent to a prefill server together, and long ones alone."""
     place: str = one_of("least-work", PLACE)
     """Which of the servers that may take a job gets it."""
     pools: str = one_of("latency", POOLS)
@@ -469,6 +471,7 @@ def rules_of(config: Config) -> Rules:
     return Rules(
         order=ORDER[config.policies.order](),
         displace=DISPLACE[config.policies.displace](),
+        gather=GATHER[config.policies.gather](),
         place=PLACE[config.policies.place](),
         pools=_pools(config),
         admit=_admit(config),

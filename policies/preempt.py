@@ -245,7 +245,7 @@ class ForSlack:
             strict.decodes,
             strict.context_tokens,
             saturation=strict.steps.saturation,
-            step_s=target_us / strict.steps.decode.factor * 1e-6,
+            step_s=target_us / strict.steps.decode_factor * 1e-6,
             free_tokens=max(0, strict.kv_tokens - strict.reserved_tokens),
         )
         return min(fit, key=lambda v: (abs(v.context_tokens - wanted), v.job_id))

@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill", type=int, metavar="N", help="how many prefill servers")
     parser.add_argument("--decode", type=int, metavar="N", help="how many; the first one is strict")
     parser.add_argument("--unified", type=int, metavar="N", help="how many unified servers")
+    parser.add_argument(
+        "--plugin", action="store_true", help="servers load the plug-in (docs/engine-plugin.md)"
+    )
     parser.add_argument("--python", help="the interpreter that has SGLang")
     parser.add_argument("--logs", help="the folder for the servers' output")
     parser.add_argument("--output", type=Path, help="write the [[worker]] tables to this file")
@@ -67,6 +70,8 @@ def spec_of_arguments(args: argparse.Namespace) -> FleetSpec:
     for name in ("model", "python", "logs"):
         if (value := getattr(args, name)) is not None:
             spec = replace(spec, **{name: value})
+    if args.plugin:
+        spec = replace(spec, plugin=True)
     if args.cpu or args.cuda:
         spec = replace(spec, device=Device.CUDA if args.cuda else Device.CPU)
     if any(count is not None for count in (args.prefill, args.decode, args.unified)):

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import aiohttp
 
-from backends.fleet import interpreter, memory, models
+from backends.fleet import interpreter, memory, models, plug
 from backends.fleet.link import Link
 from backends.fleet.plan import Server, planned, turned
 from backends.fleet.spec import Device, FleetError, FleetSpec
@@ -70,6 +70,8 @@ class Fleet:
         self._available_bytes = available_bytes
         self._python = interpreter.chosen(spec.python)
         self._ended: dict[str, asyncio.Future[int]] = {}
+        self._more: dict[str, str] = {}
+        """Environment of all of them."""
         self._turning: dict[str, asyncio.Future[None]] = {}
         """Servers that are started in another role: they are not restarted meanwhile."""
 
@@ -77,6 +79,8 @@ class Fleet:
         path = await self._checked_model()
         self.servers = planned(self.spec, path)
         self.logs = log_folder(self.spec)
+        if self.spec.plugin:
+            self._more = plug.offered(self.logs / "plugin")
         loop = asyncio.get_running_loop()
         self._imported: asyncio.Future[None] = loop.create_future()
         arguments = (str(os.getpid()), str(self.logs / "spawner.log"), *self._program)
@@ -157,7 +161,9 @@ class Fleet:
         ended = self._ended[name] = asyncio.get_running_loop().create_future()
         log = self.logs / f"{name}.log"
         earlier = size_of(log)
-        self._link.send("start", name=name, argv=server.argv, env=server.env, log=str(log))
+        self._link.send(
+            "start", name=name, argv=server.argv, env=self._more | server.env, log=str(log)
+        )
         while not await self._is_ready(server):
             await first_of(ended, self._link.lost, timeout_s=POLL_S)
             if self._link.lost.done():

@@ -24,10 +24,9 @@ CPU_FLAGS = (
     "--sleep-on-idle",  # without it an idle scheduler keeps half a core busy
 )
 PD_FLAGS = ("--disaggregation-transfer-backend", "mooncake", "--enable-pd-role-switch")
-CPU_PD_FLAGS = (
-    "--disable-overlap-schedule",  # with it, a prefix hit on prefill waits for a CUDA event
-    *("--disaggregation-decode-retraction-backup", "cpu_tensor"),
-)
+CPU_PD_FLAGS = ("--disaggregation-decode-retraction-backup", "cpu_tensor")
+NO_OVERLAP = "--disable-overlap-schedule"
+"""With it, a prefix hit on a prefill server waits for a CUDA event."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +127,8 @@ def _device_flags(spec: FleetSpec, role: Role) -> Iterator[str]:
         yield from ("--max-total-tokens", str(spec.kv_tokens))
         if role is not Role.UNIFIED:
             yield from CPU_PD_FLAGS
+        if role is Role.PREFILL or (role is Role.DECODE and not spec.overlap):
+            yield NO_OVERLAP
 
 
 def _role_flags(role: Role, bootstrap_port: int | None) -> Iterator[str]:
