@@ -10,7 +10,7 @@ import pytest
 from backends.engine_words import setting, states_of, steps_of, told
 from backends.sglang_plugin.faults import Faults
 from backends.sglang_plugin.plugin import Options, Plugin
-from backends.sglang_plugin.reports import MOST_STEPS, Reporter
+from backends.sglang_plugin.reports import MOST_STEPS, Reporter, Step
 from backends.sglang_plugin.targets import Feature
 from policies.step_line import SeenStep
 from policies.types import Job, Kind
@@ -28,8 +28,8 @@ class Listener:
     def is_heard(self) -> bool:
         return self.heard
 
-    def send(self, number: int, body: bytes) -> None:
-        self.sent.append(body)
+    def send(self, number: int, steps: list[Step]) -> None:
+        self.sent.append(json.dumps({"steps": steps}).encode())
 
 
 def reporter(clock: Clock, listener: Any, seen: list[Any] | None = None) -> Reporter:
