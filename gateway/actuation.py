@@ -39,6 +39,8 @@ class Actuation(StrEnum):
 
 ACTUATOR_KEYS = ("actuator", "relaunch", "webhook", "kubernetes", "ray")
 """What cannot change while the gateway runs."""
+ELASTIC = frozenset({Actuation.KUBERNETES, Actuation.RAY})
+"""They start servers and end them, too."""
 TYPICAL_S = {Actuation.SGLANG: 5.0}
 """What a switch takes until one was measured; what starts a process anew takes LAUNCH_S."""
 LAUNCH_S = 45.0
@@ -119,6 +121,8 @@ class Ray:
     """How often the actors are asked how they are."""
     log: str = ""
     """What Ray itself has to say goes to this file. Empty: nowhere."""
+    join_s: float = bounded(60.0, low=1)
+    """The cluster must be joined within this time; else the gateway does not start."""
 
 
 class Settings(Protocol):

@@ -40,6 +40,7 @@ from gateway.config import (
 from gateway.core import Core
 from gateway.door import Door
 from gateway.driver import Driver
+from gateway.engine_link import EngineLink
 from gateway.front import Front
 from gateway.log import WriteRequest, configure
 from gateway.metrics import Metrics
@@ -92,7 +93,11 @@ class Gateway:
         self._tasks = tasks
         self.backend = Sglang(clock, rng, patience_of(config.timeouts), self._connect)
         self.core = Core(rules_of(config))
-        self.prober = Prober(self.backend, self._post, clock, config.telemetry)
+        self.link = EngineLink(
+            self._post, self.core, clock, tasks, config.classes.online.tpot_ms * 1e3
+        )
+        self.link.settings = config.plugin
+        self.prober = Prober(self.backend, self._post, clock, config.telemetry, self.link.meet)
         self.roll = Roll(self.backend, self.prober, self._post, tasks)
         around = Surroundings(
             backend=self.backend, clock=clock, rng=rng, tasks=tasks, roll=self.roll, fleet=fleet
@@ -203,6 +208,7 @@ class Gateway:
     def _remove(self, name: str) -> None:
         del self._entries[name]
         self.prober.forget(name)
+        self.link.forget(name)
         self.driver.post(WorkerGone(name))
         self.backend.remove(name)
 
@@ -227,6 +233,7 @@ class Gateway:
         self.relaxed.adopt(config)
         self.backend.patience = patience_of(config.timeouts)
         self.prober.settings = config.telemetry
+        self._tell_engines(config)
         wanted = {worker_of(entry, "worker").name: entry for entry in config.worker}
         # Those that come are there before others go: what waits for a server goes on waiting.
         for name, entry in wanted.items():
@@ -244,6 +251,14 @@ class Gateway:
         if asleep := changed_keys(running, wanted, "ratio."):
             log.warning("the actuator's settings have changed: that needs a restart", keys=asleep)
         return running
+
+    def _tell_engines(self, config: Config) -> None:
+        """Those that have the plug-in are asked anew where something has changed for them."""
+        tpot_us = config.classes.online.tpot_ms * 1e3
+        if (config.plugin, tpot_us) != (self.link.settings, self.link.tpot_us):
+            self.link.settings, self.link.tpot_us = config.plugin, tpot_us
+            for server in self.backend.servers():
+                server.is_known = server.is_known and server.name not in self.link.heard
 
     def _tell_actuator(self, config: Config) -> None:
         if isinstance(turn := self._actuator.turn, SglangTurn):
@@ -272,6 +287,7 @@ class Gateway:
     async def close(self) -> None:
         self.prober.close()
         self.relaxed.close()
+        self.link.close()
         self.control.close()
         await self._actuator.close()
         if self._runner is not None:

@@ -7,12 +7,22 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from backends.sglang import Patience
-from gateway.actuation import LAUNCH_S, TYPICAL_S, Actuation, Kubernetes, Ray, Relaunch, Webhook
+from gateway.actuation import (
+    ELASTIC,
+    LAUNCH_S,
+    TYPICAL_S,
+    Actuation,
+    Kubernetes,
+    Ray,
+    Relaunch,
+    Webhook,
+)
 from gateway.batch.settings import BatchSettings, batch_beside, check_batch
 from gateway.chats import sampling_in
 from gateway.core import Rules
 from gateway.costs import Hardware, beside, costs_of
 from gateway.planning import Control, Mode
+from gateway.plugin_settings import PluginSettings
 from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
 from gateway.switching import SwitchRule
 from policies.admit import Admit, Headroom
@@ -290,6 +300,9 @@ class RatioSettings:
     actuator: Actuation = Actuation.SGLANG
     """What changes a server: SGLang's own role switch, or one of the tables below. A change of it,
     or of its table, needs a restart."""
+    budget_gpus: int = bounded(0, low=0)
+    """GPUs that prefill and decode servers may have together, where the actuator starts and ends
+    servers: kubernetes, ray. 0: as many servers as there are."""
     relaunch: Relaunch = field(default_factory=Relaunch)
     webhook: Webhook = field(default_factory=Webhook)
     kubernetes: Kubernetes = field(default_factory=Kubernetes)
@@ -312,6 +325,7 @@ class Config:
     classes: Classes = field(default_factory=Classes)
     admission: Admission = field(default_factory=Admission)
     colocation: Colocation = field(default_factory=Colocation)
+    plugin: PluginSettings = field(default_factory=PluginSettings)
     limits: Limits = field(default_factory=Limits)
     chat: Chat = field(default_factory=Chat)
     timeouts: Timeouts = field(default_factory=Timeouts)
@@ -428,6 +442,12 @@ def worker_of(entry: WorkerEntry, where: str) -> Worker:
     )
 
 
+def tp_of(config: Config) -> dict[str, int]:
+    """GPUs of each server, and under no name of those that say nothing of it."""
+    own = zip(workers_of(config), config.worker, strict=True)
+    return {"": config.cost.tp, **{it.name: entry.tp for it, entry in own if entry.tp}}
+
+
 def control_of(ratio: RatioSettings, targets: Targets) -> Control | None:
     """None where nobody is to look: the fleet stays as it is."""
     if ratio.policy == "static":
@@ -442,6 +462,7 @@ def control_of(ratio: RatioSettings, targets: Targets) -> Control | None:
         quantile=ratio.quantile,
         targets=replace(targets, attained=ratio.attained),
         lease_s=ratio.lease_s,
+        budget_gpus=ratio.budget_gpus if ratio.actuator in ELASTIC else 0,
         switch_s=TYPICAL_S.get(ratio.actuator, LAUNCH_S),
         launch_s=LAUNCH_S,
     )

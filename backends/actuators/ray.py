@@ -7,6 +7,7 @@ import json
 import random
 import shlex
 import socket
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -28,7 +29,6 @@ log = structlog.get_logger("slackwater.ray")
 
 AGAIN_S = 10.0
 """A process that has lost the cluster is followed by another one after this time."""
-JOIN_S = 60.0
 SLACK_S = 60.0
 """Beside the two starts that a switch may take."""
 
@@ -50,6 +50,7 @@ class Actors:
     start_s: float = 600.0
     poll_s: float = 2.0
     log: str = ""
+    join_s: float = 60.0
 
 
 class RayTurn:
@@ -93,8 +94,24 @@ class RayTurn:
 
     async def _join(self) -> None:
         """FleetError where the cluster cannot be joined."""
-        actors = self._actors
         self._joined: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._link = self._owner(self._hear)
+        await self._link.open()
+        waited = (self._joined, self._link.lost)
+        await asyncio.wait(waited, timeout=self._actors.join_s, return_when=asyncio.FIRST_COMPLETED)
+        if self._joined.done():
+            self._joined.result()
+            return
+        ended = self._link.lost.done()
+        await self._link.close(0.0)
+        python = interpreter.chosen(self._actors.python)
+        why = (
+            f"{python} has no Ray, or it ended" if ended else f"none in {self._actors.join_s:.0f} s"
+        )
+        raise FleetError(f"no Ray cluster at {self._actors.address}: {why}")
+
+    def _owner(self, hear: Callable[[dict[str, Any]], None], *, asks_only: bool = False) -> Link:
+        actors = self._actors
         told = {
             "us": self._us,
             "address": actors.address,
@@ -107,20 +124,30 @@ class RayTurn:
             "start_s": actors.start_s,
             "poll_s": actors.poll_s,
             "outlive": actors.outlive,
+            "asks_only": asks_only,
         }
-        python = interpreter.chosen(actors.python)
         arguments = (json.dumps(told), actors.log or "/dev/null")
-        self._link = Link(interpreter.command(python, "backends.ray.owner", *arguments), self._hear)
-        await self._link.open()
-        waited = (self._joined, self._link.lost)
-        await asyncio.wait(waited, timeout=JOIN_S, return_when=asyncio.FIRST_COMPLETED)
-        if self._joined.done():
-            self._joined.result()
-            return
-        ended = self._link.lost.done()
-        await self._link.close()
-        why = f"{python} has no Ray, or it ended" if ended else f"no answer in {JOIN_S:.0f} s"
-        raise FleetError(f"no Ray cluster at {actors.address}: {why}")
+        python = interpreter.chosen(actors.python)
+        return Link(interpreter.command(python, "backends.ray.owner", *arguments), hear)
+
+    async def problems(self, workers: Sequence[Worker]) -> list[str]:
+        actors, heard = self._actors, list[dict[str, Any]]()
+        link = self._owner(heard.append, asks_only=True)
+        try:
+            await link.open()
+        except FleetError as error:
+            return [str(error)]
+        await asyncio.wait([link.lost], timeout=actors.join_s)
+        await link.close(0.0)
+        needed = (actors.prefill + actors.decode) * actors.gpus
+        match heard:
+            case [{"event": "cluster", "gpus": float(gpus)}]:
+                short = f"the Ray cluster has {gpus:g} GPUs, {needed:g} are needed"
+                return [short] if gpus < needed else []
+            case [{"why": str(why)}]:
+                return [f"no Ray cluster at {actors.address}: {why}"]
+            case _:
+                return [f"{interpreter.chosen(actors.python)} has no Ray, or no answer from it"]
 
     async def _keep(self) -> None:
         """A cluster that is lost is joined again; its servers' own probes say how they are."""

@@ -49,6 +49,8 @@ class Told:
     start_s: float
     poll_s: float
     outlive: bool
+    asks_only: bool = False
+    """Tells what the cluster has, and ends."""
 
 
 @dataclass(slots=True)
@@ -139,11 +141,9 @@ class Owner:
             lacking[role] -= 1
             self._create(role)
 
-    def _create(self, role: str, name: str = "") -> str:
-        if not name:
-            self.number += 1
-            name = f"{PREFIX}{self.number}"
-        told = self.told
+    def _create(self, role: str) -> str:
+        self.number += 1
+        name, told = f"{PREFIX}{self.number}", self.told
         actor: Any = ray.remote(host.Host)
         handle = actor.options(
             name=name,
@@ -182,12 +182,13 @@ class Owner:
         if self.lease is None:
             del self.servers[name]
         elif not kept.busy:
-            self._again(kept, lambda: self._recreate(name, kept))
+            self._again(kept, lambda: self._replace(name, kept))
 
-    def _recreate(self, name: str, kept: Kept) -> None:
-        with suppress(ValueError):  # its name is still that of the dead one
-            self._create(kept.role, name)
-            self.servers[name].again_s, self.servers[name].delay_s = kept.again_s, kept.delay_s
+    def _replace(self, name: str, kept: Kept) -> None:
+        """Under another name: Ray goes on knowing that of the dead one."""
+        del self.servers[name]
+        new = self.servers[self._create(kept.role)]
+        new.again_s, new.delay_s = kept.again_s, kept.delay_s
 
     @staticmethod
     def _again(kept: Kept, start: Callable[[], object]) -> None:
@@ -202,10 +203,12 @@ class Owner:
         """One question at a time: those to an actor that waits for its node would pile up."""
         if kept.asked is None:
             kept.asked = self.tasks.create_task(_awaited(kept.handle.state.remote()))
-        done, _ = await asyncio.wait([kept.asked], timeout=STATE_S)
+        asked = kept.asked
+        done, _ = await asyncio.wait([asked], timeout=STATE_S)
         if not done:
             raise TimeoutError
-        asked, kept.asked = kept.asked, None
+        if kept.asked is asked:  # two may wait for the same answer
+            kept.asked = None
         if isinstance(state := asked.result(), Exception):
             raise state
         return state
@@ -347,6 +350,10 @@ def main(argv: list[str]) -> None:
         os.write(events, json.dumps(problem).encode() + b"\n")
         return
     try:
-        asyncio.run(serve(told, events))
+        if told.asks_only:
+            gpus = ray.cluster_resources().get("GPU", 0.0)
+            os.write(events, json.dumps({"event": "cluster", "gpus": gpus}).encode() + b"\n")
+        else:
+            asyncio.run(serve(told, events))
     finally:
         ray.shutdown()

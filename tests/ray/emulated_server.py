@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import sys
 import time
+from pathlib import Path
 
 from backends.emulator.command import serve
 from backends.emulator.fleet import ServerSpec
@@ -19,13 +21,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--port", type=int)
     parser.add_argument("--disaggregation-mode", type=Role)
     parser.add_argument("--disaggregation-bootstrap-port", type=int)
-    parser.add_argument("--die-as", type=Role)
-    parser.add_argument("--hang-as", type=Role)
+    parser.add_argument("--moods", type=Path)
     given = parser.parse_args(argv)
     role = given.disaggregation_mode
-    if role is given.die_as:
+    mood = json.loads(given.moods.read_text()).get(role.value, "well")
+    if mood == "dies":
         raise SystemExit("weights do not fit")
-    if role is given.hang_as:
+    if mood == "hangs":
         time.sleep(600)
     engine = EngineConfig(name="emulated", role=role)
     bootstrap_port = given.disaggregation_bootstrap_port
