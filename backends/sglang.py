@@ -13,6 +13,9 @@ import structlog
 from backends.addresses import SPELLINGS, respelled
 from backends.attempt import Attempt
 from backends.base import Post
+from backends.chat import ChatRoute
+from backends.consult import Consultation, Then
+from backends.engine_words import told
 from backends.exchange import Exchange
 from backends.http import HttpError, Upstream
 from backends.parts import Asked, Ids, known_ids, part_of, question
@@ -80,6 +83,8 @@ class Server:
     """It has said what it is; else the next probe asks it."""
     described: tuple[Worker, str] | None = None
     """What an operator said of it, its key included, before it was asked itself."""
+    chat: ChatRoute | None = None
+    """What its chats depend on; None: it did not say, or nobody here knows the like."""
 
     @property
     def name(self) -> str:
@@ -144,6 +149,7 @@ class Sglang:
         self._servers[worker.name] = server
         if known is not None:
             server.spelling, server.is_met = known.spelling, known.is_met
+            server.chat = known.chat
         self._note_models()
         return server
 
@@ -178,6 +184,23 @@ class Sglang:
     def servers(self) -> Iterable[Server]:
         return self._servers.values()
 
+    def chat_route(self, model: str) -> ChatRoute | None:
+        """What all servers of a model have in common; None where they differ or are silent."""
+        routes = [it.chat for it in self._servers.values() if it.worker.model == model or not model]
+        return routes[0] if routes and all(route == routes[0] for route in routes) else None
+
+    def consult(self, exchange: Exchange, path: bytes, body: bytes, then: Then) -> None:
+        """Those that the answer came from are asked first."""
+        near = (exchange.decode, exchange.prefill)
+        found = [self._servers[name] for name in near if name in self._servers]
+        models = {server.worker.model for server in found}
+        found += [
+            server
+            for server in self._servers.values()
+            if server.name not in near and (server.worker.model in models or not models)
+        ]
+        Consultation([server.upstream for server in found], path, body, self._clock, then)
+
     # Jobs, as the driver sees them.
 
     def open(self, exchange: Exchange) -> None:
@@ -209,17 +232,18 @@ class Sglang:
         exchange.prefill = dispatch.prefill or ""
         exchange.decode = dispatch.decode
         exchange.attempts = dispatch.attempt
+        exchange.job = dispatch.job
         rid = f"{_RID_PREFIX.get(exchange.dialect, '')}{self._rng.getrandbits(128):032x}"
         if dispatch.upto:
             self._start_part(dispatch.upto, exchange, (prefill, decode), rid)
             return
         attempt = Attempt(self, exchange, prefill, decode, rid)
-        transcript, has_begun = exchange.transcript, exchange.timeline.first_token_us > 0
+        transcript, has_begun = exchange.transcript, exchange.has_begun
         if transcript is not None and not has_begun and transcript.kind is not Kind.COMPLETIONS:
             # Of each attempt anew: one server streams increments, another one does not.
             transcript.kind = _NATIVE_KIND[decode.worker.streams_increments]
         self._live[exchange.job_id] = attempt
-        if has_begun:
+        if has_begun or exchange.asks is not None:
             resume(attempt, exchange, prefill or decode, self._send)
         else:
             self._send(attempt, exchange.body, None)
@@ -234,6 +258,7 @@ class Sglang:
             self._post(PartDone(exchange.job_id, is_cut=False))
             return
         attempt = Attempt(self, part_of(exchange, ids or [], upto), *pair, rid)
+        attempt.exchange.job = exchange.job
         self._live[exchange.job_id] = attempt
         self._tick_on()
         if ids is not None:
@@ -299,6 +324,10 @@ class Sglang:
             self._abort_at(server, attempt.rid, attempt.sent_s + self.ABORT_AFTER_S)
         return True
 
+    def runs(self, job_id: str) -> bool:
+        """Whether it is at a server now."""
+        return job_id in self._live
+
     def __len__(self) -> int:
         """Attempts with an open leg."""
         return len(self._live) + len(self._lingering)
@@ -314,7 +343,8 @@ class Sglang:
             body["bootstrap_host"] = respelled(prefill.worker.bootstrap_host, prefill.spelling)
             body["bootstrap_port"] = prefill.worker.bootstrap_port
             body["bootstrap_room"] = self._rng.getrandbits(_ROOM_BITS) + 1
-        return body
+        engine = attempt.decode.worker.engine or (prefill is not None and prefill.worker.engine)
+        return body | told(exchange.job, body) if engine and exchange.job is not None else body
 
     # What attempts say.
 

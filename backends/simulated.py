@@ -9,6 +9,7 @@ from typing import Any
 
 from backends.addresses import respelled
 from backends.base import Post
+from backends.counters import counters_of
 from backends.engine import Engine, Prompt, Refused, Request, Resident
 from backends.trouble import Blame, Trouble, judge
 from policies.clock import Clock
@@ -446,6 +447,7 @@ def load_of(engine: Engine, now_us: int) -> Load:
         capacity_tokens=report["max_total_num_tokens"],
         max_running=report["max_running_requests"],
         waiting_uncached_tokens=report["num_waiting_uncached_tokens"],
+        counters=counters_of([report]),
     )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from backends.workload import Ask, Trace, read_trace
 from gateway.config import Admission, Cost, Policies, RatioSettings
@@ -82,7 +83,9 @@ def elastic(switch_s: float) -> FleetEntry:
 
 
 def controlled(name: str, fleet_name: str, policy: str, cost: Cost) -> PolicyEntry:
-    settings = {"attained": 0.997} if policy == "dopd+" else {"interval_s": PAPER_INTERVAL_S}
+    settings: dict[str, Any] = (
+        {"attained": 0.997} if policy == "dopd+" else {"interval_s": PAPER_INTERVAL_S}
+    )
     ratio = RatioSettings(policy=policy, mode=Mode.ACT, **settings)
     return PolicyEntry(name=name, fleet=fleet_name, ratio=ratio, cost=cost)
 

@@ -8,27 +8,18 @@ from typing import Any
 from gateway.accounts import Accounts
 from gateway.agenda import Agenda, passed
 from gateway.books import Lane, Ticket
-from gateway.choice import (
-    choose,
-    fits_ever,
-    is_worth_a_wait,
-    predicted_wait_us,
-    unserved,
-    without_failed,
-)
+from gateway.choice import is_worth_a_wait, predicted_wait_us, unserved
 from gateway.lanes import Lanes
 from gateway.lifecycle import State, Step
 from gateway.preemption import Preemptor
 from gateway.rules import Rules
-from gateway.servers import Candidates, Fleet
-from gateway.slicing import Slicing
+from gateway.sending import Sender
+from gateway.servers import Fleet
 from gateway.switching import Switching
-from gateway.underway import Underway
 from policies.events import (
     Arrived,
     Cancel,
     Decision,
-    Dispatch,
     Event,
     Fail,
     Failed,
@@ -47,6 +38,7 @@ from policies.events import (
     Recall,
     Reject,
     RoleSwitched,
+    StepsSeen,
     SwitchWanted,
     WakeAt,
     Wakeup,
@@ -56,7 +48,6 @@ from policies.events import (
     WorkerUp,
 )
 from policies.ledger import Ledger
-from policies.order import NO_OUTLOOK
 from policies.preempt import AbortBudget
 from policies.retry import RetryBudget, continued
 from policies.types import Job, Kind, Pool, Role, Worker
@@ -65,13 +56,11 @@ __all__ = ["Core", "Rules"]
 
 _REPORT_LAG_US = 500_000
 """What was sent this long before a report must be in it."""
-_MOST_HELD = 4
-"""Parts of prompts that others may overtake at one look: the bound on its work."""
 # CPython 3.11 looks an enum's member up in Python, which costs as much as a call.
 _ONLINE, _OFFLINE = Kind.ONLINE, Kind.OFFLINE
 _QUEUED, _PREFILL, _CANCELLED = State.QUEUED, State.PREFILL, State.CANCELLED
-_DISPATCHED, _FIRST_TOKEN, _LAST_TOKEN = Step.DISPATCHED, Step.FIRST_TOKEN, Step.LAST_TOKEN
-_LEAST_WORK, _ENDED_UNPLACED = Reason.LEAST_WORK, (State.REJECTED, State.CANCELLED)
+_FIRST_TOKEN, _LAST_TOKEN = Step.FIRST_TOKEN, Step.LAST_TOKEN
+_ENDED_UNPLACED = (State.REJECTED, State.CANCELLED)
 
 
 class Core:
@@ -83,13 +72,21 @@ class Core:
         self._budget = RetryBudget(rules.retry)
         self._tickets: dict[str, Ticket] = {}
         self._agenda = Agenda()
-        self._underway = Underway()
-        self._slicing = Slicing()
         self._fresh: list[Ticket] = []
         self._out: list[Decision] = []
         self._lanes = Lanes(rules, self._fleet, lambda job_id: self._tickets[job_id].job)
         self.accounts = Accounts()
         self._preemptor = Preemptor(rules.give_way, rules.aborts, self._take_off)
+        self._sender = Sender(
+            rules,
+            self._tickets,
+            self._lanes,
+            self._agenda,
+            self._preemptor,
+            self.accounts,
+            self._say,
+            self._reject,
+        )
         self.switching = Switching(
             self._fleet,
             rules.switch,
@@ -110,6 +107,7 @@ class Core:
             Preempted: self._preempted,
             PartDone: self._part_done,
             LoadReport: self._load_report,
+            StepsSeen: self._fleet.stepped,
             WorkerUp: self._worker_up,
             WorkerDown: self._worker_down,
             WorkerDraining: self._worker_draining,
@@ -135,7 +133,7 @@ class Core:
             if now_us >= agenda.alarm_us:
                 self._pass_time(now_us)
             if self._lanes.look:
-                self._dispatch(now_us)
+                self._sender.dispatch(now_us)
             if now_us >= agenda.alarm_us and agenda.give_up.entries:
                 self._set_alarm(now_us)
         decisions, self._out = self._out, []
@@ -172,6 +170,7 @@ class Core:
         self._budget.adopt(rules.retry)
         self._preemptor.adopt(rules.give_way, rules.aborts)
         self.switching.rule = rules.switch
+        self._sender.rules = rules
         self._lanes.adopt(rules)
 
     # Jobs.
@@ -180,7 +179,7 @@ class Core:
         self._tickets[event.job.id] = ticket = Ticket(event.job)
         self._fresh.append(ticket)
         if event.job.kind is _ONLINE and self._rules.displace.parts:
-            self._slicing.came(now_us)
+            self._sender.slicing.came(now_us)
 
     def _take_in(self, now_us: int) -> None:
         """Those of one instant in their order. Who would be first in the queue is spared it."""
@@ -193,7 +192,7 @@ class Core:
                 continue
             lane = self._lanes.of(ticket.job.model)
             is_first = lane.would_be_first(ticket.job, self._rules.order)
-            if is_first and self._goes_at_once(ticket, lane, now_us):
+            if is_first and self._sender.goes_at_once(ticket, lane, now_us):
                 self._budget.earn(ticket.job)
             elif (refusal := self._refusal(ticket.job, lane, now_us)) is not None:
                 ticket.step(Step.REFUSED)
@@ -201,17 +200,7 @@ class Core:
                 del self._tickets[ticket.job.id]
             else:
                 self._budget.earn(ticket.job)
-                self._enqueue(ticket, lane, now_us)
-
-    def _goes_at_once(self, ticket: Ticket, lane: Lane, now_us: int) -> bool:
-        kind = ticket.job.kind
-        if kind is _OFFLINE and self._lanes.online_waits_beside(lane):
-            return False
-        pair = self._choose(ticket, self._lanes.candidates(lane, kind, now_us), now_us)
-        if pair is None:
-            return False
-        self._place(ticket, *pair, now_us)
-        return True
+                self._sender.enqueue(ticket, lane, now_us)
 
     def _refusal(self, job: Job, lane: Lane, now_us: int) -> Reject | None:
         """What can be answered at once, before the job costs anything."""
@@ -322,7 +311,7 @@ class Core:
             self._agenda.put(self._agenda.later, job.id, now_us + delay_us)
             self._agenda.put(self._agenda.give_up, job.id, job.give_up_us)
         else:
-            self._enqueue(ticket, self._lanes.of(job.model), now_us)
+            self._sender.enqueue(ticket, self._lanes.of(job.model), now_us)
 
     def _freed(self, event: Freed, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is not None:
@@ -349,7 +338,7 @@ class Core:
             self.accounts.returned(ticket, event)
             ticket.returned(event.generated, now_us)
             self._lanes.touch_all()
-            self._enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
+            self._sender.enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
 
     def _part_done(self, event: PartDone, now_us: int) -> None:
         """A part of a prompt is computed. The end that a client asked for is on its way."""
@@ -357,7 +346,7 @@ class Core:
         if ticket is None or ticket.state is _CANCELLED:
             return
         if event.is_cut:
-            self._slicing.computed(ticket, now_us)
+            self._sender.slicing.computed(ticket, now_us)
             for ledger in (ticket.prefill, ticket.decode):
                 if ledger is not None:
                     self._succeeded(ledger)
@@ -365,7 +354,7 @@ class Core:
         self._end_trials(ticket)
         ticket.part_done(is_cut=event.is_cut, counted_tokens=event.prompt_tokens)
         self._lanes.touch_all()
-        self._enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
+        self._sender.enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
 
     def _end_trials(self, ticket: Ticket) -> None:
         if ticket.trials:
@@ -401,9 +390,8 @@ class Core:
         """A whole answer of a unified server shows no first token; that nothing waits shows it."""
         if load.waiting or load.waiting_uncached_tokens:
             return
-        for ticket in self._tickets.values():
-            if ticket.prefill is ledger and ticket.sent_us < load.seen_us - _REPORT_LAG_US:
-                ticket.free_prefill()
+        for ticket in self._sender.unshown.computed(ledger, load.seen_us - _REPORT_LAG_US):
+            ticket.free_prefill()
 
     def _worker_up(self, event: WorkerUp, now_us: int) -> None:
         self._fleet.add(event.worker)
@@ -444,7 +432,9 @@ class Core:
             self._look_again()
         for job_id in passed(self._agenda.later, now_us):
             ticket = self._tickets[job_id]
-            self._enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
+            self._sender.enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
+        for _ in passed(self._agenda.held, now_us):
+            self._lanes.touch_all()
         for job_id in passed(self._agenda.give_up, now_us):
             self._reject(self._tickets[job_id], Reason.EXPIRED, now_us)
             self._lanes.touch_all()
@@ -452,130 +442,6 @@ class Core:
     def _set_alarm(self, now_us: int) -> None:
         """Asks to be woken for the next moment at which a job that waits may go or must end."""
         self._out.append(WakeAt(self._agenda.next_alarm(self._fleet.changes_us(now_us))))
-
-    # Dispatch.
-
-    def _dispatch(self, now_us: int) -> None:
-        """Online first, over all models; offline work goes where no online job is left waiting."""
-        lanes = self._lanes.taken()
-        for lane in lanes:
-            if lane.online.entries:
-                self._fill(lane, _ONLINE, now_us)
-        for lane in lanes:
-            if lane.offline.entries and not self._lanes.online_waits_beside(lane):
-                self._fill(lane, _OFFLINE, now_us)
-
-    def _fill(self, lane: Lane, kind: Kind, now_us: int) -> None:
-        held: list[Job] = []
-        self._send_first(lane, kind, held, now_us)
-        for job in held:
-            outlook = self._lanes.outlook(lane, kind, now_us)
-            lane.put(job, self._rules.order, outlook)
-
-    def _send_first(self, lane: Lane, kind: Kind, held: list[Job], now_us: int) -> None:
-        """Until the first job has to wait for what runs; the order is kept.
-
-        One that waits for a turn of its own is held, and others are looked at.
-        """
-        order = self._rules.order
-        candidates, outlook = self._lanes.candidates(lane, kind, now_us), NO_OUTLOOK
-        free = candidates
-        if order.moves:
-            outlook = self._lanes.outlook(lane, kind, now_us)
-            lane.rekey(kind, order, outlook)
-        while (job_id := lane.first(kind, order, outlook)) is not None:
-            ticket = self._tickets[job_id]
-            job = ticket.job
-            pair = self._choose(ticket, free, now_us)
-            if pair is not None:
-                lane.take(job)
-                self._agenda.give_up.discard(job_id)
-                self._place(ticket, *pair, now_us)
-            elif ticket.stands_aside and len(held) < _MOST_HELD:
-                lane.take(job)
-                held.append(job)
-                free = free.without_prefill(ticket.waits_for)
-            elif not self._passes_over(ticket, lane, candidates, now_us):
-                return
-
-    def _passes_over(self, ticket: Ticket, lane: Lane, candidates: Candidates, now_us: int) -> bool:
-        """Whether the next one may be looked at: this one waits for no server that is there."""
-        job, admit = ticket.job, self._rules.admit
-        if is_worth_a_wait(job, candidates, admit, now_us):
-            if job.kind is _ONLINE:
-                self._make_room(ticket, lane, candidates, now_us)
-            return False
-        if not candidates.can_serve and self._rules.holds(job.kind):
-            return False
-        if not candidates.can_serve:
-            self._reject(ticket, Reason.NO_WORKER, now_us)
-        elif not fits_ever(job, candidates, admit):
-            self._reject(ticket, Reason.TOO_LARGE, now_us)
-        elif candidates.in_rotation(now_us).can_serve:
-            lane.set_aside(job)
-        else:
-            return False
-        return True
-
-    def _make_room(self, ticket: Ticket, lane: Lane, candidates: Candidates, now_us: int) -> None:
-        """The first of the queue has to wait: for offline work, or for a long prompt behind it."""
-        rules = self._rules
-        self._preemptor.make_room(ticket, candidates, rules.admit, now_us)
-        if not rules.displace.least_chunks:
-            return
-        outlook = self._lanes.outlook(lane, _ONLINE, now_us)
-        found = self._underway.victim(ticket.job, candidates, rules.displace, rules.order, outlook)
-        if found is not None:
-            victim, job = found
-            worker = self.accounts.took(victim, victim.prefill, Reason.DISPLACED)
-            victim.makes_way(job)
-            self._out.append(Preempt(job, Reason.DISPLACED, worker))
-
-    def _choose(
-        self, ticket: Ticket, candidates: Candidates, now_us: int
-    ) -> tuple[Ledger, Ledger] | None:
-        job, admit = ticket.job, self._rules.admit
-        ticket.upto, ticket.waits_for, ticket.stands_aside = 0, "", False
-        if ticket.avoid:
-            candidates = without_failed(job, candidates, ticket.avoid, admit, now_us)
-        if ticket.leaves:
-            others = candidates.without((ticket.leaves,))
-            if pair := choose(job, others, admit, self._rules.place, now_us):
-                return pair
-        if self._rules.displace.parts:
-            return self._slicing.choose(ticket, candidates, self._rules, now_us)
-        return choose(job, candidates, admit, self._rules.place, now_us)
-
-    def _place(self, ticket: Ticket, prefill: Ledger, decode: Ledger, now_us: int) -> None:
-        """Booked in the step that decides, so that the next decision sees it."""
-        ticket.step(_DISPATCHED)
-        ticket.book(prefill, decode, self._rules.admit.reserved(ticket.sent_job), now_us)
-        if ticket.upto:
-            self._slicing.sent(ticket)
-        if least_chunks := self._rules.displace.least_chunks:
-            self._underway.sent(ticket, prefill, least_chunks)
-        ticket.attempt += 1
-        reason = _LEAST_WORK
-        if ticket.attempt > 1 or ticket.preemptions:
-            reason = ticket.why_again
-        elif ticket.parts:
-            reason = Reason.NEXT_PART
-        computes = None if prefill is decode else prefill.worker.name
-        name, attempt = decode.worker.name, ticket.attempt
-        self._out.append(Dispatch(ticket.job, computes, name, attempt, reason, ticket.upto))
-        if ticket.job.kind is _OFFLINE:
-            self._preemptor.placed(ticket)
-        elif prefill.offline.prefills or decode.offline.decodes:
-            self._preemptor.make_way(ticket, now_us)
-
-    def _enqueue(self, ticket: Ticket, lane: Lane, now_us: int) -> None:
-        job, agenda, order = ticket.job, self._agenda, self._rules.order
-        outlook = self._lanes.outlook(lane, job.kind, now_us) if order.moves else NO_OUTLOOK
-        lane.put(job, order, outlook)
-        agenda.put(agenda.give_up, job.id, job.give_up_us)
-        if lane.waiting[job.kind].peek() == job.id:
-            # Behind another it changes nothing: whoever is first was looked at already.
-            self._lanes.touch(lane)
 
     # Small questions.
 

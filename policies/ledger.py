@@ -8,7 +8,10 @@ from policies.prefixes import Prefixes
 from policies.roofline import CostModel
 from policies.steps import Steps
 from policies.tide import Tide
-from policies.types import Job, Worker
+from policies.types import Job, Kind, Worker
+
+DISPLACES, SELECTS = "prefill", "decode"
+"""Of `Worker.engine`: offline prompts give way at chunks, offline decodes at steps."""
 
 
 class PrefillRate:
@@ -94,6 +97,7 @@ class Ledger:
 
     __slots__ = (
         "_foreign_before",
+        "batch_tokens",
         "breaker",
         "chunk_tokens",
         "context_tokens",
@@ -107,11 +111,13 @@ class Ledger:
         "max_running",
         "offline",
         "online",
+        "paced_with",
         "prefill_rate",
         "prefill_tokens",
         "prefills",
         "prefixes",
         "reserved_tokens",
+        "sent_us",
         "steps",
         "switching",
         "up",
@@ -129,6 +135,10 @@ class Ledger:
         """Nothing new until it has its new role."""
         self.prefills = 0
         self.prefill_tokens = 0
+        self.sent_us = -1
+        """When the last prompt went there."""
+        self.batch_tokens = 0
+        """Of the prompts that went there together with it."""
         self.prefill_rate = PrefillRate()
         self.decodes = 0
         self.context_tokens = 0
@@ -143,6 +153,8 @@ class Ledger:
         self.max_running = worker.max_running
         self.offline = Offline()
         self.online = Tide()
+        self.paced_with = 0, 0, 0
+        """Its sequences, their tokens and the offline ones among them, when the pace was seen."""
         self.steps: Steps | None = None
         """Predicted step times, where the hardware is known."""
         self.line: tuple[float, float, float] | None = None
@@ -205,6 +217,13 @@ class Ledger:
             return seen
         return None if self.steps is None else self.steps.prefill_tokens_per_us
 
+    def before(self, job: Job) -> int:
+        """Prompt tokens that this one would wait behind: an engine that displaces offline prompts
+        computes online ones first."""
+        if job.kind is Kind.ONLINE and DISPLACES in self.worker.engine:
+            return self.prefill_tokens - self.offline.prefill_tokens
+        return self.prefill_tokens
+
     def forget_report(self) -> None:
         """The report is too old to be believed: the books alone go on."""
         self.foreign_tokens = self._foreign_before = 0
@@ -221,6 +240,8 @@ class Ledger:
             self.prefill_rate.begin(now_us)
         self.prefills += 1
         self.prefill_tokens += tokens
+        self.batch_tokens = tokens + (self.batch_tokens if self.sent_us == now_us else 0)
+        self.sent_us = now_us
 
     def prefilled(self, tokens: int, now_us: int) -> None:
         """The prompt is computed: what that took tells how fast the server is."""
@@ -234,6 +255,11 @@ class Ledger:
         self.prefills -= 1
         self.prefill_tokens -= tokens
         self.prefill_rate.broke_off()
+
+    def paced(self, us: int, tokens: int, now_us: int) -> None:
+        """An online job got so many tokens in that time."""
+        if self.online.paced(us, tokens, now_us):
+            self.paced_with = self.decodes, self.context_tokens, self.offline.decodes
 
     def add_decode(self, context: int, reserved: int) -> None:
         self.decodes += 1

@@ -188,6 +188,7 @@ PACKING: dict[str, Packing] = {
     "kairos": Kairos(),
     "slack": Slack(),
     "online-first": OnlineFirst(),
+    "online-exact": OnlineFirst(ask_every=1),
 }
 
 
