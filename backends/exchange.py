@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from backends.transcript import Transcript
 from backends.trouble import Trouble
 from policies.events import Fail, Reject
+from policies.types import Job
 
 
 class Client(Protocol):
@@ -59,6 +60,8 @@ class Exchange:
     client_rid: str = ""
     """The id that the client chose: servers never see it, answers carry it."""
     priority: int | None = None
+    job: Job | None = None
+    """As it was dispatched last: an engine may want to know its class and target."""
     transcript: Transcript | None = None
     """What the client was given, for requests that can go on elsewhere."""
     prompt_ids: list[int] | None = None

@@ -15,6 +15,7 @@ from backends.attempt import Attempt
 from backends.base import Post
 from backends.chat import ChatRoute
 from backends.consult import Consultation, Then
+from backends.engine_words import told
 from backends.exchange import Exchange
 from backends.http import HttpError, Upstream
 from backends.parts import Asked, Ids, known_ids, part_of, question
@@ -231,6 +232,7 @@ class Sglang:
         exchange.prefill = dispatch.prefill or ""
         exchange.decode = dispatch.decode
         exchange.attempts = dispatch.attempt
+        exchange.job = dispatch.job
         rid = f"{_RID_PREFIX.get(exchange.dialect, '')}{self._rng.getrandbits(128):032x}"
         if dispatch.upto:
             self._start_part(dispatch.upto, exchange, (prefill, decode), rid)
@@ -256,6 +258,7 @@ class Sglang:
             self._post(PartDone(exchange.job_id, is_cut=False))
             return
         attempt = Attempt(self, part_of(exchange, ids or [], upto), *pair, rid)
+        attempt.exchange.job = exchange.job
         self._live[exchange.job_id] = attempt
         self._tick_on()
         if ids is not None:
@@ -340,7 +343,8 @@ class Sglang:
             body["bootstrap_host"] = respelled(prefill.worker.bootstrap_host, prefill.spelling)
             body["bootstrap_port"] = prefill.worker.bootstrap_port
             body["bootstrap_room"] = self._rng.getrandbits(_ROOM_BITS) + 1
-        return body
+        engine = attempt.decode.worker.engine or (prefill is not None and prefill.worker.engine)
+        return body | told(exchange.job, body) if engine and exchange.job is not None else body
 
     # What attempts say.
 

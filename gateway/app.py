@@ -40,6 +40,7 @@ from gateway.config import (
 from gateway.core import Core
 from gateway.door import Door
 from gateway.driver import Driver
+from gateway.engine_link import EngineLink
 from gateway.front import Front
 from gateway.log import WriteRequest, configure
 from gateway.metrics import Metrics
@@ -47,11 +48,12 @@ from gateway.pages import Pages
 from gateway.passing import Passing
 from gateway.probe import Prober
 from gateway.ratio_control import RatioControl
+from gateway.relaxed import RelaxedWatch
 from gateway.roll import Roll
 from gateway.router import Router
 from policies.clock import Clock
 from policies.events import Event, Wakeup, WorkerGone
-from policies.types import Pool, Role, Worker
+from policies.types import Worker
 
 log = structlog.get_logger("slackwater")
 
@@ -91,7 +93,11 @@ class Gateway:
         self._tasks = tasks
         self.backend = Sglang(clock, rng, patience_of(config.timeouts), self._connect)
         self.core = Core(rules_of(config))
-        self.prober = Prober(self.backend, self._post, clock, config.telemetry)
+        self.link = EngineLink(
+            self._post, self.core, clock, tasks, config.classes.online.tpot_ms * 1e3
+        )
+        self.link.settings = config.plugin
+        self.prober = Prober(self.backend, self._post, clock, config.telemetry, self.link.meet)
         self.roll = Roll(self.backend, self.prober, self._post, tasks)
         around = Surroundings(
             backend=self.backend, clock=clock, rng=rng, tasks=tasks, roll=self.roll, fleet=fleet
@@ -103,6 +109,7 @@ class Gateway:
             self.core, clock, self.backend, self.control.decided, actuator=self._actuator
         )
         self.control.adopt(config, self.driver)
+        self.relaxed = RelaxedWatch(self.core, clock, config)
         self.metrics = Metrics(self.core, self.backend.now_us)
         self.metrics.registry.register(self.control)
         self.front = Front(config, self.driver, self.backend, self.metrics, clock, rng, write_line)
@@ -139,7 +146,7 @@ class Gateway:
             keepalive_timeout=server.header_timeout_s,
         )
         self._say_what_predicts()
-        self._say_who_is_relaxed()
+        self.relaxed.start()
         self._runner = web.ServerRunner(listener, shutdown_timeout=1.0)
         await self._runner.setup()
         try:
@@ -175,16 +182,6 @@ class Gateway:
                 workers=unknown,
             )
 
-    def _say_who_is_relaxed(self) -> None:
-        workers = [ledger.worker for ledger in self.core.ledgers.values()]
-        decodes = [worker for worker in workers if worker.role is not Role.PREFILL]
-        is_relaxed = any(worker.pool is Pool.RELAXED for worker in decodes)
-        if decodes and not is_relaxed and self._config.policies.pools == "latency":
-            log.info(
-                "no relaxed server decodes: colocation.without_relaxed says what offline work does",
-                without_relaxed=self._config.colocation.without_relaxed.value,
-            )
-
     async def _wait_for_first_looks(self, looks: list[asyncio.Event]) -> None:
         try:
             async with asyncio.timeout(_FIRST_LOOK_S):
@@ -211,6 +208,7 @@ class Gateway:
     def _remove(self, name: str) -> None:
         del self._entries[name]
         self.prober.forget(name)
+        self.link.forget(name)
         self.driver.post(WorkerGone(name))
         self.backend.remove(name)
 
@@ -232,8 +230,10 @@ class Gateway:
         self.control.adopt(config, self.driver)
         self.driver.post(Wakeup())
         self.front.adopt(config)
+        self.relaxed.adopt(config)
         self.backend.patience = patience_of(config.timeouts)
         self.prober.settings = config.telemetry
+        self._tell_engines(config)
         wanted = {worker_of(entry, "worker").name: entry for entry in config.worker}
         # Those that come are there before others go: what waits for a server goes on waiting.
         for name, entry in wanted.items():
@@ -251,6 +251,14 @@ class Gateway:
         if asleep := changed_keys(running, wanted, "ratio."):
             log.warning("the actuator's settings have changed: that needs a restart", keys=asleep)
         return running
+
+    def _tell_engines(self, config: Config) -> None:
+        """Those that have the plug-in are asked anew where something has changed for them."""
+        tpot_us = config.classes.online.tpot_ms * 1e3
+        if (config.plugin, tpot_us) != (self.link.settings, self.link.tpot_us):
+            self.link.settings, self.link.tpot_us = config.plugin, tpot_us
+            for server in self.backend.servers():
+                server.is_known = server.is_known and server.name not in self.link.heard
 
     def _tell_actuator(self, config: Config) -> None:
         if isinstance(turn := self._actuator.turn, SglangTurn):
@@ -278,6 +286,8 @@ class Gateway:
 
     async def close(self) -> None:
         self.prober.close()
+        self.relaxed.close()
+        self.link.close()
         self.control.close()
         await self._actuator.close()
         if self._runner is not None:

@@ -22,6 +22,7 @@ from gateway.chats import sampling_in
 from gateway.core import Rules
 from gateway.costs import Hardware, beside, costs_of
 from gateway.planning import Control, Mode
+from gateway.plugin_settings import PluginSettings
 from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
 from gateway.switching import SwitchRule
 from policies.admit import Admit, Headroom
@@ -324,6 +325,7 @@ class Config:
     classes: Classes = field(default_factory=Classes)
     admission: Admission = field(default_factory=Admission)
     colocation: Colocation = field(default_factory=Colocation)
+    plugin: PluginSettings = field(default_factory=PluginSettings)
     limits: Limits = field(default_factory=Limits)
     chat: Chat = field(default_factory=Chat)
     timeouts: Timeouts = field(default_factory=Timeouts)

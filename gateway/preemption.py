@@ -9,7 +9,7 @@ from gateway.lifecycle import State
 from gateway.servers import Candidates
 from policies.admit import Admit
 from policies.events import Reason
-from policies.ledger import Ledger
+from policies.ledger import DISPLACES, SELECTS, Ledger
 from policies.preempt import (
     AbortBudget,
     AbortRule,
@@ -101,7 +101,7 @@ class Preemptor:
 
     def shorten(self, ledger: Ledger, now_us: int) -> None:
         """Where the steps are too long for the online jobs of a server."""
-        if not self._rule.may_be_over(ledger):
+        if SELECTS in ledger.worker.engine or not self._rule.may_be_over(ledger):
             return
         victims, leaving = self._at(ledger)
         chosen = self._rule.over(ledger, leaving, victims)
@@ -142,6 +142,8 @@ class Preemptor:
     # How.
 
     def _clear(self, ticket: Ticket, ledger: Ledger, own_tokens: int, now_us: int) -> None:
+        if DISPLACES in ledger.worker.engine:
+            return
         victims, leaving = self._at(ledger, prefilling=True)
         if not victims:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,13 +27,25 @@ _ROLES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "null": Role.UNIFIED, 
 _LOADS = b"/v1/loads?include=core,disagg"
 
 
+Meet = Callable[[Server, Mapping[str, Any]], Awaitable[frozenset[str]]]
+"""What a server's engine does by itself."""
+
+
 class Prober:
     """One loop a server: its facts when it appears, its load ever after."""
 
-    def __init__(self, backend: Sglang, post: Post, clock: Clock, settings: Telemetry) -> None:
+    def __init__(
+        self,
+        backend: Sglang,
+        post: Post,
+        clock: Clock,
+        settings: Telemetry,
+        meet: Meet,
+    ) -> None:
         self._backend = backend
         self._post = post
         self._clock = clock
+        self._meet = meet
         self._loops: dict[str, asyncio.Task[None]] = {}
         self.settings = settings
 
@@ -95,6 +107,7 @@ class Prober:
         model, context_tokens = await self._model(server)
         facts = await self._facts(server)
         worker = learnt(configured, facts, model, context_tokens)
+        worker = replace(worker, engine=await self._meet(server, facts))
         if "sampling_defaults" in facts:
             server.chat = route_of(facts, await self._fetch(server, b"/model_info") or {})
         if worker.role is not configured.role:

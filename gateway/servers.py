@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gateway.agenda import Due, passed
 from policies.breaker import Breaker, BreakerRule
-from policies.events import Load
+from policies.events import Load, StepsSeen
 from policies.ledger import Ledger
 from policies.pools import Pools, Shared
 from policies.queue import KeyedHeap
@@ -127,6 +127,13 @@ class Fleet:
         ledger.correct(load)
         self._stale.put(ledger.worker.name, (stale_us,))
         self.stale_us = min(self.stale_us, stale_us)
+
+    def stepped(self, event: StepsSeen, now_us: int) -> None:
+        """By its own report of single steps."""
+        ledger = self.ledgers.get(event.worker)
+        if ledger is not None and ledger.steps is not None:
+            ledger.steps.stepped(event.steps, now_us)
+            ledger.line = None
 
     def forget_stale(self, now_us: int) -> bool:
         """Whether servers have fallen silent: the books alone go on."""

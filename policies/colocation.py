@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from policies.admit import Headroom
-from policies.ledger import Ledger
+from policies.ledger import DISPLACES, SELECTS, Ledger
 from policies.types import Job, Kind, Pool, Role
 
 _ONLINE = Kind.ONLINE
@@ -38,7 +38,7 @@ class Colocated(Headroom):
             return True
         if ledger.worker.role is Role.UNIFIED and ledger.online.count and self._stalls(ledger):
             return False
-        if not ledger.prefills:
+        if not ledger.prefills or DISPLACES in ledger.worker.engine:
             return True
         rate = ledger.prefill_tokens_per_us
         tokens = ledger.prefill_tokens + ledger.uncached(job)
@@ -87,6 +87,8 @@ class Colocated(Headroom):
             return False
         if ledger.max_running and ledger.decodes + expected >= ledger.max_running:
             return False
+        if SELECTS in ledger.worker.engine and ledger.worker.role is not Role.UNIFIED:
+            return True  # it steps without them where a step would be too long
         context = ledger.context_tokens + ledger.foreign_tokens + coming
         context += (job.prompt_tokens + self.reserved(job)) / 2
         count, held_tokens, offline = ledger.paced_with

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from policies.step_line import SeenStep
 from policies.steps import Counters
 from policies.types import Job, Role, Worker
 
@@ -187,6 +188,14 @@ class LoadReport:
 
 
 @dataclass(frozen=True, slots=True)
+class StepsSeen:
+    """A server has told of decode steps, each with who was in it."""
+
+    worker: str
+    steps: tuple[SeenStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerUp:
     worker: Worker
 
@@ -254,6 +263,7 @@ Event = (
     | Preempted
     | PartDone
     | LoadReport
+    | StepsSeen
     | WorkerUp
     | WorkerDown
     | WorkerDraining

@@ -8,7 +8,10 @@ from policies.prefixes import Prefixes
 from policies.roofline import CostModel
 from policies.steps import Steps
 from policies.tide import Tide
-from policies.types import Job, Worker
+from policies.types import Job, Kind, Worker
+
+DISPLACES, SELECTS = "prefill", "decode"
+"""Of `Worker.engine`: offline prompts give way at chunks, offline decodes at steps."""
 
 
 class PrefillRate:
@@ -213,6 +216,13 @@ class Ledger:
         if (seen := self.prefill_rate.tokens_per_us) is not None:
             return seen
         return None if self.steps is None else self.steps.prefill_tokens_per_us
+
+    def before(self, job: Job) -> int:
+        """Prompt tokens that this one would wait behind: an engine that displaces offline prompts
+        computes online ones first."""
+        if job.kind is Kind.ONLINE and DISPLACES in self.worker.engine:
+            return self.prefill_tokens - self.offline.prefill_tokens
+        return self.prefill_tokens
 
     def forget_report(self) -> None:
         """The report is too old to be believed: the books alone go on."""

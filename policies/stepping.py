@@ -6,11 +6,11 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from policies.packing import PACKING, OnlineFirst, Packing, Running, StepUs
+from policies.packing import PACKING, Packing, Running, StepUs
 
 STEPPING: dict[str, Packing] = {
     "all": PACKING["all"],
-    "online-first": OnlineFirst(ask_every=1),
+    "online-first": PACKING["online-exact"],
     "slack": PACKING["slack"],
 }
 """What a real engine offers; a step predicted wrongly by two requests is a target missed."""

@@ -85,5 +85,7 @@ class Worker:
     """Of one prompt with its answer."""
     page_size: int = 1
     orders_by_priority: bool = False
+    engine: frozenset[str] = frozenset()
+    """What it does by itself, by our plug-in and at our word: "decode", "prefill", "reports"."""
     streams_increments: bool | None = None
     """Whether its events hold what is new, or all so far; None when it did not say."""

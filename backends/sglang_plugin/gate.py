@@ -53,6 +53,8 @@ class Gate:
         self.faults = faults
         self.views = self.view_steps = 0
         """Choices of fewer than all, and the steps that ran over them."""
+        self.steps, self.spent_us = 0, 0.0
+        """Steps that a choice was due for, and what all the choosing took."""
         self._now_us = now_us
         self._rng = random.Random(SEED)
         self._view: View | None = None
@@ -79,7 +81,10 @@ class Gate:
             self._catch_up(batch)  # a mixed step, of everyone
             original(batch)
             return
-        view = self._view_of(batch)
+        began_us = self._now_us()
+        view = self._view_of(batch, began_us)
+        self.spent_us += self._now_us() - began_us
+        self.steps += 1
         if view is None:
             original(batch)
             return
@@ -111,9 +116,9 @@ class Gate:
 
     # How.
 
-    def _view_of(self, batch: Batch) -> View | None:
+    def _view_of(self, batch: Batch, now_us: float) -> View | None:
         """None: all step; then the batch has caught up."""
-        now_us, view = self._now_us(), self._view
+        view = self._view
         if now_us > self.control.until_us:
             self.faults.say("the lease of what a gateway had set is over: everyone steps")
             self.adopt(Control())

@@ -236,6 +236,9 @@ class Plugin:
             "displaced": self.displacement.displaced,
             "resumed": self.displacement.resumed,
             "aside": int(self.displacement.aside is not None),
+            "chosen_steps": gate.steps,
+            "choosing_us": round(gate.spent_us),
             "steps": reporter.steps,
+            "reporting_us": round(reporter.spent_us),
             "reports": "" if socket is None or reporter.faults.over else socket.endpoint,
         }

@@ -7,7 +7,6 @@ Without a listener nothing is composed; a full pipe loses reports and never hold
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -26,10 +25,11 @@ Step = tuple[int, int, int, int, int, int, int]
 
 
 class Socket:
-    """Bound at the first step; subscriptions are counted, so that silence costs nothing."""
+    """Bound when the server is met; subscriptions are counted, so that silence costs nothing."""
 
     def __init__(self, endpoint: str) -> None:
         zmq: Any = importlib.import_module("zmq")
+        self._encode: Callable[[object], bytes] = importlib.import_module("orjson").dumps
         self._again: type[Exception] = zmq.Again
         self._flags = zmq.NOBLOCK
         self._socket = zmq.Context.instance().socket(zmq.XPUB)
@@ -47,7 +47,8 @@ class Socket:
                 return self._listeners > 0
             self._listeners = max(0, self._listeners + (1 if news[:1] == b"\x01" else -1))
 
-    def send(self, number: int, body: bytes) -> None:
+    def send(self, number: int, steps: list[Step]) -> None:
+        body = self._encode({"steps": steps})
         try:
             frames = [TOPIC, number.to_bytes(8, "big"), body]
             self._socket.send_multipart(frames, self._flags)
@@ -68,6 +69,7 @@ class Reporter:
     ) -> None:
         self.faults = faults
         self.steps = self.reports = 0
+        self.spent_us = 0.0
         self.socket: Socket | None = None
         self._now_us = now_us
         self._saw = saw
@@ -114,6 +116,7 @@ class Reporter:
         )
         if len(self._pending) >= MOST_STEPS or now_us - self._sent_us >= MOST_WAIT_US:
             self._send(now_us)
+        self.spent_us += self._now_us() - now_us
 
     def _follow(self, members: list[Any], *, grows: bool) -> None:
         """The same requests as in the step before are one token longer each, and no other class."""
@@ -129,6 +132,5 @@ class Reporter:
         pending, self._pending = self._pending, []
         if self.socket is None or not self.socket.is_heard():
             return
-        body = json.dumps({"steps": pending}, separators=(",", ":")).encode()
-        self.socket.send(self.reports, body)
+        self.socket.send(self.reports, pending)
         self.reports += 1

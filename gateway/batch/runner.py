@@ -57,6 +57,7 @@ class Rows(Protocol):
     async def open_batches(self) -> list[Batch]: ...
 
 
+Mark = tuple["Held", Checkpoint]
 Bodies = Callable[[Sequence[Row]], Awaitable[list[bytes]]]
 
 
@@ -190,10 +191,11 @@ class Runner:
         """Last words: a store that does not take them learns by the lease that runs out."""
         await self._guarded(self._record)
         left = list(self._held.values())
-        await self._guarded(lambda: self._mark(left, fresh_tokens=1))
+        marks = _marks_of(left, fresh_tokens=1)
         for held in left:
             self._drop(held)
         rows = [held.row for held in left]
+        await self._guarded(lambda: self._write(marks))
         await self._guarded(lambda: self._release(rows, Again(pause_us=0, blameless=True)))
 
     async def _every(self, seconds: float, do: Callable[[], Awaitable[None]]) -> None:
@@ -389,10 +391,9 @@ class Runner:
         self.open_batches = await self._store.open_batches()
 
     async def _keep(self) -> None:
-        await self._mark(list(self._held.values()), fresh_tokens=_FRESH_TOKENS)
+        await self._write(_marks_of(self._held.values(), fresh_tokens=_FRESH_TOKENS))
 
-    async def _mark(self, rows: Sequence[Held], *, fresh_tokens: int) -> None:
-        marks = [(held, taken) for held in rows if (taken := _fresh(held, fresh_tokens))]
+    async def _write(self, marks: Sequence[Mark]) -> None:
         for some in _slices(marks):
             await self._store.checkpoint(
                 [(held.row, taken.as_bytes(), taken.tokens) for held, taken in some]
@@ -409,6 +410,10 @@ class Runner:
 
     def _now_us(self) -> int:
         return round(self._clock.time() * 1e6)
+
+
+def _marks_of(rows: Iterable[Held], *, fresh_tokens: int) -> list[Mark]:
+    return [(held, taken) for held in rows if (taken := _fresh(held, fresh_tokens))]
 
 
 def _fresh(held: Held, tokens: int) -> Checkpoint | None:
