@@ -59,6 +59,8 @@ class Memory:
 
     needed: tuple[tuple[int, int, int], ...] = ()
     """When, how many prefill and how many decode servers would have been enough with some room."""
+    grew_us: tuple[int | None, int | None] = (None, None)
+    """When more prefill servers were wanted, and when more decode servers."""
     seen: tuple[int, int] = (0, 0)
     """The fleet at the last look."""
     series: tuple[tuple[float, float], ...] = ()
@@ -183,7 +185,7 @@ class DopdPlus:
     """What another fleet must be better by."""
     ahead: float = 0.05
     """What is added bears so much more than is missing, so that noise does not add one by one."""
-    dwell_s: float = 180.0
+    dwell_s: float = 60.0
     """For so long fewer servers must have been enough."""
     fullest_kv: float = 0.95
     """Decode is short at once from here on."""
@@ -198,8 +200,27 @@ class DopdPlus:
             return replace(memory, needed=()), holds(fleet, Why.UNKNOWN)
         memory = self._remembering(memory, roomy, now_us)
         if fleet.moving:
-            return memory, self._besides(need, fleet)
-        return memory, self._plan(memory, need, roomy, demand, fleet, now_us)
+            return memory, self._meanwhile(need, fleet)
+        plan = self._plan(memory, need, roomy, demand, fleet, now_us)
+        plan = self._without_return(plan, memory, fleet, now_us)
+        grew_p, grew_d = memory.grew_us
+        grew_p = now_us if plan.prefills > fleet.prefills else grew_p
+        grew_d = now_us if plan.decodes > fleet.decodes else grew_d
+        return replace(memory, grew_us=(grew_p, grew_d)), plan
+
+    def _without_return(self, plan: Plan, memory: Memory, fleet: Fleet, now_us: int) -> Plan:
+        """What a role was given it keeps for `dwell_s`: what waits meanwhile is not the rule."""
+        dwells = [
+            since_us is not None and now_us - since_us < self.dwell_s * 1e6
+            for since_us in memory.grew_us
+        ]
+        prefills = max(plan.prefills, fleet.prefills) if dwells[0] else plan.prefills
+        decodes = max(plan.decodes, fleet.decodes) if dwells[1] else plan.decodes
+        if (prefills, decodes) == (plan.prefills, plan.decodes):
+            return plan
+        if prefills * fleet.prefill.gpus + decodes * fleet.decode.gpus > fleet.limit_gpus:
+            return holds(fleet, Why.DWELL, plan.terms)
+        return replace(plan, prefills=prefills, decodes=decodes)
 
     def is_urgent(self, demand: Demand) -> bool:
         """Whether to look again before the period is over."""
@@ -267,7 +288,7 @@ class DopdPlus:
         return replace(memory, needed=tuple(kept))
 
     @staticmethod
-    def _besides(need: Need, fleet: Fleet) -> Plan:
+    def _meanwhile(need: Need, fleet: Fleet) -> Plan:
         """While servers move, those that are missing all the same are started at once."""
         more = holds(fleet, Why.MOVING, need.terms)
         if not fleet.is_elastic:
