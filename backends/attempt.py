@@ -259,7 +259,8 @@ class Attempt:
             exchange.shown_rid = self.rid
             if not exchange.assembles:
                 exchange.client.begin()
-        self._backend.first_token(exchange.job_id)
+        if not exchange.is_part:
+            self._backend.first_token(exchange.job_id)
 
     def on_end(self) -> None:
         self._decode_ended, self._decode_call = True, None  # it holds this attempt

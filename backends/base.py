@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from policies.events import Dispatch, Event, Fail, Preempt, Reject, Release, SwitchRole
-from policies.types import Job
+from policies.types import Job, Role, Worker
 
 Post = Callable[[Event], None]
 
@@ -44,3 +44,26 @@ class Actuator(Protocol):
     def connect(self, post: Post) -> None: ...
 
     def move(self, decision: SwitchRole | Release) -> None: ...
+
+
+class Roll(Protocol):
+    """The list of servers, for those who start and end them while the gateway runs."""
+
+    def come(self, worker: Worker, api_key: str = "") -> None:
+        """It is asked who it is, and serves once it has answered; said twice it is one server."""
+        ...
+
+    def leave(self, name: str) -> None: ...
+
+
+class Size(Protocol):
+    """Starts servers, where something can."""
+
+    @property
+    def starting(self) -> dict[Role, int]:
+        """Servers that are on their way."""
+        ...
+
+    def launch(self, role: Role) -> bool:
+        """Whether there is room for one; it comes when it serves."""
+        ...

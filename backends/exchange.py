@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from backends.transcript import Transcript
 from backends.trouble import Trouble
 from policies.events import Fail, Reject
+from policies.types import Job
 
 
 class Client(Protocol):
@@ -59,15 +60,21 @@ class Exchange:
     client_rid: str = ""
     """The id that the client chose: servers never see it, answers carry it."""
     priority: int | None = None
+    job: Job | None = None
+    """As it was dispatched last: an engine may want to know its class and target."""
     transcript: Transcript | None = None
     """What the client was given, for requests that can go on elsewhere."""
     prompt_ids: list[int] | None = None
-    """The prompt as tokens, once a resume has needed them."""
+    """The prompt as tokens, once they were needed."""
+    asks: dict[str, Any] | None = None
+    """What /v1/tokenize is asked before anything can be sent; None: `body` has its prompt."""
     assembles: bool = False
     """The client wants one answer, the servers are asked for a stream: it can be resumed."""
     first_token_timeout_s: float = 0.0
     whole_timeout_s: float = math.inf
     """For an answer that is not streamed: it shows nothing until its end."""
+    is_part: bool = False
+    """Of a prompt: its token is for nobody."""
     aborted: bool = False
     """The client asked for the end; what servers say of it is the answer."""
 
@@ -80,6 +87,11 @@ class Exchange:
     trouble: Trouble | None = None
     shown_rid: str = ""
     """The rid of the attempt that the client has heard first: the id in all that follows."""
+
+    @property
+    def has_begun(self) -> bool:
+        """There is something to go on from: shown already, or made before this process was."""
+        return self.timeline.first_token_us > 0 or (self.transcript is not None and self.tokens > 0)
 
     @property
     def is_restartable(self) -> bool:

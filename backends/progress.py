@@ -130,6 +130,10 @@ class Settling:
         self._marks.append(mark)
         del self._marks[:-WATCHED_EVENTS]
 
+    def settle(self, tokens: int, chars: int) -> None:
+        """So far somebody knows that nothing is held back."""
+        self._marks = [_Mark(tokens, chars, grew=True)]
+
     def last(self) -> tuple[int, int]:
         """Where nothing is proven any more, the likeliest of the events still known."""
         if not self._marks:

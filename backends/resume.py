@@ -1,4 +1,4 @@
-"""How a stream that broke goes on elsewhere: from the token ids of its prompt and its answer."""
+"""How an attempt is sent as token ids: those of its prompt, and of the answer so far."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from backends.exchange import Exchange
 from backends.http import HttpError
 from backends.splice import Splicer
 from backends.transcript import resumed_body
-from backends.trouble import judge
+from backends.trouble import Blame, judge, judge_answer
 from policies.events import Fault
 
 if TYPE_CHECKING:
     from backends.attempt import Attempt
     from backends.sglang import Server
 
-Send = Callable[["Attempt", dict[str, Any], Splicer], None]
+Send = Callable[["Attempt", dict[str, Any], Splicer | None], None]
 
 
 def resume(attempt: Attempt, exchange: Exchange, tokenizer: Server, send: Send) -> None:
@@ -32,7 +32,7 @@ def resume(attempt: Attempt, exchange: Exchange, tokenizer: Server, send: Send) 
         exchange.prompt_ids = found
         _go_on(attempt, exchange, found, send)
 
-    asked = orjson.dumps({"model": exchange.body.get("model") or "", "prompt": _text_in(exchange)})
+    asked = orjson.dumps(exchange.asks or _text_in(exchange.body))
     listener = _Tokenized(attempt, tokenizer.name, go_on_with)
     call = tokenizer.upstream.send(b"POST", b"/v1/tokenize", asked, listener)
     attempt.waits_for(tokenizer, call)
@@ -40,6 +40,9 @@ def resume(attempt: Attempt, exchange: Exchange, tokenizer: Server, send: Send) 
 
 def _go_on(attempt: Attempt, exchange: Exchange, ids: list[int], send: Send) -> None:
     assert exchange.transcript is not None
+    if not exchange.has_begun:
+        send(attempt, exchange.body | {"input_ids": ids}, None)
+        return
     earlier = exchange.transcript.state().settled()
     send(attempt, resumed_body(exchange.body, ids, earlier), Splicer(exchange.body, earlier))
 
@@ -51,8 +54,9 @@ def _ids_in(body: dict[str, Any]) -> list[int] | None:
     return None
 
 
-def _text_in(exchange: Exchange) -> str:
-    return str(exchange.body.get("text") or exchange.body.get("prompt") or "")
+def _text_in(body: dict[str, Any]) -> dict[str, Any]:
+    text = str(body.get("text") or body.get("prompt") or "")
+    return {"model": body.get("model") or "", "prompt": text}
 
 
 class _Tokenized:
@@ -72,15 +76,19 @@ class _Tokenized:
         self._pieces.append(piece)
 
     def on_end(self) -> None:
+        body = b"".join(self._pieces)
         try:
-            tokens = orjson.loads(b"".join(self._pieces))["tokens"]
+            tokens = orjson.loads(body)["tokens"]
         except (orjson.JSONDecodeError, KeyError, TypeError):
             tokens = None
         if isinstance(tokens, list):
             self._found(tokens)
-        else:
-            message = f"/v1/tokenize answered {self._status} and no ids"
-            self._attempt.fail(Fault.ENGINE, (self._server,), judge(502, message))
+            return
+        trouble = judge_answer("chat", self._status, body)
+        if trouble is None or trouble.retryable:
+            trouble = judge(502, f"/v1/tokenize answered {self._status} and no ids")
+        fault = Fault.REQUEST if trouble.blames is Blame.REQUEST else Fault.ENGINE
+        self._attempt.fail(fault, (self._server,) if fault is Fault.ENGINE else (), trouble)
 
     def on_error(self, error: HttpError) -> None:
         self._attempt.fail(Fault.UNREACHABLE, (self._server,), judge(502, str(error)))

@@ -13,8 +13,12 @@ import structlog
 from backends.addresses import SPELLINGS, respelled
 from backends.attempt import Attempt
 from backends.base import Post
+from backends.chat import ChatRoute
+from backends.consult import Consultation, Then
+from backends.engine_words import told
 from backends.exchange import Exchange
 from backends.http import HttpError, Upstream
+from backends.parts import Asked, Ids, known_ids, part_of, question
 from backends.progress import Kind
 from backends.resume import resume
 from backends.splice import Splicer
@@ -29,6 +33,7 @@ from policies.events import (
     FirstToken,
     Freed,
     Left,
+    PartDone,
     Preempt,
     Preempted,
     PrefillDone,
@@ -78,6 +83,8 @@ class Server:
     """It has said what it is; else the next probe asks it."""
     described: tuple[Worker, str] | None = None
     """What an operator said of it, its key included, before it was asked itself."""
+    chat: ChatRoute | None = None
+    """What its chats depend on; None: it did not say, or nobody here knows the like."""
 
     @property
     def name(self) -> str:
@@ -142,6 +149,7 @@ class Sglang:
         self._servers[worker.name] = server
         if known is not None:
             server.spelling, server.is_met = known.spelling, known.is_met
+            server.chat = known.chat
         self._note_models()
         return server
 
@@ -176,6 +184,23 @@ class Sglang:
     def servers(self) -> Iterable[Server]:
         return self._servers.values()
 
+    def chat_route(self, model: str) -> ChatRoute | None:
+        """What all servers of a model have in common; None where they differ or are silent."""
+        routes = [it.chat for it in self._servers.values() if it.worker.model == model or not model]
+        return routes[0] if routes and all(route == routes[0] for route in routes) else None
+
+    def consult(self, exchange: Exchange, path: bytes, body: bytes, then: Then) -> None:
+        """Those that the answer came from are asked first."""
+        near = (exchange.decode, exchange.prefill)
+        found = [self._servers[name] for name in near if name in self._servers]
+        models = {server.worker.model for server in found}
+        found += [
+            server
+            for server in self._servers.values()
+            if server.name not in near and (server.worker.model in models or not models)
+        ]
+        Consultation([server.upstream for server in found], path, body, self._clock, then)
+
     # Jobs, as the driver sees them.
 
     def open(self, exchange: Exchange) -> None:
@@ -189,7 +214,7 @@ class Sglang:
         if exchange is not None:
             exchange.timeline.ended_us = self.now_us()
         if exchange is not None and (attempt := self._live.get(job_id)) is not None:
-            exchange.tokens += attempt.tokens
+            exchange.tokens += 0 if attempt.exchange.is_part else attempt.tokens
             attempt.tokens = 0
 
     def start(self, dispatch: Dispatch) -> None:
@@ -207,18 +232,54 @@ class Sglang:
         exchange.prefill = dispatch.prefill or ""
         exchange.decode = dispatch.decode
         exchange.attempts = dispatch.attempt
+        exchange.job = dispatch.job
         rid = f"{_RID_PREFIX.get(exchange.dialect, '')}{self._rng.getrandbits(128):032x}"
+        if dispatch.upto:
+            self._start_part(dispatch.upto, exchange, (prefill, decode), rid)
+            return
         attempt = Attempt(self, exchange, prefill, decode, rid)
-        transcript, has_begun = exchange.transcript, exchange.timeline.first_token_us > 0
+        transcript, has_begun = exchange.transcript, exchange.has_begun
         if transcript is not None and not has_begun and transcript.kind is not Kind.COMPLETIONS:
             # Of each attempt anew: one server streams increments, another one does not.
             transcript.kind = _NATIVE_KIND[decode.worker.streams_increments]
         self._live[exchange.job_id] = attempt
-        if has_begun:
+        if has_begun or exchange.asks is not None:
             resume(attempt, exchange, prefill or decode, self._send)
         else:
             self._send(attempt, exchange.body, None)
         self._tick_on()
+
+    def _start_part(
+        self, upto: int, exchange: Exchange, pair: tuple[Server | None, Server], rid: str
+    ) -> None:
+        """Its ids are asked for once, with its first part. What has begun to answer goes on."""
+        ids, asked = known_ids(exchange), question(exchange)
+        if exchange.timeline.first_token_us or (ids is None and asked is None):
+            self._post(PartDone(exchange.job_id, is_cut=False))
+            return
+        attempt = Attempt(self, part_of(exchange, ids or [], upto), *pair, rid)
+        attempt.exchange.job = exchange.job
+        self._live[exchange.job_id] = attempt
+        self._tick_on()
+        if ids is not None:
+            self._send(attempt, attempt.exchange.body, None)
+            return
+
+        def told(found: Ids | None) -> None:
+            if attempt.over:
+                return
+            if found is None or len(found) < 2:
+                attempt.over = True
+                del self._live[exchange.job_id]
+                self._post(PartDone(exchange.job_id, is_cut=False))
+                return
+            exchange.prompt_ids = found
+            attempt.exchange.body = part_of(exchange, found, upto).body
+            self._send(attempt, attempt.exchange.body, None)
+
+        tokenizer = pair[0] or pair[1]
+        call = tokenizer.upstream.send(b"POST", b"/v1/tokenize", asked or b"", Asked(told))
+        attempt.waits_for(tokenizer, call)
 
     def _send(self, attempt: Attempt, body: dict[str, Any], splicer: Splicer | None) -> None:
         attempt.send(orjson.dumps(self._body(attempt, body)), splicer)
@@ -231,12 +292,12 @@ class Sglang:
             return
         del self._live[job.id]
         attempt.close()
-        exchange = attempt.exchange
+        exchange = self._exchanges.get(job.id, attempt.exchange)
         kept = exchange.kept_tokens
         generated = max(0, kept - exchange.tokens)
         exchange.tokens = kept
         exchange.preemptions += 1
-        lost = max(0, attempt.tokens - generated)
+        lost = 0 if attempt.exchange.is_part else max(0, attempt.tokens - generated)
         _note(decision, exchange, lost)
         self._post(Preempted(job.id, generated, lost))
 
@@ -256,12 +317,16 @@ class Sglang:
     def abort(self, job_id: str) -> bool:
         """Passes a client's own abort on: the server's last words become the answer."""
         attempt = self._live.get(job_id)
-        if attempt is None:
+        if attempt is None or attempt.exchange.is_part:
             return False
         attempt.exchange.aborted = True
         for server, _ in attempt.open_legs():
             self._abort_at(server, attempt.rid, attempt.sent_s + self.ABORT_AFTER_S)
         return True
+
+    def runs(self, job_id: str) -> bool:
+        """Whether it is at a server now."""
+        return job_id in self._live
 
     def __len__(self) -> int:
         """Attempts with an open leg."""
@@ -278,7 +343,8 @@ class Sglang:
             body["bootstrap_host"] = respelled(prefill.worker.bootstrap_host, prefill.spelling)
             body["bootstrap_port"] = prefill.worker.bootstrap_port
             body["bootstrap_room"] = self._rng.getrandbits(_ROOM_BITS) + 1
-        return body
+        engine = attempt.decode.worker.engine or (prefill is not None and prefill.worker.engine)
+        return body | told(exchange.job, body) if engine and exchange.job is not None else body
 
     # What attempts say.
 
@@ -301,14 +367,21 @@ class Sglang:
         if attempt.open_legs():
             self._lingering.append((self.now_s() + self.patience.linger_s, attempt))
         self._live.pop(exchange.job_id, None)
+        if exchange.is_part:
+            whole = self._exchanges.get(exchange.job_id)
+            ids = None if whole is None else known_ids(whole)
+            self._post(PartDone(exchange.job_id, prompt_tokens=len(ids or ())))
+            return
         self._exchanges.pop(exchange.job_id, None)
         self._post(Finished(exchange.job_id, attempt.tokens))
 
     def failed(self, attempt: Attempt, fault: Fault, blamed: tuple[str, ...]) -> None:
         exchange = attempt.exchange
         self._live.pop(exchange.job_id, None)
-        generated = attempt.tokens
-        if exchange.transcript is not None:
+        generated = 0 if exchange.is_part else attempt.tokens
+        if exchange.is_part and (whole := self._exchanges.get(exchange.job_id)) is not None:
+            whole.trouble, exchange = exchange.trouble, whole
+        elif exchange.transcript is not None:
             # A new attempt goes on from what is kept: events may hold more tokens than one.
             generated = max(0, exchange.kept_tokens - exchange.tokens)
         exchange.tokens += generated
@@ -347,7 +420,7 @@ class Sglang:
         moved = tuple(
             (job_id, attempt.made())
             for job_id, attempt in self._live.items()
-            if attempt.progress(now_s)
+            if attempt.progress(now_s) and not attempt.exchange.is_part
         )
         if moved:
             self._post(Progress(moved))

@@ -9,6 +9,7 @@ from typing import Any
 
 from backends.addresses import respelled
 from backends.base import Post
+from backends.counters import counters_of
 from backends.engine import Engine, Prompt, Refused, Request, Resident
 from backends.trouble import Blame, Trouble, judge
 from policies.clock import Clock
@@ -21,6 +22,7 @@ from policies.events import (
     FirstToken,
     Freed,
     Load,
+    PartDone,
     Preempt,
     Preempted,
     PrefillDone,
@@ -128,8 +130,8 @@ class _Attempt:
     """One dispatch; over as soon as the gateway would take it to be over."""
 
     __slots__ = (
-        *("_backend", "_flows", "decode", "is_complete", "job", "over", "prefill", "sent_s"),
-        "told_tokens",
+        *("_backend", "_flows", "decode", "is_complete", "is_part", "job", "over", "prefill"),
+        *("sent_s", "told_tokens"),
     )
 
     def __init__(
@@ -139,8 +141,12 @@ class _Attempt:
         prefill: Engine | None,
         decode: Engine,
         sent_s: float,
+        *,
+        is_part: bool = False,
     ) -> None:
         self._backend = backend
+        self.is_part = is_part
+        """Of a prompt: its token is for nobody."""
         self.sent_s = sent_s
         self._flows = False
         self.job = job
@@ -183,7 +189,7 @@ class _Attempt:
                 self.later(self._fail, leg, trouble, None, 0)
 
     def first_token(self) -> None:
-        if not self.over and not self._flows:
+        if not self.over and not self._flows and not self.is_part:
             self._flows = True
             self._backend.post(FirstToken(self.job.id))
 
@@ -194,7 +200,10 @@ class _Attempt:
             self._backend.post(PrefillDone(self.job.id))
         elif not leg.is_prefill and not self.over:
             self.over = True
-            self._backend.ended(self.job.id, Finished(self.job.id, generated))
+            if self.is_part:
+                self._backend.part_done(self.job.id)
+            else:
+                self._backend.ended(self.job.id, Finished(self.job.id, generated))
 
     def leg_lost(self, leg: _Leg, generated: int) -> None:
         trouble = judge(502, "the connection was closed", leg=self._side(leg))
@@ -298,13 +307,16 @@ class SimulatedBackend:
         job, serial = dispatch.job, next(self._serials)
         prefill = None if dispatch.prefill is None else self.engines[dispatch.prefill]
         now_s = self._clock.time()
-        attempt = _Attempt(self, job, prefill, self.engines[dispatch.decode], now_s)
+        upto, decode = dispatch.upto, self.engines[dispatch.decode]
+        attempt = _Attempt(self, job, prefill, decode, now_s, is_part=upto > 0)
         self._live[job.id] = attempt
         work = self._work[job.id]
+        if upto:
+            work = Work(prompt=work.prompt.cut(0, upto), answer_tokens=1)
         request = Request(
             rid=f"{serial:032x}",
             prompt=work.prompt,
-            max_new_tokens=job.max_tokens,
+            max_new_tokens=1 if upto else job.max_tokens,
             true_tokens=work.answer_tokens,
             priority=_PRIORITY[job.kind],
             is_online=job.kind is Kind.ONLINE,
@@ -354,6 +366,10 @@ class SimulatedBackend:
             if attempt is not None and attempt.prefill is not None and event.fault in _LOST_PAIR:
                 self._lost_pair(attempt.prefill.engine.name, event.blamed)
         self.post(event)
+
+    def part_done(self, job_id: str) -> None:
+        self._live.pop(job_id, None)
+        self.post(PartDone(job_id))
 
     def _lost_pair(self, prefill: str, blamed: tuple[str, ...]) -> None:
         if prefill in blamed:
@@ -431,6 +447,7 @@ def load_of(engine: Engine, now_us: int) -> Load:
         capacity_tokens=report["max_total_num_tokens"],
         max_running=report["max_running_requests"],
         waiting_uncached_tokens=report["num_waiting_uncached_tokens"],
+        counters=counters_of([report]),
     )
 
 

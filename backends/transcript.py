@@ -65,6 +65,13 @@ class Transcript:
         kind = Kind.COMPLETIONS if "prompt" in body else native
         return cls(kind, stops=stops_of(body, kind))
 
+    @classmethod
+    def begun(cls, body: dict[str, Any], event: dict[str, Any]) -> Transcript:
+        """An answer to `body` that has come as far as `event` tells, and that far is settled."""
+        transcript = cls.of(body, incremental=True)
+        transcript._tally.begin(event)
+        return transcript
+
     def feed(self, piece: bytes) -> None:
         self._pieces.append(piece)
         self._kept_bytes += len(piece)
@@ -82,10 +89,12 @@ class Transcript:
         return latest.progress()
 
     def final_answer(self) -> bytes:
-        """What /generate would have answered without a stream."""
+        """What would have been answered without a stream."""
         kept = self._compact()
         if self.kind is Kind.INCREMENTAL:
             return self._tally.answer()
+        if self.kind is Kind.COMPLETIONS:
+            return self._tally.completion()
         for event in reversed(split_events(kept)):
             if (found := payload(event)) is not None and is_native(found):
                 return event.removeprefix(b"data: ").rstrip(b"\n")
@@ -219,6 +228,11 @@ class _Tally:
         elif "choices" in event:
             self._add_chunk(event)
 
+    def begin(self, event: dict[str, Any]) -> None:
+        """With what an earlier process was given of the same answer."""
+        self.add(event)
+        self._settling.settle(len(self._ids), self._chars)
+
     def _extend(self, ids: list[int], text: str) -> None:
         self._ids += ids
         self._texts.append(text)
@@ -247,6 +261,8 @@ class _Tally:
                 self._meta.setdefault("prompt_token_ids", holder["prompt_token_ids"])
         if choice is not None:
             self._finish = choice.get("finish_reason") or self._finish
+            if choice.get("matched_stop") is not None:
+                self._meta["matched_stop"] = choice["matched_stop"]
             self._extend(*choice_parts(choice))
 
     def progress(self, kind: Kind) -> Progress:
@@ -279,6 +295,30 @@ class _Tally:
         if "text" in self._event:
             whole = {"text": "".join(self._texts)} | whole
         return orjson.dumps(self._event | whole | {"meta_info": meta_of(self._event) | self._lists})
+
+    def completion(self) -> bytes:
+        """Its server would have added `metadata`, of which its stream says nothing."""
+        meta = self._meta
+        prompt_tokens = len(meta.get("prompt_token_ids", ()))
+        counted = {
+            "prompt_tokens": prompt_tokens,
+            "total_tokens": prompt_tokens + len(self._ids),
+            "completion_tokens": len(self._ids),
+            "prompt_tokens_details": None,
+            "reasoning_tokens": 0,
+        }
+        choice = {
+            "index": 0,
+            "text": "".join(self._texts),
+            "logprobs": None,
+            "finish_reason": self._finish,
+            "matched_stop": meta.get("matched_stop"),
+        }
+        whole = {name: meta.get(name) for name in ("id", "created", "model")}
+        usage = counted | meta.get("usage", {})
+        return orjson.dumps(
+            whole | {"object": "text_completion", "choices": [choice], "usage": usage}
+        )
 
 
 def resumed_body(body: dict[str, Any], prompt_ids: list[int], progress: Progress) -> dict[str, Any]:

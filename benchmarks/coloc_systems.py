@@ -202,7 +202,7 @@ ABLATIONS = (
     _own("no preemption", "what runs may end", policies=Policies(preempt="none")),
     _own("no gating", "offline prompts go as they come", colocation=Colocation(gate=False)),
     _own("no head-room", "lent to the last millisecond", colocation=Colocation(headroom=False)),
-    _own("no pull", "relaxed servers keep theirs", colocation=Colocation(pull=False)),
+    _own("with pull", "strict servers take running work over", colocation=Colocation(pull=True)),
 )
 
 

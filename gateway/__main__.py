@@ -12,6 +12,7 @@ from backends.fleet import command as fleet
 from backends.fleet.spec import FleetError
 from backends.words import in_words
 from gateway import calibrate, check, predict, serve, simulate
+from gateway.batch import cli
 from gateway.clock import LiveClock
 from gateway.settings import ConfigError
 
@@ -43,6 +44,11 @@ COMMANDS: dict[str, Command] = {
         "measure what the cost model needs to know",
         calibrate.add_arguments,
         calibrate.run_calibrate,
+    ),
+    "batch": (
+        "submit, watch and download batches of a running gateway",
+        cli.add_arguments,
+        cli.run_batch,
     ),
     "check": ("probe every server of a configuration", check.add_arguments, check.run_check),
 }

@@ -16,15 +16,20 @@ import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from backends.actuators.sglang import SglangActuator
+from backends.actuators.relaunch import Relauncher
+from backends.actuators.sglang import SglangTurn
+from backends.actuators.turning import Turning, UnfitError
 from backends.http import Upstream
 from backends.pause import pause
 from backends.sglang import Sglang
 from backends.words import in_words
+from gateway.actuation import ACTUATOR_KEYS, Surroundings, turn_of
+from gateway.batches import batches
 from gateway.changes import changed_keys
 from gateway.config import (
     Config,
     ConfigError,
+    RatioSettings,
     WorkerEntry,
     patience_of,
     refuse_itself,
@@ -35,6 +40,7 @@ from gateway.config import (
 from gateway.core import Core
 from gateway.door import Door
 from gateway.driver import Driver
+from gateway.engine_link import EngineLink
 from gateway.front import Front
 from gateway.log import WriteRequest, configure
 from gateway.metrics import Metrics
@@ -42,10 +48,12 @@ from gateway.pages import Pages
 from gateway.passing import Passing
 from gateway.probe import Prober
 from gateway.ratio_control import RatioControl
+from gateway.relaxed import RelaxedWatch
+from gateway.roll import Roll
 from gateway.router import Router
 from policies.clock import Clock
-from policies.events import Wakeup, WorkerGone
-from policies.types import Pool, Role, Worker
+from policies.events import Event, Wakeup, WorkerGone
+from policies.types import Worker
 
 log = structlog.get_logger("slackwater")
 
@@ -76,6 +84,8 @@ class Gateway:
         rng: random.Random,
         tasks: asyncio.TaskGroup,
         write_line: WriteRequest,
+        *,
+        fleet: Relauncher | None = None,
     ) -> None:
         self._config = config
         self._clock = clock
@@ -83,17 +93,30 @@ class Gateway:
         self._tasks = tasks
         self.backend = Sglang(clock, rng, patience_of(config.timeouts), self._connect)
         self.core = Core(rules_of(config))
-        self._actuator = SglangActuator(self.backend, clock, tasks)
-        self._tell_actuator(config)
-        self.control = RatioControl(self.core, clock, tasks)
+        self.link = EngineLink(
+            self._post, self.core, clock, tasks, config.classes.online.tpot_ms * 1e3
+        )
+        self.link.settings = config.plugin
+        self.prober = Prober(self.backend, self._post, clock, config.telemetry, self.link.meet)
+        self.roll = Roll(self.backend, self.prober, self._post, tasks)
+        around = Surroundings(
+            backend=self.backend, clock=clock, rng=rng, tasks=tasks, roll=self.roll, fleet=fleet
+        )
+        turn = turn_of(config.ratio, around)
+        self._actuator = Turning(turn, self.backend, clock, tasks, self.roll)
+        self.control = RatioControl(self.core, clock, tasks, size=turn.size)
         self.driver = Driver(
             self.core, clock, self.backend, self.control.decided, actuator=self._actuator
         )
         self.control.adopt(config, self.driver)
+        self.relaxed = RelaxedWatch(self.core, clock, config)
         self.metrics = Metrics(self.core, self.backend.now_us)
         self.metrics.registry.register(self.control)
         self.front = Front(config, self.driver, self.backend, self.metrics, clock, rng, write_line)
-        self.prober = Prober(self.backend, self.driver.post, clock, config.telemetry)
+        self._passing = Passing(self.front, self.core, self.backend, clock, rng)
+        self.batches = batches(
+            config.batch, self.front, self._passing, self.backend.runs, self.metrics, clock, rng
+        )
         self._entries: dict[str, WorkerEntry] = {}
         self._runner: web.ServerRunner | None = None
         self.hurry = False
@@ -103,12 +126,19 @@ class Gateway:
     async def start(self) -> None:
         """Listens once each server was asked for the first time; one that is down may come."""
         self._refuse_itself(self._config)
+        try:
+            await self._actuator.turn.open()
+        except UnfitError as error:
+            raise ConfigError(str(error)) from None
         looks = [self._add(entry) for entry in self._config.worker]
         await self._wait_for_first_looks(looks)
         pages = self.pages()
+        more = [] if self.batches is None else self.batches.routes()
+        if self.batches is not None:
+            await self.batches.start(self._tasks)
         server = self._config.server
         listener = Door(
-            Router([*self.front.routes(), *pages.routes()]),
+            Router([*self.front.routes(), *pages.routes(), *more]),
             request_factory=partial(_request, round(server.max_body_mb * 1_048_576)),
             access_log=None,
             handler_cancellation=True,
@@ -116,7 +146,7 @@ class Gateway:
             keepalive_timeout=server.header_timeout_s,
         )
         self._say_what_predicts()
-        self._say_who_is_relaxed()
+        self.relaxed.start()
         self._runner = web.ServerRunner(listener, shutdown_timeout=1.0)
         await self._runner.setup()
         try:
@@ -127,8 +157,10 @@ class Gateway:
         self.port = self._runner.addresses[0][1]
         log.info("listening", host=server.host, port=self.port, workers=len(self._entries))
 
+    def _post(self, event: Event) -> None:
+        self.driver.post(event)
+
     def pages(self) -> Pages:
-        passing = Passing(self.front, self.core, self.backend, self._clock, self._rng)
         return Pages(
             self._config,
             self.front,
@@ -136,7 +168,7 @@ class Gateway:
             self.backend,
             self.prober,
             self.metrics,
-            passing,
+            self._passing,
             self._tasks,
         )
 
@@ -148,16 +180,6 @@ class Gateway:
                 "no model and device under [cost] for some servers: their step times are ranked "
                 "in the proportions of an 8B model on an H100, prefill times by what is seen",
                 workers=unknown,
-            )
-
-    def _say_who_is_relaxed(self) -> None:
-        workers = [ledger.worker for ledger in self.core.ledgers.values()]
-        decodes = [worker for worker in workers if worker.role is not Role.PREFILL]
-        is_relaxed = any(worker.pool is Pool.RELAXED for worker in decodes)
-        if decodes and not is_relaxed and self._config.policies.pools == "latency":
-            log.info(
-                "no relaxed server decodes: colocation.without_relaxed says what offline work does",
-                without_relaxed=self._config.colocation.without_relaxed.value,
             )
 
     async def _wait_for_first_looks(self, looks: list[asyncio.Event]) -> None:
@@ -186,6 +208,7 @@ class Gateway:
     def _remove(self, name: str) -> None:
         del self._entries[name]
         self.prober.forget(name)
+        self.link.forget(name)
         self.driver.post(WorkerGone(name))
         self.backend.remove(name)
 
@@ -195,7 +218,11 @@ class Gateway:
         running = self._config.server
         if asleep := changed_keys(running, config.server, "server."):
             log.warning("[server] has changed: that needs a restart", keys=asleep)
-        config = replace(config, server=running)
+        batch = self._config.batch
+        if config.batch != batch:
+            log.warning("[batch] has changed: that needs a restart")
+        ratio = self._with_its_actuator(config.ratio)
+        config = replace(config, server=running, batch=batch, ratio=ratio)
         changed = changed_keys(self._config, config)
         self._config = config
         self.core.adopt(rules_of(config))
@@ -203,8 +230,10 @@ class Gateway:
         self.control.adopt(config, self.driver)
         self.driver.post(Wakeup())
         self.front.adopt(config)
+        self.relaxed.adopt(config)
         self.backend.patience = patience_of(config.timeouts)
         self.prober.settings = config.telemetry
+        self._tell_engines(config)
         wanted = {worker_of(entry, "worker").name: entry for entry in config.worker}
         # Those that come are there before others go: what waits for a server goes on waiting.
         for name, entry in wanted.items():
@@ -215,9 +244,26 @@ class Gateway:
                 self._remove(name)
         return changed
 
+    def _with_its_actuator(self, wanted: RatioSettings) -> RatioSettings:
+        """Moves may be under way in it."""
+        ours = self._config.ratio
+        running = replace(wanted, **{key: getattr(ours, key) for key in ACTUATOR_KEYS})
+        if asleep := changed_keys(running, wanted, "ratio."):
+            log.warning("the actuator's settings have changed: that needs a restart", keys=asleep)
+        return running
+
+    def _tell_engines(self, config: Config) -> None:
+        """Those that have the plug-in are asked anew where something has changed for them."""
+        tpot_us = config.classes.online.tpot_ms * 1e3
+        if (config.plugin, tpot_us) != (self.link.settings, self.link.tpot_us):
+            self.link.settings, self.link.tpot_us = config.plugin, tpot_us
+            for server in self.backend.servers():
+                server.is_known = server.is_known and server.name not in self.link.heard
+
     def _tell_actuator(self, config: Config) -> None:
-        self._actuator.switch_s = config.ratio.switch_s
-        self._actuator.graph_memory_gb = config.ratio.decode_cuda_graph_memory_gb
+        if isinstance(turn := self._actuator.turn, SglangTurn):
+            turn.switch_s = config.ratio.switch_s
+            turn.graph_memory_gb = config.ratio.decode_cuda_graph_memory_gb
 
     def _refuse_itself(self, config: Config) -> None:
         listens = self._config.server
@@ -227,6 +273,8 @@ class Gateway:
     async def drain(self) -> None:
         """No new requests; those under way may end until the time for it is over."""
         self.front.draining = True
+        if self.batches is not None:
+            self.batches.drain(min(self._config.server.drain_s, self._config.batch.drain_s))
         until_s = self._clock.time() + self._config.server.drain_s
         log.info("draining", requests=len(self.front), for_s=self._config.server.drain_s)
         while len(self.front) and self._clock.time() < until_s and not self.hurry:
@@ -238,9 +286,14 @@ class Gateway:
 
     async def close(self) -> None:
         self.prober.close()
+        self.relaxed.close()
+        self.link.close()
         self.control.close()
+        await self._actuator.close()
         if self._runner is not None:
             await self._runner.cleanup()
+        if self.batches is not None:
+            await self.batches.close()
         self.backend.close()
 
 
@@ -250,6 +303,8 @@ async def run(
     clock: Clock,
     rng: random.Random,
     greet: Callable[[int], object] = lambda port: None,
+    *,
+    fleet: Relauncher | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT; a second one ends it at once.
 
@@ -261,7 +316,7 @@ async def run(
     reading = read()
     write_line = configure(reading.config.log)
     async with asyncio.TaskGroup() as tasks:
-        gateway = Gateway(reading.config, clock, rng, tasks, write_line)
+        gateway = Gateway(reading.config, clock, rng, tasks, write_line, fleet=fleet)
         await gateway.start()
         greet(gateway.port)
         _say_whose_servers(reading)

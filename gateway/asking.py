@@ -29,6 +29,7 @@ class Caller:
     tenant: str
     kind: Kind | None
     """The most urgent class it may use; none: any."""
+    key: Key | None = None
 
 
 ANYONE = Caller("", None)
@@ -45,7 +46,7 @@ class Keyring:
     """Which key belongs to whom. No keys at all: everybody may call."""
 
     def __init__(self, keys: tuple[Key, ...]) -> None:
-        self._callers = {key.key.encode(): Caller(key.tenant, key.kind) for key in keys}
+        self._callers = {key.key.encode(): Caller(key.tenant, key.kind, key) for key in keys}
 
     @property
     def asks(self) -> bool:

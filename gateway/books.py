@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gateway.agenda import Agenda
 from gateway.lifecycle import State, Step, advance
 from gateway.servers import Candidates
 from policies.breaker import Breaker
@@ -20,6 +21,7 @@ class Ticket:
     """Where one job stands, and what is booked for it."""
 
     __slots__ = (
+        "ahead_tokens",
         "attempt",
         "avoid",
         "booked_context",
@@ -32,14 +34,21 @@ class Ticket:
         "leaves",
         "looked_us",
         "made",
+        "part_on",
+        "parts",
         "preemptions",
         "prefill",
         "resumes",
+        "sent_to",
         "sent_us",
+        "stands_aside",
         "state",
         "told_us",
         "took",
         "trials",
+        "upto",
+        "waits_for",
+        "whole",
     )
 
     def __init__(self, job: Job) -> None:
@@ -57,8 +66,22 @@ class Ticket:
         """The server that it was pulled from: others with room come first."""
         self.made = 0
         """Tokens of its preempted attempts that were kept."""
+        self.upto = 0
+        """What is sent of its prompt now, where it goes out in parts; 0: all."""
+        self.part_on = ""
+        self.parts = 0
+        """How many are computed."""
+        self.stands_aside = False
+        """What it waits for is a turn of its own: others may go meanwhile."""
+        self.waits_for = ""
+        """The server that holds its beginning and has no room: others go elsewhere."""
+        self.ahead_tokens = 0
+        """Its own and what was before it, when it was sent."""
+        self.whole = False
+        """It cannot be cut."""
         self.took = 0
         """Others that were taken off their servers for this one."""
+        self.sent_to: Ledger | None = None
         self.sent_us = self.told_us = self.looked_us = 0
         self.trials: tuple[tuple[Breaker, int], ...] = ()
         self.generated = 0
@@ -87,6 +110,29 @@ class Ticket:
             return Reason.RESUME
         return Reason.RETRY if self.attempt > 1 else Reason.REQUEUED
 
+    @property
+    def sent_job(self) -> Job:
+        """What its servers are asked for now: a part has an answer of one token."""
+        if not self.upto:
+            return self.job
+        return self.job._replace(prompt_tokens=self.upto, max_tokens=1)
+
+    def part_done(self, *, is_cut: bool, counted_tokens: int) -> None:
+        """It queues again with what its server has cached now; that was no attempt."""
+        if self.state is not State.YIELDING:
+            self.step(Step.PREEMPTED)
+        self.step(Step.RETURNED)
+        if is_cut:
+            self.parts += 1
+            tokens = counted_tokens or self.job.prompt_tokens
+            cached = min(self.upto, tokens - 1)
+            self.job = self.job._replace(
+                prompt_tokens=tokens, cached_tokens=cached, cached_on=self.part_on
+            )
+        self.whole = not is_cut
+        self.release()
+        self.attempt -= 1
+
     def makes_way(self, job: Job) -> None:
         """For a more urgent prompt; the job queues again with what its server has cached."""
         self.step(Step.PREEMPTED)
@@ -104,13 +150,16 @@ class Ticket:
         self.attempt -= 1
 
     def book(self, prefill: Ledger, decode: Ledger, reserved: int, now_us: int) -> None:
-        job = self.job
+        job = self.sent_job
         self.prefill, self.decode = prefill, decode
+        self.sent_to = prefill
+        self.part_on = prefill.worker.name if self.upto else ""
         self.booked_prefill = prefill.uncached(job)
         self.booked_context, self.booked_reserved = job.prompt_tokens, reserved
         self.generated = self.told_us = 0
         self.leaves = ""
         prefill.add_prefill(self.booked_prefill, now_us)
+        self.ahead_tokens = prefill.prefill_tokens
         if job.prefixes:
             prefill.prefixes.add(job.prefixes)
         decode.add_decode(self.booked_context, reserved)
@@ -149,9 +198,10 @@ class Ticket:
         if decode is None or fresh <= 0:
             return
         self.generated = generated
-        if decode.offline.decodes and self.job.kind is not _OFFLINE:
+        watched = decode.offline.decodes or decode.online.last_pace_us
+        if watched and self.job.kind is not _OFFLINE:
             if self.told_us:
-                decode.online.paced(now_us - self.told_us, fresh)
+                decode.paced(now_us - self.told_us, fresh, now_us)
             self.told_us = now_us
         else:
             self.told_us = 0  # what comes until it is told again is not in its tokens
@@ -178,6 +228,7 @@ class Ticket:
 
     def release(self) -> None:
         self.free_prefill()
+        self.upto, self.part_on = 0, ""
         if self.decode is not None:
             self.decode.end_decode(self.booked_context, self.booked_reserved)
             if self.job.kind is _OFFLINE:
@@ -218,6 +269,11 @@ class Lane:
         """Prompt tokens that wait before one more job of this kind, if it is the last."""
         online = self.waiting_tokens[Kind.ONLINE]
         return online if kind is Kind.ONLINE else online + self.waiting_tokens[Kind.OFFLINE]
+
+    def open_bucket(self, kind: Kind, agenda: Agenda, now_us: int) -> None:
+        """Somebody goes: who is next may go with it."""
+        self.buckets[kind].open(now_us)
+        agenda.held.discard(f"{kind}/{self.model}")
 
     def put(self, job: Job, order: Order, outlook: Outlook) -> None:
         kind = job.kind

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from gateway.config import Config, Server
+from gateway.config import Config, RatioSettings, Server
+
+Section = Config | Server | RatioSettings
 
 
-def changed_keys(old: Config | Server, new: Config | Server, where: str = "") -> list[str]:
+def changed_keys(old: Section, new: Section, where: str = "") -> list[str]:
     """As the file has them; of tables that are a list, such as [[worker]], the list's name."""
     found: list[str] = []
     for field in dataclasses.fields(new):

@@ -113,11 +113,14 @@ def without_failed(
 def outlook_of(candidates: Candidates, waiting_tokens: int, now_us: int) -> Outlook:
     """The pace of the servers in rotation, and what they and others have to do first."""
     servers, known, tokens_per_us = 0, 0, 0.0
-    for ledger in candidates.prefills + candidates.unified:
+    for ledger in (*candidates.prefills, *candidates.unified):
         if ledger.usable(now_us):
             servers += 1
             waiting_tokens += ledger.prefill_tokens
-            if (rate := ledger.prefill_tokens_per_us) is not None:
+            rate = ledger.prefill_rate.tokens_per_us
+            if rate is None:
+                rate = ledger.prefill_tokens_per_us  # as predicted
+            if rate is not None:
                 known += 1
                 tokens_per_us += rate
     return Outlook(now_us, tokens_per_us / max(1, known), max(1, servers), waiting_tokens)

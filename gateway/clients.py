@@ -54,11 +54,13 @@ def api_error(decision: Reject | Fail, trouble: Trouble | None, *, begun: bool) 
 class UnaryClient:
     """Waits for one whole body."""
 
-    __slots__ = ("body", "content_type", "error", "over", "status")
+    __slots__ = ("body", "content_type", "error", "fault", "over", "status")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.over: asyncio.Future[None] = loop.create_future()
         self.error: ApiError | None = None
+        self.fault: Fault | None = None
+        """How the last attempt ended, where there was one and no answer."""
         self.status = 200
         self.content_type = "application/json"
         self.body = b""
@@ -87,6 +89,7 @@ class UnaryClient:
         _resolve(self.over)
 
     def refused(self, decision: Reject | Fail, trouble: Trouble | None) -> None:
+        self.fault = decision.fault if isinstance(decision, Fail) else None
         self.ended(api_error(decision, trouble, begun=False))
 
 

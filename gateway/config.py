@@ -7,9 +7,22 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from backends.sglang import Patience
+from gateway.actuation import (
+    ELASTIC,
+    LAUNCH_S,
+    TYPICAL_S,
+    Actuation,
+    Kubernetes,
+    Ray,
+    Relaunch,
+    Webhook,
+)
+from gateway.batch.settings import BatchSettings, batch_beside, check_batch
+from gateway.chats import sampling_in
 from gateway.core import Rules
 from gateway.costs import Hardware, beside, costs_of
 from gateway.planning import Control, Mode
+from gateway.plugin_settings import PluginSettings
 from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
 from gateway.switching import SwitchRule
 from policies.admit import Admit, Headroom
@@ -80,7 +93,7 @@ class Policies:
     order: str = one_of("edf", ORDER)
     """Which queued prompt goes next."""
     displace: str = one_of("none", DISPLACE)
-    """Whether a long prompt under way makes way for one that the order puts first."""
+    """How a long prompt is kept from blocking its server: it makes way, or goes out in parts."""
     gather: str = one_of("none", GATHER)
     """Whether short prompts are sent to a prefill server together, and long ones alone."""
     place: str = one_of("least-work", PLACE)
@@ -151,8 +164,8 @@ class Colocation:
     """They take more while a step is predicted to stay below this share of the TPOT target."""
     headroom: bool = True
     """They keep room for online work to come: the q90 of its rise in a second."""
-    pull: bool = True
-    """Relaxed servers hand running work over to strict ones where that pays for its prefill."""
+    pull: bool = False
+    """Relaxed servers hand running work over to strict ones where a job ends sooner for it."""
     shed_share: float = bounded(0.98, low=0, high=2)
     """Offline work is taken off while a step is predicted to take more of the TPOT target."""
     ttft_share: float = bounded(0.5, low=0, high=1)
@@ -169,6 +182,16 @@ class Colocation:
     """The most that can be saved up. Once spent, there are none until half is back."""
     without_relaxed: WithoutRelaxed = WithoutRelaxed.SHARE
     """Offline work where no relaxed server is in rotation: `share` strict ones, wait, or refuse."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    resume: bool = True
+    """Offline chats are asked for as token ids, so that they go on after a preemption or a death.
+    Those of which that would change the answer stay chats, and are made again."""
+    generation_config: str = ""
+    """The model's generation_config.json: SGLang fills in what a chat leaves open from it.
+    Empty: only chats that leave nothing open go as ids, unless servers fill in OpenAI's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,6 +248,12 @@ class Key:
     tenant: str
     kind: Kind = Kind.ONLINE
     """The most urgent class that this key may use, and the one it gets by default."""
+    stored_gb: float = bounded(0.0, low=0)
+    """What its tenant may have stored for batches; 0: `batch.stored_gb`."""
+    open_batches: int = bounded(0, low=0)
+    """Batches of its tenant that may be open; 0: `batch.open_batches`."""
+    open_rows: int = bounded(0, low=0)
+    """Rows in them; 0: `batch.open_rows`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,6 +300,16 @@ class RatioSettings:
     decode_cuda_graph_memory_gb: float = bounded(0.0, low=0)
     """What a server must have free to become a decode server: its CUDA graphs, as the log of
     another decode server has them. With less it refuses. 0: it does not look, as on CPU."""
+    actuator: Actuation = Actuation.SGLANG
+    """What changes a server: SGLang's own role switch, or one of the tables below. A change of it,
+    or of its table, needs a restart."""
+    budget_gpus: int = bounded(0, low=0)
+    """GPUs that prefill and decode servers may have together, where the actuator starts and ends
+    servers: kubernetes, ray. 0: as many servers as there are."""
+    relaunch: Relaunch = field(default_factory=Relaunch)
+    webhook: Webhook = field(default_factory=Webhook)
+    kubernetes: Kubernetes = field(default_factory=Kubernetes)
+    ray: Ray = field(default_factory=Ray)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,13 +328,16 @@ class Config:
     classes: Classes = field(default_factory=Classes)
     admission: Admission = field(default_factory=Admission)
     colocation: Colocation = field(default_factory=Colocation)
+    plugin: PluginSettings = field(default_factory=PluginSettings)
     limits: Limits = field(default_factory=Limits)
+    chat: Chat = field(default_factory=Chat)
     timeouts: Timeouts = field(default_factory=Timeouts)
     retry: Retry = field(default_factory=Retry)
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
     telemetry: Telemetry = field(default_factory=Telemetry)
     cost: Cost = field(default_factory=Cost)
     ratio: RatioSettings = field(default_factory=RatioSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
     log: Log = field(default_factory=Log)
     worker: tuple[WorkerEntry, ...] = ()
     key: tuple[Key, ...] = ()
@@ -315,7 +357,10 @@ def _with_paths(config: Config, folder: Path) -> Config:
         constants=str(folder / config.cost.constants) if config.cost.constants else "",
         model=beside(folder, config.cost.model),
     )
-    return replace(config, worker=entries, cost=cost)
+    path = config.chat.generation_config
+    chat = replace(config.chat, generation_config=str(folder / path) if path else "")
+    batch = batch_beside(folder, config.batch)
+    return replace(config, worker=entries, cost=cost, chat=chat, batch=batch)
 
 
 def check(config: Config) -> Config:
@@ -326,12 +371,14 @@ def check(config: Config) -> Config:
     secrets = [key.key for key in config.key]
     if "" in secrets or len(set(secrets)) < len(secrets):
         raise ConfigError("each [[key]] needs a key of its own")
+    sampling_in(config.chat.generation_config)
     costs = _costs(config)
     if config.ratio.policy != "static" and costs.default is None and not costs.by_name:
         raise ConfigError(
             f"ratio.policy {config.ratio.policy!r} reckons with step times: cost.model and "
             "cost.device are missing"
         )
+    check_batch(config.batch)
     return config
 
 
@@ -398,6 +445,12 @@ def worker_of(entry: WorkerEntry, where: str) -> Worker:
     )
 
 
+def tp_of(config: Config) -> dict[str, int]:
+    """GPUs of each server, and under no name of those that say nothing of it."""
+    own = zip(workers_of(config), config.worker, strict=True)
+    return {"": config.cost.tp, **{it.name: entry.tp for it, entry in own if entry.tp}}
+
+
 def control_of(ratio: RatioSettings, targets: Targets) -> Control | None:
     """None where nobody is to look: the fleet stays as it is."""
     if ratio.policy == "static":
@@ -414,6 +467,9 @@ def control_of(ratio: RatioSettings, targets: Targets) -> Control | None:
         quantile=ratio.quantile,
         targets=replace(targets, attained=ratio.attained),
         lease_s=ratio.lease_s,
+        budget_gpus=ratio.budget_gpus if ratio.actuator in ELASTIC else 0,
+        switch_s=TYPICAL_S.get(ratio.actuator, LAUNCH_S),
+        launch_s=LAUNCH_S,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import orjson
@@ -296,6 +296,29 @@ def is_resumable(dialect: Dialect, body: dict[str, Any]) -> bool:
         asked = body.get("return_token_ids") is True and body.get("stream") is True
         return asked and body.get("logprobs") is None and _is_stateless(body)
     return False
+
+
+def assembled(ask: Ask) -> Ask:
+    """A whole answer that is asked for as a stream, where that can be made one again: it can go on
+    elsewhere then, and its servers show when its prompt is done."""
+    body = ask.body
+    asks_for_more = any(body[name] for name in body if name.startswith("return_"))
+    if (
+        ask.dialect is not Dialect.COMPLETIONS
+        or ask.stream
+        or ask.fans_out
+        or asks_for_more
+        or body.get("stream_options")
+    ):
+        return ask
+    streamed = body | {
+        "stream": True,
+        "return_token_ids": True,
+        "stream_options": {"include_usage": True},
+    }
+    if not is_resumable(ask.dialect, streamed):
+        return ask
+    return replace(ask, body=streamed, resumable=True)
 
 
 def _is_stateless(fields: dict[str, Any]) -> bool:

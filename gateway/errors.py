@@ -32,6 +32,7 @@ class Code(StrEnum):
     UNKNOWN_CLASS = "unknown_class"
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     DUPLICATE_RID = "duplicate_rid"
+    UNKNOWN_PARAMETER = "unknown_parameter"
     WORKER_EXISTS = "worker_exists"
     UNAUTHORIZED = "unauthorized"
     NOT_FOUND = "not_found"
@@ -39,8 +40,12 @@ class Code(StrEnum):
     UNKNOWN_MODEL = "unknown_model"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     REQUEST_TIMEOUT = "request_timeout"
+    FILE_IN_USE = "file_in_use"
+    BATCH_HAS_ENDED = "batch_has_ended"
     BODY_TOO_LARGE = "body_too_large"
+    RANGE_NOT_SATISFIABLE = "range_not_satisfiable"
     QUEUE_FULL = "queue_full"
+    QUOTA_EXCEEDED = "quota_exceeded"
     REQUEST_CANCELLED = "request_cancelled"
     INTERNAL = "internal_error"
     UPSTREAM_FAILED = "upstream_failed"
@@ -53,6 +58,8 @@ class Code(StrEnum):
     UPSTREAM_OVERLOADED = "upstream_overloaded"
     GATEWAY_DRAINING = "gateway_draining"
     UPSTREAM_TIMEOUT = "upstream_timeout"
+    STORAGE_UNAVAILABLE = "storage_unavailable"
+    STORAGE_FULL = "storage_full"
 
 
 STATUS: Final[dict[Code, int]] = {
@@ -63,6 +70,7 @@ STATUS: Final[dict[Code, int]] = {
     Code.UNKNOWN_CLASS: 400,
     Code.CONTEXT_LENGTH_EXCEEDED: 400,
     Code.DUPLICATE_RID: 400,
+    Code.UNKNOWN_PARAMETER: 400,
     Code.UPSTREAM_REJECTED: 400,
     Code.UNAUTHORIZED: 401,
     Code.NOT_FOUND: 404,
@@ -71,8 +79,12 @@ STATUS: Final[dict[Code, int]] = {
     Code.METHOD_NOT_ALLOWED: 405,
     Code.REQUEST_TIMEOUT: 408,
     Code.WORKER_EXISTS: 409,
+    Code.FILE_IN_USE: 409,
+    Code.BATCH_HAS_ENDED: 409,
     Code.BODY_TOO_LARGE: 413,
+    Code.RANGE_NOT_SATISFIABLE: 416,
     Code.QUEUE_FULL: 429,
+    Code.QUOTA_EXCEEDED: 429,
     Code.REQUEST_CANCELLED: 499,
     Code.INTERNAL: 500,
     Code.UPSTREAM_FAILED: 502,
@@ -83,7 +95,9 @@ STATUS: Final[dict[Code, int]] = {
     Code.WORKERS_UNAVAILABLE: 503,
     Code.UPSTREAM_OVERLOADED: 503,
     Code.GATEWAY_DRAINING: 503,
+    Code.STORAGE_UNAVAILABLE: 503,
     Code.UPSTREAM_TIMEOUT: 504,
+    Code.STORAGE_FULL: 507,
 }
 
 _OPENAI_TYPES: Final = {

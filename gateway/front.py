@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import or_
 from random import Random
 
@@ -14,11 +14,12 @@ from backends.pause import pause
 from backends.sglang import Sglang
 from backends.transcript import Transcript
 from gateway.asking import Caller, Keyring, job_of, kind_of
+from gateway.chats import Chats
 from gateway.clients import StreamClient, UnaryClient
 from gateway.config import Config
-from gateway.dialects import ROUTES, Ask, Dialect, Limits, read
+from gateway.dialects import ROUTES, Ask, Dialect, Limits, assembled, read
 from gateway.driver import Driver
-from gateway.errors import ApiError, Code
+from gateway.errors import ApiError, Code, invalid
 from gateway.fanout import split
 from gateway.log import WriteRequest
 from gateway.metrics import Metrics
@@ -26,7 +27,7 @@ from gateway.prefixes import prefix_keys
 from gateway.prompts import at_least
 from gateway.report import fields_of, fields_of_refusal, header_lines
 from gateway.router import REQUEST_ID, Route, refusal
-from gateway.visit import FanOut, Part, Visit
+from gateway.visit import Errand, FanOut, Part, Visit
 from gateway.wire import Dates, Sent, head
 from policies.clock import Clock
 from policies.events import Arrived, Left
@@ -64,6 +65,7 @@ class Front:
         self._dates = Dates(clock)
         self._visits: dict[str, Visit] = {}
         self._by_rid: dict[tuple[str, str], Visit] = {}
+        self._chats = Chats(backend, rng)
         self.draining = False
         self.adopt(config)
 
@@ -72,8 +74,10 @@ class Front:
         limits = config.limits
         self._classes, self._timeouts, self._log = config.classes, config.timeouts, config.log
         self._by_prefix = PLACE[config.policies.place]().by_prefix
-        self._body_timeout_s = config.server.body_timeout_s
+        self.body_timeout_s = config.server.body_timeout_s
         self._keys = Keyring(config.key)
+        chat = config.chat
+        self._chats.adopt(resumes=chat.resume, generation_config=chat.generation_config)
         self._limits = Limits(
             max_tokens=limits.max_tokens,
             default_max_tokens=limits.default_max_tokens,
@@ -134,20 +138,44 @@ class Front:
             raise ApiError(Code.DUPLICATE_RID, "a request with this rid is under way", param="rid")
         client = self._client(request, lambda: visit, ask)
         visit = Visit(request_id, caller.tenant, kind, ask, rid, client, [])
+        return self._divide(visit, request.headers)
+
+    def enter(self, errand: Errand) -> Visit:
+        """A request from inside the gateway, which has no socket: otherwise one like any other."""
+        if self.draining:
+            raise ApiError(Code.GATEWAY_DRAINING, "the gateway is shutting down", retry_after_s=1)
+        ask = read(errand.dialect, errand.body, limits=self._limits)
+        if ask.stream:
+            raise invalid("stream", "cannot be true: nobody reads while it is made")
+        ask = assembled(ask)
+        caller = Caller(errand.tenant, Kind.OFFLINE)
+        kind = kind_of({}, ask, caller, self._classes.default)
+        client = UnaryClient(asyncio.get_running_loop())
+        visit = Visit(errand.request_id, errand.tenant, kind, ask, "", client, [])
+        self._divide(visit, {})
+        for part in visit.parts:
+            part.job = part.job._replace(deadline_us=errand.due_us, give_up_us=errand.due_us)
+        if errand.earlier is not None and visit.is_resumable:
+            visit.parts[0].go_on_from(errand.earlier)
+        self._begin(visit)
+        return visit
+
+    def _divide(self, visit: Visit, headers: Mapping[str, str]) -> Visit:
+        ask, client = visit.ask, visit.client
         model = self.model_of(ask.model)
         if not ask.fans_out:
             self._check_length(ask, model)
-            visit.parts.append(self._part(request, visit, ask, client, model))
+            visit.parts.append(self._part(headers, visit, ask, client, model))
             return visit
         asks = split(ask)
         whole = FanOut(ask, client, len(asks), lambda: self._drop_jobs(visit))
         for index, one in enumerate(asks):
             self._check_length(one, model)
-            visit.parts.append(self._part(request, visit, one, whole.part(index), model))
+            visit.parts.append(self._part(headers, visit, one, whole.part(index), model))
         return visit
 
     def _part(
-        self, request: web.BaseRequest, visit: Visit, ask: Ask, client: Client, model: str
+        self, headers: Mapping[str, str], visit: Visit, ask: Ask, client: Client, model: str
     ) -> Part:
         kind, timeouts = visit.kind, self._timeouts
         job = job_of(
@@ -155,7 +183,7 @@ class Front:
             job_id=self._new_id(),
             kind=kind,
             model=model,
-            headers=request.headers,
+            headers=headers,
             classes=self._classes,
             now_us=self._backend.now_us(),
         )
@@ -164,13 +192,8 @@ class Front:
         rid = ask.body.pop("rid", None) or ""
         online = kind is Kind.ONLINE
         first_s = timeouts.first_token_online_s if online else timeouts.first_token_offline_s
-        # A whole answer of /generate is asked for as a stream where it may have to be resumed.
-        assembles = (
-            not ask.stream
-            and ask.resumable
-            and kind is Kind.OFFLINE
-            and ask.dialect is Dialect.GENERATE
-        )
+        # A whole answer is asked for as a stream where it may have to be resumed.
+        assembles = not ask.stream and ask.resumable and kind is Kind.OFFLINE
         transcript = None
         if ask.resumable and (ask.stream or assembles):
             transcript = Transcript.of(ask.body)
@@ -189,6 +212,8 @@ class Front:
             first_token_timeout_s=first_s,
             whole_timeout_s=first_s + job.max_tokens * timeouts.per_token_s,
         )
+        if (turn := self._chats.turn(ask, kind, model)) is not None:
+            job = self._chats.as_ids(exchange, job, turn)
         return Part(job, exchange)
 
     def _check_length(self, ask: Ask, model: str) -> None:
@@ -217,7 +242,7 @@ class Front:
         try:
             if request.content.is_eof():
                 return self._body_at_hand(request)
-            async with asyncio.timeout(self._body_timeout_s):
+            async with asyncio.timeout(self.body_timeout_s):
                 return await request.read()
         except TimeoutError:
             raise ApiError(Code.REQUEST_TIMEOUT, "the body did not arrive in time") from None
@@ -312,6 +337,20 @@ class Front:
         for part in visit.parts:
             self._backend.open(part.exchange)
             self._driver.post(Arrived(part.job))
+
+    async def answer_to(self, visit: Visit) -> UnaryClient:
+        """Of a request from inside. Whoever waits for it may be cancelled, and it is forgotten."""
+        client = visit.client
+        assert isinstance(client, UnaryClient)
+        try:
+            await client.over
+            if client.error is None:
+                self._end(visit, _outcome(visit))
+            else:
+                self._end(visit, client.error.code, client.error.message)
+            return client
+        finally:
+            self._leave(visit)
 
     def _leave(self, visit: Visit) -> None:
         """However it ended: what still works for a client that is gone stops."""

@@ -127,19 +127,23 @@ class Passing:
 
     async def pass_any(self, request: web.BaseRequest) -> web.Response:
         body = await self._front.body_of(request)
-        return await self._pass(request, self._of_model(self._usable(), body), body)
+        servers = self._of_model(self._usable(), body)
+        return _passed_on(request, await self._pass(request.path, servers, body))
 
     async def pass_unified(self, request: web.BaseRequest) -> web.Response:
         body = await self._front.body_of(request)
+        return _passed_on(request, await self.answer_of_unified(request.path, body))
+
+    async def answer_of_unified(self, path: str, body: bytes) -> Answer:
         roles = {ledger.worker.role for ledger in self._core.ledgers.values()}
         if roles and Role.UNIFIED not in roles:
             raise ApiError(
                 Code.NEEDS_UNIFIED_SERVER,
-                f"{request.path} needs a unified server: prefill and decode servers do not "
+                f"{path} needs a unified server: prefill and decode servers do not "
                 "answer it, and the gateway has no other",
             )
         servers = [s for s in self._usable() if s.worker.role is Role.UNIFIED]
-        return await self._pass(request, self._of_model(servers, body), body)
+        return await self._pass(path, self._of_model(servers, body), body)
 
     def _of_model(self, servers: list[Server], body: bytes) -> list[Server]:
         """Another model's server would answer with another model's tokens."""
@@ -151,16 +155,13 @@ class Passing:
             return servers
         return [server for server in servers if server.worker.model in ("", model)]
 
-    async def _pass(
-        self, request: web.BaseRequest, servers: Sequence[Server], body: bytes
-    ) -> web.Response:
+    async def _pass(self, path: str, servers: Sequence[Server], body: bytes) -> Answer:
         """Work that may have begun at one server is not given to another, too."""
         trouble: HttpError | None = None
         for server in servers:
             try:
-                path = request.path.encode()
                 answer = await fetch(
-                    server.upstream, b"POST", path, body, timeout_s=_WORK_TIMEOUT_S
+                    server.upstream, b"POST", path.encode(), body, timeout_s=_WORK_TIMEOUT_S
                 )
             except HttpError as error:
                 if error.reason not in _NOT_SENT:
@@ -168,11 +169,10 @@ class Passing:
                 trouble = error
             else:
                 if answer.status == 404 and not _says_why(answer.body):
-                    message = f"{server.name} has no page {request.path}"
-                    raise ApiError(Code.NOT_FOUND, message)
-                return _passed_on(request, answer)
+                    raise ApiError(Code.NOT_FOUND, f"{server.name} has no page {path}")
+                return answer
         if trouble is None:
-            raise _unavailable(f"no server that could answer {request.path} is available")
+            raise _unavailable(f"no server that could answer {path} is available")
         raise _failed(trouble)
 
     # What operators and load balancers ask for.

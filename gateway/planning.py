@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Protocol
 
-from backends.base import Post
+from backends.base import Post, Size
 from gateway.core import Core
 from gateway.ingress import Ingress
 from policies.clock import Clock
@@ -51,15 +50,6 @@ class Control:
     switch_s: float = 5.0
     launch_s: float = 45.0
     lease_s: float = 300.0
-
-
-class Size(Protocol):
-    """Starts servers, where something can."""
-
-    @property
-    def starting(self) -> dict[Role, int]: ...
-
-    def launch(self, role: Role) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,7 +287,7 @@ class Planner:
                 self._want(spare, short, look, asked)
         for role, count in more.items():
             for _ in range(max(0, count)):
-                if self._size is not None:
+                if self._size is not None and look.fleet.is_elastic:
                     self._size.launch(role)
             for _ in range(max(0, -count)):
                 if look.fleet.is_elastic:

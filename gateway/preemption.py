@@ -9,7 +9,7 @@ from gateway.lifecycle import State
 from gateway.servers import Candidates
 from policies.admit import Admit
 from policies.events import Reason
-from policies.ledger import Ledger
+from policies.ledger import DISPLACES, SELECTS, Ledger
 from policies.preempt import (
     AbortBudget,
     AbortRule,
@@ -41,6 +41,9 @@ class Preemptor:
         self._take = take
         self._residents: dict[Ledger, Residents] = {}
         self._answer_tokens = 0.0
+        self._looks = 0
+        self._looked: dict[Ledger, int] = {}
+        """Relaxed servers, by the last look at who might be pulled from there."""
         self.budget = AbortBudget(aborts)
 
     def adopt(self, rule: GiveWay, aborts: AbortRule) -> None:
@@ -62,6 +65,7 @@ class Preemptor:
         """Servers come and go under new names for as long as the gateway runs."""
         known = self._residents.items()
         self._residents = {ledger: here for ledger, here in known if not ledger.is_empty}
+        self._looked = {e: look for e, look in self._looked.items() if e in self._residents}
 
     # For whom.
 
@@ -97,7 +101,7 @@ class Preemptor:
 
     def shorten(self, ledger: Ledger, now_us: int) -> None:
         """Where the steps are too long for the online jobs of a server."""
-        if not self._rule.may_be_over(ledger):
+        if SELECTS in ledger.worker.engine or not self._rule.may_be_over(ledger):
             return
         victims, leaving = self._at(ledger)
         chosen = self._rule.over(ledger, leaving, victims)
@@ -106,19 +110,28 @@ class Preemptor:
             self._take_all(ledger, chosen[: self._aborts.per_request], Reason.STEP_TIME, now_us)
 
     def pull(self, strict: Ledger, others: Iterable[Ledger], admit: Admit, now_us: int) -> None:
-        """For a strict server with room while no offline job waits for it: one at a time."""
-        for relaxed in others:
-            if relaxed.offline.decodes < 2 or not _may_take_over(strict, relaxed):
-                continue
-            if not self._rule.may_pull(strict, relaxed):
-                continue
-            victims, _ = self._at(relaxed)
-            best = self._rule.pull(strict, relaxed, victims)
-            ticket = None if best is None else self._residents[relaxed][best.job_id]
-            if ticket is not None and best is not None and admit.decode(_as_is(ticket), strict):
-                ticket.leaves = relaxed.worker.name
-                self._take_all(relaxed, [best], Reason.PULLED, now_us)
-                return
+        """For a strict server with room while no offline job waits for it: one at a time.
+
+        Of the servers where it may pay one is looked at, in turn: a look at all who are there
+        costs more than anything else that a report asks for.
+        """
+        worth = [e for e in others if self._may_pull(strict, e)]
+        if not worth:
+            return
+        relaxed = min(worth, key=lambda e: (self._looked.get(e, 0), e.worker.name))
+        self._looks += 1
+        self._looked[relaxed] = self._looks
+        victims, _ = self._at(relaxed)
+        if (best := self._rule.pull(strict, relaxed, victims)) is None:
+            return
+        ticket = self._residents[relaxed][best.job_id]
+        if admit.decode(_as_is(ticket), strict):
+            ticket.leaves = relaxed.worker.name
+            self._take_all(relaxed, [best], Reason.PULLED, now_us)
+
+    def _may_pull(self, strict: Ledger, relaxed: Ledger) -> bool:
+        crowded = relaxed.offline.decodes > 1 and _may_take_over(strict, relaxed)
+        return crowded and self._rule.may_pull(strict, relaxed)
 
     def ended(self, ticket: Ticket, generated: int) -> None:
         """How long answers of offline jobs turn out to be, for those that run."""
@@ -129,6 +142,8 @@ class Preemptor:
     # How.
 
     def _clear(self, ticket: Ticket, ledger: Ledger, own_tokens: int, now_us: int) -> None:
+        if DISPLACES in ledger.worker.engine:
+            return
         victims, leaving = self._at(ledger, prefilling=True)
         if not victims:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import orjson
 import structlog
 
 from backends.base import Post
+from backends.chat import route_of
 from backends.counters import counters_of
 from backends.fetch import fetch
 from backends.pause import pause
@@ -26,13 +27,25 @@ _ROLES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "null": Role.UNIFIED, 
 _LOADS = b"/v1/loads?include=core,disagg"
 
 
+Meet = Callable[[Server, Mapping[str, Any]], Awaitable[frozenset[str]]]
+"""What a server's engine does by itself."""
+
+
 class Prober:
     """One loop a server: its facts when it appears, its load ever after."""
 
-    def __init__(self, backend: Sglang, post: Post, clock: Clock, settings: Telemetry) -> None:
+    def __init__(
+        self,
+        backend: Sglang,
+        post: Post,
+        clock: Clock,
+        settings: Telemetry,
+        meet: Meet,
+    ) -> None:
         self._backend = backend
         self._post = post
         self._clock = clock
+        self._meet = meet
         self._loops: dict[str, asyncio.Task[None]] = {}
         self.settings = settings
 
@@ -92,7 +105,11 @@ class Prober:
     async def _introduce(self, server: Server, configured: Worker) -> Worker:
         """The server's own word on its role and size; what the operator wrote goes first."""
         model, context_tokens = await self._model(server)
-        worker = learnt(configured, await self._facts(server), model, context_tokens)
+        facts = await self._facts(server)
+        worker = learnt(configured, facts, model, context_tokens)
+        worker = replace(worker, engine=await self._meet(server, facts))
+        if "sampling_defaults" in facts:
+            server.chat = route_of(facts, await self._fetch(server, b"/model_info") or {})
         if worker.role is not configured.role:
             log.warning(
                 "the server has another role than configured",

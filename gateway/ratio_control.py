@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 
 import structlog
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from backends.base import Size
 from backends.pause import pause
-from gateway.config import Config, control_of
+from gateway.config import Config, control_of, tp_of
 from gateway.core import Core
 from gateway.driver import Driver
 from gateway.planning import URGENT_S, Control, Look, Mode, Planner
@@ -26,21 +28,31 @@ log = structlog.get_logger("slackwater.ratio")
 class RatioControl(Collector):
     """Nothing but a name while `ratio.policy` is static."""
 
-    def __init__(self, core: Core, clock: Clock, tasks: asyncio.TaskGroup) -> None:
+    def __init__(
+        self, core: Core, clock: Clock, tasks: asyncio.TaskGroup, *, size: Size | None = None
+    ) -> None:
         self._core = core
         self._clock = clock
         self._tasks = tasks
+        self._size = size
         self._loop: asyncio.Task[None] | None = None
         self._planner: Planner | None = None
         self._told: tuple[int, int, bool] | None = None
         self._outcomes: dict[Outcome, int] = {}
         self._drained_s = self._took_s = 0.0
+        self._tp = {"": 1}
+        """GPUs of a server: those of the ones that say so, and of all others."""
+        self._switch_s: float | None = None
+        """What the last switches took, their draining apart."""
 
     def adopt(self, config: Config, driver: Driver) -> None:
         """A changed policy begins anew; what was seen of the load stays where it can."""
         online = config.classes.online
         targets = Targets(ttft_s=online.ttft_ms / 1e3, tpot_s=online.tpot_ms / 1e3)
         control = control_of(config.ratio, targets)
+        if control is not None and self._switch_s is not None:
+            control = replace(control, switch_s=self._switch_s)
+        self._tp = tp_of(config)
         if self._planner is not None and control is not None:
             self._planner.adopt(control)
             return
@@ -50,7 +62,15 @@ class RatioControl(Collector):
             self._begin(control, driver)
 
     def _begin(self, control: Control, driver: Driver) -> None:
-        planner = Planner(self._core, self._clock, driver.post, control, told=self._look)
+        planner = Planner(
+            self._core,
+            self._clock,
+            driver.post,
+            control,
+            gpus=lambda worker: self._tp.get(worker.name, self._tp[""]),
+            size=self._size,
+            told=self._look,
+        )
         self._planner, driver.listen = planner, planner.hear
         self._loop = self._tasks.create_task(self._tick(planner))
 
@@ -78,6 +98,8 @@ class RatioControl(Collector):
         if over.outcome is not Outcome.HANGS:  # its end will be told, too
             self._drained_s += over.drained_us / 1e6
             self._took_s += over.took_us / 1e6
+        if over.outcome is Outcome.DONE and over.role is not None:
+            self._measured((over.took_us - over.drained_us) / 1e6)
         log.info(
             "role switch",
             worker=over.worker,
@@ -87,6 +109,14 @@ class RatioControl(Collector):
             took_s=over.took_us / 1e6,
             why=over.why,
         )
+
+    def _measured(self, took_s: float) -> None:
+        """The policies reckon with it from here on."""
+        was_s = self._switch_s
+        self._switch_s = took_s if was_s is None else (was_s + took_s) / 2
+        if self._planner is not None:
+            planner = self._planner
+            planner.adopt(replace(planner.control, switch_s=self._switch_s))
 
     def _look(self, look: Look) -> None:
         wanted = (look.plan.prefills, look.plan.decodes)

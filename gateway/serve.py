@@ -177,6 +177,7 @@ async def _run_over_fleet(
                     clock,
                     rng,
                     lambda _: _say_flags(given),
+                    fleet=fleet,
                 )
                 keeper.cancel()
 

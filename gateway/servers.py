@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gateway.agenda import Due, passed
 from policies.breaker import Breaker, BreakerRule
-from policies.events import Load
+from policies.events import Load, StepsSeen
 from policies.ledger import Ledger
 from policies.pools import Pools, Shared
 from policies.queue import KeyedHeap
@@ -39,16 +39,20 @@ class Candidates:
         return _some(self.unified, now_us)
 
     def in_rotation(self, now_us: int) -> Candidates:
-        return self._only(lambda ledger: ledger.usable(now_us))
+        return self.only(lambda ledger: ledger.usable(now_us))
 
     def without(self, names: tuple[str, ...]) -> Candidates:
         """A leg that nobody else can take stays with those that can."""
-        others = self._only(lambda ledger: ledger.worker.name not in names)
+        others = self.only(lambda ledger: ledger.worker.name not in names)
         others.prefills = others.prefills or self.prefills
         others.decodes = others.decodes or self.decodes
         return others
 
-    def _only(self, wanted: Callable[[Ledger], bool]) -> Candidates:
+    def without_prefill(self, name: str) -> Candidates:
+        """No prompt goes there; none may be left."""
+        return self.only(lambda it: it.worker.name != name or it.worker.role is Role.DECODE)
+
+    def only(self, wanted: Callable[[Ledger], bool]) -> Candidates:
         return Candidates(
             prefills=[e for e in self.prefills if wanted(e)],
             decodes=[e for e in self.decodes if wanted(e)],
@@ -123,6 +127,13 @@ class Fleet:
         ledger.correct(load)
         self._stale.put(ledger.worker.name, (stale_us,))
         self.stale_us = min(self.stale_us, stale_us)
+
+    def stepped(self, event: StepsSeen, now_us: int) -> None:
+        """By its own report of single steps."""
+        ledger = self.ledgers.get(event.worker)
+        if ledger is not None and ledger.steps is not None:
+            ledger.steps.stepped(event.steps, now_us)
+            ledger.line = None
 
     def forget_stale(self, now_us: int) -> bool:
         """Whether servers have fallen silent: the books alone go on."""

@@ -6,9 +6,9 @@ from gateway.books import Ticket
 from gateway.lifecycle import State
 from gateway.servers import Candidates
 from policies.displace import UNKNOWN_CHUNK_TOKENS, Displace, Standing, standing_of
-from policies.ledger import Ledger
+from policies.ledger import DISPLACES, Ledger
 from policies.order import Order, Outlook
-from policies.types import Job
+from policies.types import Job, Kind
 
 
 class Underway:
@@ -18,6 +18,8 @@ class Underway:
         self._tickets: dict[str, Ticket] = {}
 
     def sent(self, ticket: Ticket, ledger: Ledger, least_chunks: int) -> None:
+        if ticket.job.kind is Kind.OFFLINE and DISPLACES in ledger.worker.engine:
+            return  # the engine sees to it, and nothing is lost
         chunk_tokens = ledger.chunk_tokens or UNKNOWN_CHUNK_TOKENS
         if least_chunks and ticket.booked_prefill > least_chunks * chunk_tokens:
             if ledger.worker.name not in self._tickets:

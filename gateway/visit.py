@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from backends.checkpoint import Checkpoint, go_on_from, taken_of
 from backends.exchange import Exchange
 from backends.trouble import Trouble
 from gateway.clients import StreamClient, UnaryClient
 from gateway.dialects import Ask
-from gateway.errors import ApiError, Code
+from gateway.errors import ApiError, Code, Dialect
 from gateway.fanout import StreamMerger, merge_answers
 from policies.events import Fail, Reject
+from policies.retry import continued
 from policies.types import Job, Kind
 
 
@@ -21,6 +23,25 @@ class Part:
 
     job: Job
     exchange: Exchange
+
+    def go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Before it is begun: what was made already is part of its prompt."""
+        go_on_from(self.exchange, checkpoint)
+        self.job = continued(self.job, checkpoint.tokens, self.job.arrival_us)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errand:
+    """A request that comes from inside the gateway: offline work with its own deadline."""
+
+    request_id: str
+    tenant: str
+    dialect: Dialect
+    body: bytes
+    due_us: int
+    """Of the gateway's clock; after this nobody wants the answer."""
+    earlier: Checkpoint | None = None
+    """How far another attempt at the same body has come."""
 
 
 @dataclass(slots=True)
@@ -33,6 +54,15 @@ class Visit:
     """The client's own id for it."""
     client: StreamClient | UnaryClient
     parts: list[Part]
+
+    @property
+    def is_resumable(self) -> bool:
+        """The one answer that it wants can go on from its tokens."""
+        return len(self.parts) == 1 and self.parts[0].exchange.transcript is not None
+
+    def checkpoint(self) -> Checkpoint | None:
+        """How far it has come, where another attempt could go on from there."""
+        return taken_of(self.parts[0].exchange) if self.is_resumable else None
 
 
 class FanOut:

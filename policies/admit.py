@@ -50,10 +50,10 @@ class Headroom:
     """Booked for an answer that may be longer; what it really takes is booked as it grows."""
 
     def prefill(self, job: Job, ledger: Ledger) -> bool:
-        if not ledger.prefills:
+        if not ledger.prefills or not (before_tokens := ledger.before(job)):
             return self.fits_ever(job, ledger)
         cap = ledger.chunk_tokens * self.prefill_chunks or self.prefill_cap_tokens
-        return ledger.prefill_tokens + ledger.uncached(job) <= cap
+        return before_tokens + ledger.uncached(job) <= cap
 
     def prefills(self, job: Job, ledgers: Sequence[Ledger]) -> list[Ledger]:
         if job.cached_on:  # it is not the same prompt to all of them
@@ -63,8 +63,8 @@ class Headroom:
             e
             for e in ledgers
             if (
-                e.prefill_tokens + tokens <= (e.chunk_tokens * chunks or self.prefill_cap_tokens)
-                if e.prefills
+                before + tokens <= (e.chunk_tokens * chunks or self.prefill_cap_tokens)
+                if e.prefills and (before := e.before(job))
                 else self.fits_ever(job, e)
             )
         ]

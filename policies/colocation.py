@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from policies.admit import Headroom
-from policies.ledger import Ledger
+from policies.ledger import DISPLACES, SELECTS, Ledger
 from policies.types import Job, Kind, Pool, Role
 
 _ONLINE = Kind.ONLINE
@@ -38,7 +38,7 @@ class Colocated(Headroom):
             return True
         if ledger.worker.role is Role.UNIFIED and ledger.online.count and self._stalls(ledger):
             return False
-        if not ledger.prefills:
+        if not ledger.prefills or DISPLACES in ledger.worker.engine:
             return True
         rate = ledger.prefill_tokens_per_us
         tokens = ledger.prefill_tokens + ledger.uncached(job)
@@ -54,14 +54,16 @@ class Colocated(Headroom):
         and none while the tokens of online answers come slowly."""
         online = ledger.online
         most_us = self.step_share * online.tightest_us(self.tpot_us)
-        return ledger.offline.prefills > 0 or online.pace_us > most_us
+        return ledger.offline.prefills > 0 or online.last_pace_us > most_us
 
     def _stall_us(self, job: Job, ledger: Ledger) -> float:
-        """What prompts add to each step of a unified server: one for each offline job that ends."""
-        rate, answer_tokens = ledger.prefill_tokens_per_us, self.reserved(job) - job.prompt_tokens
+        """What the prompts of such jobs add to each step of a unified server, for each of them that
+        is there: when one ends, another comes."""
+        rate = ledger.prefill_tokens_per_us
+        answer_tokens = job.made_tokens + self.reserved(job) - job.prompt_tokens
         if rate is None or answer_tokens < 1:
             return 0.0
-        return (ledger.offline.decodes + 1) * ledger.uncached(job) / rate / answer_tokens
+        return ledger.uncached(job) / rate / answer_tokens
 
     def decode(self, job: Job, ledger: Ledger) -> bool:
         if not Headroom.decode(self, job, ledger):
@@ -85,9 +87,17 @@ class Colocated(Headroom):
             return False
         if ledger.max_running and ledger.decodes + expected >= ledger.max_running:
             return False
+        if SELECTS in ledger.worker.engine and ledger.worker.role is not Role.UNIFIED:
+            return True  # it steps without them where a step would be too long
         context = ledger.context_tokens + ledger.foreign_tokens + coming
         context += (job.prompt_tokens + self.reserved(job)) / 2
+        count, held_tokens, offline = ledger.paced_with
+        seen_us = ledger.steps.decode_us(count, held_tokens)
         step_us = ledger.steps.decode_us(ledger.decodes + 1 + expected, context)
         if ledger.worker.role is Role.UNIFIED:
-            step_us += self._stall_us(job, ledger)
-        return step_us <= self.step_share * online.tightest_us(self.tpot_us)
+            each_us = self._stall_us(job, ledger)
+            seen_us += offline * each_us
+            step_us += (ledger.offline.decodes + 1) * each_us
+        # What a token is seen to take beyond what is predicted, it will take with one more job.
+        unexplained_us = max(0.0, online.last_pace_us - seen_us)
+        return step_us + unexplained_us <= self.step_share * online.tightest_us(self.tpot_us)

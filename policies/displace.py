@@ -1,4 +1,4 @@
-"""Whether a long prompt that is being computed makes way for a more urgent one."""
+"""How a long prompt is kept from blocking its server: it makes way, or it goes out in parts."""
 
 from __future__ import annotations
 
@@ -26,13 +26,37 @@ class Standing(NamedTuple):
     """It has made way so often already."""
 
 
+class Work(NamedTuple):
+    """What is to be computed of a prompt at one server, and what may come meanwhile."""
+
+    tokens: int
+    chunk_tokens: int
+    tokens_per_us: float
+    """0 where nobody knows."""
+    arrivals_per_us: float
+    """Online requests, as seen lately."""
+    has_begun: bool
+    """A server holds its beginning already."""
+    turn_us: float = 0.0
+    """What a part has been seen to take beyond its computing."""
+
+
 class Displace(Protocol):
     @property
     def least_chunks(self) -> int:
         """Prompts with no more left than this are never asked to make way; 0: nobody is."""
         ...
 
+    @property
+    def parts(self) -> bool:
+        """Whether prompts may go out in parts at all."""
+        ...
+
     def makes_way(self, standing: Standing, head: Job, order: Order, outlook: Outlook) -> bool: ...
+
+    def part_tokens(self, work: Work) -> int:
+        """So much of it is sent now, and the rest queues again; 0: all of it is."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +64,13 @@ class Never:
     """A prompt that has begun is computed to its end."""
 
     least_chunks: int = 0
+    parts: bool = False
 
     def makes_way(self, standing: Standing, head: Job, order: Order, outlook: Outlook) -> bool:
         return False
+
+    def part_tokens(self, work: Work) -> int:
+        return 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +87,7 @@ class ByCost:
     most_times: int = 10
     margin: float = 4.0
     rescue_margin: float = 1.0
+    parts: bool = False
 
     def makes_way(self, standing: Standing, head: Job, order: Order, outlook: Outlook) -> bool:
         if standing.times >= self.most_times:
@@ -70,6 +99,55 @@ class ByCost:
         is_rescue = soonest_us <= head.deadline_us < soonest_us + standing.rest_us
         margin = self.rescue_margin if is_rescue else self.margin
         return standing.rest_us > own_us + margin * standing.lost_us
+
+    def part_tokens(self, work: Work) -> int:
+        return 0
+
+
+FIRST_CHUNKS: Final = 2
+"""A prompt of no more chunks goes out whole: in parts it would hardly keep others less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """Every long prompt goes out a chunk at a time, and queues again after each."""
+
+    least_chunks: int = 0
+    parts: bool = True
+
+    def makes_way(self, standing: Standing, head: Job, order: Order, outlook: Outlook) -> bool:
+        return False
+
+    def part_tokens(self, work: Work) -> int:
+        most_tokens = work.chunk_tokens if work.has_begun else FIRST_CHUNKS * work.chunk_tokens
+        return work.chunk_tokens if work.tokens > most_tokens else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cheapest(ByCost):
+    """In parts or whole, by what either is expected to cost while the prompt is computed.
+
+    In parts: a turn for each, in which its server has nothing of it. Whole: each online request
+    that comes meanwhile may displace it, `most_times` at most, and that loses the chunk under way
+    and the last one before it. Where a turn takes as long as its chunk, the network is what all
+    wait for: each part sends what came before it once more.
+    """
+
+    turn_us: float = 50_000.0
+    """At least: a round trip, a transfer of a chunk's KV and a decode step."""
+    lost_chunks: float = 1.5
+    parts: bool = True
+
+    def part_tokens(self, work: Work) -> int:
+        size = Slices().part_tokens(work)
+        if not size or not work.tokens_per_us:
+            return 0
+        chunk_us = work.chunk_tokens / work.tokens_per_us
+        turns = -(-work.tokens // work.chunk_tokens) - 1
+        came = work.arrivals_per_us * work.tokens / work.tokens_per_us
+        lost_us = min(came, self.most_times) * self.lost_chunks * chunk_us
+        turn_us = max(self.turn_us, work.turn_us)
+        return size if turn_us < chunk_us and turns * turn_us < lost_us else 0
 
 
 def standing_of(job: Job, ledger: Ledger, sent_us: int, times: int, now_us: int) -> Standing | None:

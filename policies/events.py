@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from policies.step_line import SeenStep
 from policies.steps import Counters
 from policies.types import Job, Role, Worker
 
@@ -41,6 +42,8 @@ class Reason(StrEnum):
     """With it the steps of online jobs took too long."""
     PULLED = "pulled"
     """A strict server has room for it."""
+    NEXT_PART = "next_part"
+    """Its beginning is in the cache of a server: now comes what is next of it."""
     ROLE_SWITCH = "role_switch"
     """Its server is about to take another role."""
     DISPLACED = "displaced"
@@ -168,9 +171,28 @@ class Preempted:
 
 
 @dataclass(frozen=True, slots=True)
+class PartDone:
+    """Both legs of a part have ended well, and the cache holds it. Nobody was told anything."""
+
+    job_id: str
+    is_cut: bool = True
+    """False: nothing was sent, because nobody can tell where the prompt could be cut."""
+    prompt_tokens: int = 0
+    """Of the whole prompt, where they have been counted; before, it was an estimate."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoadReport:
     worker: str
     load: Load
+
+
+@dataclass(frozen=True, slots=True)
+class StepsSeen:
+    """A server has told of decode steps, each with who was in it."""
+
+    worker: str
+    steps: tuple[SeenStep, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +261,9 @@ Event = (
     | Freed
     | Recall
     | Preempted
+    | PartDone
     | LoadReport
+    | StepsSeen
     | WorkerUp
     | WorkerDown
     | WorkerDraining
@@ -258,6 +282,8 @@ class Dispatch(NamedTuple):
     decode: str
     attempt: int
     reason: Reason
+    upto: int = 0
+    """So many tokens of the prompt alone, for the cache of whoever computes them; 0: the job."""
 
 
 @dataclass(frozen=True, slots=True)

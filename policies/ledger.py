@@ -8,13 +8,16 @@ from policies.prefixes import Prefixes
 from policies.roofline import CostModel
 from policies.steps import Steps
 from policies.tide import Tide
-from policies.types import Job, Worker
+from policies.types import Job, Kind, Worker
+
+DISPLACES, SELECTS = "prefill", "decode"
+"""Of `Worker.engine`: offline prompts give way at chunks, offline decodes at steps."""
 
 
 class PrefillRate:
     """Prompt tokens a microsecond while there was anything to do, over the last seconds of work."""
 
-    __slots__ = ("_busy_us", "_is_whole", "_since_us", "_tokens")
+    __slots__ = ("_busy_us", "_is_whole", "_since_us", "_tokens", "tokens_per_us")
 
     WINDOW_US = 10_000_000
     EVIDENCE_TOKENS = 2_048
@@ -26,6 +29,8 @@ class PrefillRate:
         """All that was worked on since then is there, or done."""
         self._busy_us = 0.0
         self._tokens = 0.0
+        self.tokens_per_us: float | None = None
+        """Kept: it is read at every look and changes with each prompt only."""
 
     def begin(self, now_us: int) -> None:
         self._since_us, self._is_whole = now_us, True
@@ -46,12 +51,10 @@ class PrefillRate:
         if self._busy_us > self.WINDOW_US:
             self._busy_us /= 2
             self._tokens /= 2
-
-    @property
-    def tokens_per_us(self) -> float | None:
-        if self._tokens < self.EVIDENCE_TOKENS or self._busy_us <= 0:
-            return None
-        return self._tokens / self._busy_us
+        if self._tokens >= self.EVIDENCE_TOKENS and self._busy_us > 0:
+            self.tokens_per_us = self._tokens / self._busy_us
+        else:
+            self.tokens_per_us = None
 
 
 class Offline:
@@ -108,6 +111,7 @@ class Ledger:
         "max_running",
         "offline",
         "online",
+        "paced_with",
         "prefill_rate",
         "prefill_tokens",
         "prefills",
@@ -149,6 +153,8 @@ class Ledger:
         self.max_running = worker.max_running
         self.offline = Offline()
         self.online = Tide()
+        self.paced_with = 0, 0, 0
+        """Its sequences, their tokens and the offline ones among them, when the pace was seen."""
         self.steps: Steps | None = None
         """Predicted step times, where the hardware is known."""
         self.line: tuple[float, float, float] | None = None
@@ -211,6 +217,13 @@ class Ledger:
             return seen
         return None if self.steps is None else self.steps.prefill_tokens_per_us
 
+    def before(self, job: Job) -> int:
+        """Prompt tokens that this one would wait behind: an engine that displaces offline prompts
+        computes online ones first."""
+        if job.kind is Kind.ONLINE and DISPLACES in self.worker.engine:
+            return self.prefill_tokens - self.offline.prefill_tokens
+        return self.prefill_tokens
+
     def forget_report(self) -> None:
         """The report is too old to be believed: the books alone go on."""
         self.foreign_tokens = self._foreign_before = 0
@@ -246,6 +259,11 @@ class Ledger:
         self.prefills -= 1
         self.prefill_tokens -= tokens
         self.prefill_rate.broke_off()
+
+    def paced(self, us: int, tokens: int, now_us: int) -> None:
+        """An online job got so many tokens in that time."""
+        if self.online.paced(us, tokens, now_us):
+            self.paced_with = self.decodes, self.context_tokens, self.offline.decodes
 
     def add_decode(self, context: int, reserved: int) -> None:
         self.decodes += 1

@@ -130,7 +130,7 @@ class ForSlack:
     """A prompt that is predicted to need more of its TTFT target than this is in a hurry."""
     step_share: float = 0.98
     protect_after: int = 3
-    pulls: bool = True
+    pulls: bool = False
     by_bottleneck: bool = False
     """Where attention bounds the step the longest goes first, instead of the newest."""
 
@@ -237,7 +237,7 @@ class ForSlack:
             strict.decodes,
             strict.context_tokens,
             saturation=strict.steps.saturation,
-            step_s=target_us / strict.steps.decode.factor * 1e-6,
+            step_s=target_us / strict.steps.decode_factor * 1e-6,
             free_tokens=max(0, strict.kv_tokens - strict.reserved_tokens),
         )
         best = min(fit, key=lambda v: (abs(v.context_tokens - wanted), v.job_id))

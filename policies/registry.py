@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from policies.displace import ByCost, Displace, Never
+from policies.displace import ByCost, Cheapest, Displace, Never, Slices
 from policies.gather import AtOnce, ByLength, Gather
 from policies.hrrn import Hrrn
 from policies.lengths import LengthSplit
@@ -23,7 +23,12 @@ ORDER: dict[str, type[Order]] = {
     "kairos": Kairos,
     "salvage": Salvage,
 }
-DISPLACE: dict[str, type[Displace]] = {"none": Never, "by-cost": ByCost}
+DISPLACE: dict[str, type[Displace]] = {
+    "none": Never,
+    "by-cost": ByCost,
+    "slices": Slices,
+    "cheapest": Cheapest,
+}
 GATHER: dict[str, type[Gather]] = {"none": AtOnce, "by-length": ByLength}
 PLACE: dict[str, type[Place]] = {
     "least-work": LeastWork,

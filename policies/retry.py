@@ -81,4 +81,5 @@ def continued(job: Job, generated: int, now_us: int) -> Job:
         prompt_tokens=job.prompt_tokens + generated,
         max_tokens=max(1, job.max_tokens - generated),
         give_up_us=give_up_us,
+        made_tokens=job.made_tokens + generated,
     )

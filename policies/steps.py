@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from policies.calibration import DecodeMoments
 from policies.correction import Correction, observe
 from policies.roofline import CostModel
 from policies.sizing import saturation_batch, throughput_knee
+from policies.step_line import SeenStep, StepLine
 from policies.types import Worker
 
 RATE_PROMPT_TOKENS = 2048
 """The prompt whose speed stands for all where the server has not named its chunk."""
+
+TOLD_US = 5_000_000
+"""For so long after a report of steps, means over many steps correct nothing."""
 
 _NOTHING_DECODED = DecodeMoments(
     steps=0, batch=0, time_us=0, batch_squared=0, batch_time_us=0, generated=0
@@ -63,6 +67,7 @@ class Steps:
         "_saturation",
         "_seen",
         "_token_us",
+        "_told_us",
         "chunk_tokens",
         "cost",
         "decode",
@@ -85,6 +90,7 @@ class Steps:
         self._computed_tokens = self._busy_us = 0
         self._left = self._left_context = 0
         self._saturation = self._knee_tokens = 0
+        self._told_us = 0
 
     def fits(self, cost: CostModel, chunk_tokens: int, replicas: int) -> bool:
         """Whether these predictions are still those of such a worker."""
@@ -105,9 +111,15 @@ class Steps:
         count = -(-count // self.replicas)
         if count >= len(self._base_us):
             self._tabulate(count)
-        factor = self.decode.factor
+        factor = self.decode_factor
         token_us = self._token_us[count] * factor / self.replicas
         return self._base_us[count] * factor + context_tokens * token_us, token_us
+
+    @property
+    def decode_factor(self) -> float:
+        """What is known of the other phase stands in while nothing is known of this one: a unified
+        server that computes a prompt before each step counts no steps."""
+        return (self.decode if self.decode.is_in_force else self.prefill).factor
 
     @property
     def prefill_tokens_per_us(self) -> float:
@@ -140,7 +152,26 @@ class Steps:
     def corrections(self) -> dict[str, Correction]:
         return {"prefill": self.prefill, "decode": self.decode}
 
+    @property
+    def step_line(self) -> StepLine | None:
+        """A rank's decode step as a line of its requests and their tokens; None where it bends the
+        other way."""
+        small, large = 1, max(2, self._saturation or saturation_batch(self.cost))
+        base_us, token_us = self.line(small * self.replicas, 0)
+        request_us = (self.line(large * self.replicas, 0)[0] - base_us) / (large - small)
+        line = StepLine(base_us - small * request_us, request_us, token_us * self.replicas)
+        return line if min(line) >= 0 else None
+
     # What happened.
+
+    def stepped(self, steps: Sequence[SeenStep], now_us: int) -> None:
+        """Corrects by steps of which the server has told who was in them: no mean is guessed."""
+        self._told_us = now_us
+        for step in steps:
+            seconds = self.cost.decode(step.requests, step.context_tokens).seconds
+            self.decode = observe(
+                self.decode, predicted_s=seconds, measured_s=step.took_us * 1e-6, now_us=now_us
+            )
 
     def prefilled(self, tokens: int) -> None:
         """A prompt was computed, in as many steps as it has chunks."""
@@ -164,7 +195,8 @@ class Steps:
             self._computed_tokens += now.prefill_tokens - before.prefill_tokens
             self._busy_us += now.prefill_busy_us - before.prefill_busy_us
             self._observe_prefill(now_us)
-            if sequences := count + self._left:
+            is_told = self._told_us and now_us - self._told_us < TOLD_US
+            if (sequences := count + self._left) and not is_told:
                 mean_context = (context_tokens + self._left_context) / sequences
                 self._observe_decode(now.decoded.since(before.decoded), mean_context, now_us)
         self._left = self._left_context = 0

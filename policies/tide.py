@@ -7,9 +7,11 @@ from math import ceil
 
 _SECOND_US = 1_000_000
 _WEIGHT = 0.05
-_PACE_KEPT = 0.95
-_PACE_TOKENS = 8
-"""Below this nothing is said of the pace."""
+_PACE_KEPT = 0.9
+"""Of the evidence, from one look to the next."""
+_PACE_US = 250_000
+"""Before it has been watched for so long nothing is said of the pace: one prompt that is computed
+between two steps holds all streams of a server up at once."""
 
 
 class Tide:
@@ -23,7 +25,7 @@ class Tide:
 
     __slots__ = (
         *("_began", "_paced_tokens", "_paced_us", "_peak", "_rises", "_second", "_tpots"),
-        *("count", "expected", "tokens_each"),
+        *("_last_pace_us", "_looked_us", "_watched_us", "count", "expected", "tokens_each"),
     )
 
     SECONDS = 60
@@ -33,7 +35,8 @@ class Tide:
         self.count = 0
         self.tokens_each = 0.0
         """KV tokens that one of them takes."""
-        self._paced_us = self._paced_tokens = 0.0
+        self._paced_us = self._paced_tokens = self._watched_us = self._last_pace_us = 0.0
+        self._looked_us = 0
         self._tpots: dict[int, int] = {}
         self._rises: deque[int] = deque(maxlen=self.SECONDS)
         self._second = self._began = self._peak = 0
@@ -56,7 +59,7 @@ class Tide:
         else:
             del self._tpots[tpot_us]
         if not self.count:
-            self.forget_pace()
+            self._paced_us = self._paced_tokens = self._watched_us = self._last_pace_us = 0.0
 
     def roll(self, now_us: int) -> None:
         """A second ends at its peak, and the next begins at the present level."""
@@ -71,20 +74,35 @@ class Tide:
         ranked = sorted(self._rises)
         self.expected = ranked[ceil(self.QUANTILE * len(ranked)) - 1]
 
-    def paced(self, us: int, tokens: int) -> None:
-        """A job got so many tokens in that time."""
-        self._paced_us = self._paced_us * _PACE_KEPT + us
-        self._paced_tokens = self._paced_tokens * _PACE_KEPT + tokens
+    def paced(self, us: int, tokens: int, now_us: int) -> bool:
+        """A job got so many tokens in that time. What is told of several at once is one look;
+        whether this is a new one."""
+        is_new = now_us != self._looked_us or not self._watched_us
+        if is_new:
+            self._looked_us = now_us
+            self._watched_us = self._watched_us * _PACE_KEPT + us
+            self._paced_us *= _PACE_KEPT
+            self._paced_tokens *= _PACE_KEPT
+        self._paced_us += us
+        self._paced_tokens += tokens
+        return is_new
 
     def forget_pace(self) -> None:
-        self._paced_us = self._paced_tokens = 0.0
+        """It will be another one, because of what has just been taken off."""
+        self._last_pace_us = self.last_pace_us
+        self._paced_us = self._paced_tokens = self._watched_us = 0.0
 
     @property
     def pace_us(self) -> float:
         """What a token has really taken lately; 0 while little is known."""
-        if self._paced_tokens < _PACE_TOKENS:
+        if self._watched_us < _PACE_US:
             return 0.0
         return self._paced_us / self._paced_tokens
+
+    @property
+    def last_pace_us(self) -> float:
+        """The same, or what it was before: until better is seen, nothing says that it is better."""
+        return self.pace_us or self._last_pace_us
 
     def tightest_us(self, target_us: int) -> int:
         """The time a token may take here: the tightest target of those present, else this one."""

@@ -60,6 +60,8 @@ class Job(NamedTuple):
     """The server that holds them; empty: any."""
     prefixes: tuple[int, ...] = ()
     """Keys of its beginnings, where the policy of placement looks at them."""
+    made_tokens: int = 0
+    """Of its answer, in earlier attempts: part of the prompt by now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,5 +85,7 @@ class Worker:
     """Of one prompt with its answer."""
     page_size: int = 1
     orders_by_priority: bool = False
+    engine: frozenset[str] = frozenset()
+    """What it does by itself, by our plug-in and at our word: "decode", "prefill", "reports"."""
     streams_increments: bool | None = None
     """Whether its events hold what is new, or all so far; None when it did not say."""

@@ -12,10 +12,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from gateway import actuation
 from gateway import config as settings
+from gateway.batch import settings as batch_settings
 from gateway.config import Config
 
 ROOT = Path(__file__).parent.parent
+_MODULES = (settings, actuation, batch_settings)
 README = ROOT / "README.md"
 CONFIG = ROOT / "config.toml"
 
@@ -50,12 +53,18 @@ _SECTIONS = {
     "colocation": "Offline work beside online work, under policies.pools = latency.",
     "admission": "How much work a server is given at once.",
     "limits": "What one client, and all of them together, may ask for.",
+    "chat": "Offline chats that can go on elsewhere: docs/operations.md.",
     "timeouts": "How long each phase may take before its servers are given up.",
     "retry": "Failed attempts are made again, within a budget of prompt tokens.",
     "breaker": "When a server that fails is left alone.",
     "telemetry": "How servers are watched.",
     "cost": "What the servers are, so that step times can be predicted: docs/cost-model.md.",
     "ratio": "How many servers prefill and how many decode, and who changes that: docs/ratio.md.",
+    "ratio.relaunch": "For ratio.actuator = relaunch.",
+    "ratio.webhook": "For ratio.actuator = webhook.",
+    "ratio.kubernetes": "For ratio.actuator = kubernetes, and the extra of that name.",
+    "ratio.ray": "For ratio.actuator = ray, and the extra of that name.",
+    "batch": "The OpenAI Batch and Files API: docs/batch.md. A change needs a restart.",
     "log": "What goes to standard error.",
 }
 
@@ -110,7 +119,7 @@ class Option:
 def docstrings() -> dict[tuple[str, str], str]:
     """The string below a field, by class and field."""
     found = {}
-    for node in ast.parse(inspect.getsource(settings)).body:
+    for node in (node for module in _MODULES for node in ast.parse(inspect.getsource(module)).body):
         if not isinstance(node, ast.ClassDef):
             continue
         for field, after in zip(node.body, node.body[1:], strict=False):

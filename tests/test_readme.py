@@ -129,7 +129,7 @@ def section_of_flags() -> str:
 def test_ci_runs_the_commands_that_the_readme_names_for_testing_and_building() -> None:
     testing = blocks("sh", section("Test it"))
     building = blocks("sh", section("Put it in front of your servers"))
-    assert len(testing) == 3
+    assert len(testing) == 4
     assert [line for line in testing + building if line.strip() not in CI] == []
 
 

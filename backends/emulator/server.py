@@ -23,6 +23,7 @@ from backends.emulator.calls import (
 from backends.emulator.dialects import Chat, Completions, Dialect, Native, error_object
 from backends.emulator.exchange import Exchange, json_response
 from backends.emulator.faults import Fault, FaultKind, Faults, read_fault
+from backends.emulator.parsers import calls, separate
 from backends.emulator.tokenizer import decode, encode
 from backends.engine import Engine
 from policies.types import Role
@@ -77,6 +78,8 @@ class Face:
             post(path, self._tokenize)
         for path in ("/v1/detokenize", "/detokenize"):
             post(path, self._detokenize)
+        post("/separate_reasoning", self._separate_reasoning)
+        post("/parse_function_call", self._parse_calls)
         post("/v1/messages/count_tokens", self._count_tokens)
         post("/emulator/faults", self._set_faults)
         app.router.add_delete("/emulator/faults", self._clear_faults)
@@ -223,6 +226,23 @@ class Face:
             return json_response(error_object(400, why, "BadRequestError"), status=400)
         texts = [decode(ids) for ids in lists]
         return json_response({"text": texts if many else texts[0]})
+
+    async def _separate_reasoning(self, request: web.Request) -> web.StreamResponse:
+        try:
+            body = await self._body(request)
+            found = separate(str(body.get("text")), str(body.get("reasoning_parser")))
+        except (BadBody, ValueError) as error:
+            return json_response({"detail": str(error)}, status=400)
+        return json_response({"reasoning_text": found[0], "text": found[1]})
+
+    async def _parse_calls(self, request: web.Request) -> web.StreamResponse:
+        try:
+            body = await self._body(request)
+            parser = str(body.get("tool_call_parser"))
+            found = calls(str(body.get("text")), body.get("tools") or [], parser)
+        except (BadBody, ValueError, KeyError, TypeError) as error:
+            return json_response({"detail": str(error)}, status=400)
+        return json_response({"normal_text": found[0], "calls": found[1]})
 
     async def _count_tokens(self, request: web.Request) -> web.StreamResponse:
         try:

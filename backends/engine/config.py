@@ -53,6 +53,8 @@ class EngineConfig:
     """A decode step takes as long as if only the longest context were attended to."""
     packing: str = "all"
     """This and the next two: for engines that can do more than SGLang."""
+    hold_steps: int = 1
+    """A choice of who steps is good for so many steps while nobody comes or goes."""
     prefill_order: str = "fcfs"
     interrupt_layers: int = 0
     """An offline prefill stops for an online prompt at the end of a layer; 0: never."""

@@ -18,6 +18,7 @@ from backends.steptimes import StepTimes
 from policies.clock import Clock
 from policies.packing import PACKING, All, Running
 from policies.step_table import StepTable
+from policies.stepping import elected
 from policies.urgency import OLDEST_EVERY, PREFILL_ORDER, Speed, Waiting
 
 SPEED_SEEN_TOKENS = 1 << 20
@@ -101,6 +102,8 @@ class Packed(Decoding):
         by_longest = self._packing.by_longest or machine.config.straggler
         self.table = StepTable(profile, by_longest=by_longest)
         self._planned = (0, 0, 0)
+        self._present: frozenset[int] = frozenset()
+        self._held = 0
 
     def plan(self) -> int:
         self._elect()
@@ -142,10 +145,17 @@ class Packed(Decoding):
     def _elect(self) -> None:
         batch, now_s = self._packed, self._machine.clock.time()
         members = list(batch.members.values())
-        if not isinstance(self._packing, All):
-            running = [_running(it, batch.steps, now_s) for it in members]
-            members = [members[i] for i in self._packing.choose(running, self.table.step_us)]
-        batch.elect(members)
+        if isinstance(self._packing, All):
+            batch.elect(members)
+            return
+        present = frozenset(it.serial for it in members)
+        is_held = present == self._present and self._held < self._machine.config.hold_steps
+        if is_held and all(it.end_reason is None for it in members):
+            self._held += 1
+            return
+        self._present, self._held = present, 1
+        running = [_running(it, batch.steps, now_s) for it in members]
+        batch.elect([members[i] for i in elected(self._packing, running, self.table.step_us)])
 
     def _size(self) -> tuple[int, int, int]:
         """How many step, their tokens together, and the longest's."""

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -16,6 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 
 from backends.fleet import interpreter
+from backends.fleet.control import controlled
 from backends.fleet.fleet import Fleet
 from backends.fleet.install import install
 from backends.fleet.memory import gigabytes
@@ -38,9 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill", type=int, metavar="N", help="how many prefill servers")
     parser.add_argument("--decode", type=int, metavar="N", help="how many; the first one is strict")
     parser.add_argument("--unified", type=int, metavar="N", help="how many unified servers")
+    parser.add_argument(
+        "--plugin", action="store_true", help="servers load the plug-in (docs/engine-plugin.md)"
+    )
     parser.add_argument("--python", help="the interpreter that has SGLang")
     parser.add_argument("--logs", help="the folder for the servers' output")
     parser.add_argument("--output", type=Path, help="write the [[worker]] tables to this file")
+    parser.add_argument(
+        "--control", type=Path, metavar="SOCKET", help="listen here for changes of role"
+    )
     parser.add_argument("--install", action="store_true", help="install SGLang for a CPU, and end")
     parser.add_argument("--index", default="", help="with --install: an index that has torch +cpu")
 
@@ -51,7 +59,7 @@ def run_fleet(args: argparse.Namespace) -> int:
     try:
         if args.install:
             return _install(args, console)
-        return asyncio.run(serve(spec_of_arguments(args), args.output, console))
+        return asyncio.run(serve(spec_of_arguments(args), args.output, console, args.control))
     except FleetError as error:
         return complain(console, str(error))
 
@@ -62,6 +70,8 @@ def spec_of_arguments(args: argparse.Namespace) -> FleetSpec:
     for name in ("model", "python", "logs"):
         if (value := getattr(args, name)) is not None:
             spec = replace(spec, **{name: value})
+    if args.plugin:
+        spec = replace(spec, plugin=True)
     if args.cpu or args.cuda:
         spec = replace(spec, device=Device.CUDA if args.cuda else Device.CPU)
     if any(count is not None for count in (args.prefill, args.decode, args.unified)):
@@ -95,7 +105,9 @@ def complain(console: Console, problem: str) -> int:
     return 1
 
 
-async def serve(spec: FleetSpec, output: Path | None, console: Console) -> int:
+async def serve(
+    spec: FleetSpec, output: Path | None, console: Console, control: Path | None = None
+) -> int:
     """Ready, announced, kept; SIGINT and SIGTERM end it in order."""
     if output is not None and not output.parent.is_dir():
         raise FleetError(f"cannot write {output}: there is no folder {output.parent}")
@@ -107,8 +119,9 @@ async def serve(spec: FleetSpec, output: Path | None, console: Console) -> int:
         with Board(console) as board:
             async with Fleet(spec, report=board.hear) as fleet:
                 board.settle()
-                announce(fleet, output, console)
-                await fleet.keep()
+                async with controlled(fleet, control) if control is not None else nullcontext():
+                    announce(fleet, output, console)
+                    await fleet.keep()
     except asyncio.CancelledError:
         console.print("ended; nothing is left running")
     return 0

@@ -6,17 +6,20 @@ import asyncio
 import os
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import aiohttp
 
-from backends.fleet import interpreter, memory, models
+from backends.fleet import interpreter, memory, models, plug
 from backends.fleet.link import Link
-from backends.fleet.plan import Server, planned
+from backends.fleet.plan import Server, planned, turned
 from backends.fleet.spec import Device, FleetError, FleetSpec
+from policies.types import Role
 
 POLL_S = 0.2
 ANSWER_TIMEOUT_S = 5.0
@@ -32,6 +35,15 @@ STOCK_PROGRAM = ("-m", "sglang.launch_server")
 
 Report = Callable[[str, str], None]
 """Hears how each server (or "fleet") is doing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relaunched:
+    why: str = ""
+    """Why the server does not have the role that was asked for."""
+    is_restarted: bool = False
+    by_another: bool = False
+    """Somebody else has it started just now."""
 
 
 def silent(_name: str, _news: str) -> None:
@@ -58,11 +70,17 @@ class Fleet:
         self._available_bytes = available_bytes
         self._python = interpreter.chosen(spec.python)
         self._ended: dict[str, asyncio.Future[int]] = {}
+        self._more: dict[str, str] = {}
+        """Environment of all of them."""
+        self._turning: dict[str, asyncio.Future[None]] = {}
+        """Servers that are started in another role: they are not restarted meanwhile."""
 
     async def __aenter__(self) -> Self:
         path = await self._checked_model()
         self.servers = planned(self.spec, path)
         self.logs = log_folder(self.spec)
+        if self.spec.plugin:
+            self._more = plug.offered(self.logs / "plugin")
         loop = asyncio.get_running_loop()
         self._imported: asyncio.Future[None] = loop.create_future()
         arguments = (str(os.getpid()), str(self.logs / "spawner.log"), *self._program)
@@ -90,6 +108,8 @@ class Fleet:
         await self._close()
 
     async def _close(self) -> None:
+        if not self._imported.done():
+            self._link.interrupt()
         try:
             await self._link.close()
         finally:
@@ -141,7 +161,9 @@ class Fleet:
         ended = self._ended[name] = asyncio.get_running_loop().create_future()
         log = self.logs / f"{name}.log"
         earlier = size_of(log)
-        self._link.send("start", name=name, argv=server.argv, env=server.env, log=str(log))
+        self._link.send(
+            "start", name=name, argv=server.argv, env=self._more | server.env, log=str(log)
+        )
         while not await self._is_ready(server):
             await first_of(ended, self._link.lost, timeout_s=POLL_S)
             if self._link.lost.done():
@@ -174,23 +196,82 @@ class Fleet:
             if not await first_of(self._ended[server.name], self._link.lost, timeout_s=STEADY_S):
                 delay_s = RESTART_DELAY_S
                 await first_of(self._ended[server.name], self._link.lost)
+            if (turning := self._turning.get(server.name)) is not None:
+                await first_of(turning, self._link.lost)
+                if self._link.lost.done():
+                    raise self._lost()
+                continue
             self._report(server.name, f"restarting in {delay_s:.0f} s")
             await first_of(self._link.lost, timeout_s=delay_s)
             if self._link.lost.done():
                 raise self._lost()
+            if server.name in self._turning:
+                continue
             delay_s = min(2 * delay_s, LONGEST_RESTART_DELAY_S)
-            await self._start_again(server.name)
+            with self._claimed(server.name):
+                if why := await self._try(server.name):
+                    self._report(server.name, _first_line(why))
 
-    async def _start_again(self, name: str) -> None:
-        """A server that hangs while it starts is ended, so that it is tried again."""
+    async def relaunch(self, url: str, role: Role) -> Relaunched:
+        """Ends the server there and starts it in that role, or in its old one where that fails.
+
+        The fleet decides for all who ask: one at a time for each server, and never the last one.
+        """
+        old = next((it for it in self.servers if it.url == url), None)
+        if old is None:
+            return Relaunched(why=f"the fleet has no server at {url}")
+        if old.name in self._turning or self._ended[old.name].done():
+            return Relaunched(why="it is being started already", by_another=True)
+        if refusal := self._no_relaunch(old, role):
+            return Relaunched(why=refusal)
+        with self._claimed(old.name):
+            self._report(old.name, f"starting again as a {role} server")
+            await self.kill(old.name)
+            self._replace(turned(self.spec, old, role))
+            if why := await self._try(old.name):
+                self._replace(old)
+                self._report(old.name, f"going back to {old.role}: {_first_line(why)}")
+                if again := await self._try(old.name):  # whoever keeps the fleet tries on
+                    self._report(old.name, _first_line(again))
+            return Relaunched(why=why, is_restarted=True)
+
+    async def roles(self) -> dict[str, str]:
+        """Of the servers, by their addresses."""
+        return {it.url: it.role.value for it in self.servers}
+
+    def _no_relaunch(self, server: Server, role: Role) -> str:
+        if server.role is role:
+            return f"it is a {role} server already"
+        if Role.UNIFIED in (server.role, role):
+            return "a unified server has neither role"
+        others = (it.name for it in self.servers if it.role is server.role and it is not server)
+        if all(name in self._turning or self._ended[name].done() for name in others):
+            return f"it is the last {server.role} server"
+        return ""
+
+    @contextmanager
+    def _claimed(self, name: str) -> Iterator[None]:
+        over = self._turning[name] = asyncio.get_running_loop().create_future()
+        try:
+            yield
+        finally:
+            del self._turning[name]
+            over.set_result(None)
+
+    def _replace(self, new: Server) -> None:
+        self.servers = tuple(new if it.name == new.name else it for it in self.servers)
+
+    async def _try(self, name: str) -> str:
+        """Starts it; why it did not start, and then it is ended."""
         try:
             async with asyncio.timeout(self.spec.start_timeout_s):
                 await self.start(name)
         except FleetError as error:
-            self._report(name, str(error).partition("\n")[0])
+            return str(error)
         except TimeoutError:
-            self._report(name, not_ready(self.spec))
             await self.kill(name)
+            return not_ready(self.spec)
+        return ""
 
     def _lost(self) -> FleetError:
         log = self.logs / "spawner.log"
@@ -214,6 +295,10 @@ class Fleet:
 
     def resident_bytes(self) -> int:
         return memory.pss_bytes(self.pid)
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
 
 
 def log_folder(spec: FleetSpec) -> Path:

@@ -51,10 +51,15 @@ class Link(asyncio.Protocol):
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps({"do": do, **details}).encode() + b"\n")
 
-    async def close(self) -> None:
+    def interrupt(self) -> None:
+        """For an owner that still imports, and so reads no commands and has no servers."""
+        self._process.terminate()
+
+    async def close(self, most_s: float = END_TIMEOUT_S) -> None:
+        """It has so long to end what it owns."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        await asyncio.wait([self.lost], timeout=END_TIMEOUT_S)
+        await asyncio.wait([self.lost], timeout=most_s)
         self._transport.close()
         end(self._process)
 

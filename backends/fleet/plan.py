@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 from backends.fleet.spec import Device, FleetError, FleetSpec, Group
@@ -24,10 +24,9 @@ CPU_FLAGS = (
     "--sleep-on-idle",  # without it an idle scheduler keeps half a core busy
 )
 PD_FLAGS = ("--disaggregation-transfer-backend", "mooncake", "--enable-pd-role-switch")
-CPU_PD_FLAGS = (
-    "--disable-overlap-schedule",  # with it, a prefix hit on prefill waits for a CUDA event
-    *("--disaggregation-decode-retraction-backup", "cpu_tensor"),
-)
+CPU_PD_FLAGS = ("--disaggregation-decode-retraction-backup", "cpu_tensor")
+NO_OVERLAP = "--disable-overlap-schedule"
+"""With it, a prefix hit on a prefill server waits for a CUDA event."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +39,7 @@ class Server:
     port: int
     bootstrap_port: int | None
     """Its own, so that it may become a prefill server later; a unified one needs none."""
+    model_path: str
     argv: tuple[str, ...]
     env: dict[str, str]
 
@@ -82,24 +82,42 @@ def _server(
     env = dict(spec.env)
     if group.gpus:
         env["CUDA_VISIBLE_DEVICES"] = group.gpus[position]
-    argv = (
-        *("--model-path", model_path),
-        *("--served-model-name", spec.model.rstrip("/").rpartition("/")[2]),
-        *("--host", HOST, "--port", str(port)),
-        "--enable-metrics",
-        *_device_flags(spec, group.role),
-        *_role_flags(group.role, bootstrap_port),
-        *spec.flags,
-        *group.flags,
-    )
     return Server(
         name=name,
         role=group.role,
         pool=group.pool,
         port=port,
         bootstrap_port=bootstrap_port,
-        argv=argv,
+        model_path=model_path,
+        argv=_argv(spec, group.role, group.flags, port, bootstrap_port, model_path),
         env=env,
+    )
+
+
+def turned(spec: FleetSpec, server: Server, role: Role) -> Server:
+    """The same server, to be started in another role: with the flags of those who have it."""
+    flags = next((group.flags for group in spec.servers if group.role is role), ())
+    argv = _argv(spec, role, flags, server.port, server.bootstrap_port, server.model_path)
+    return replace(server, role=role, argv=argv)
+
+
+def _argv(
+    spec: FleetSpec,
+    role: Role,
+    flags: tuple[str, ...],
+    port: int,
+    bootstrap_port: int | None,
+    model_path: str,
+) -> tuple[str, ...]:
+    return (
+        *("--model-path", model_path),
+        *("--served-model-name", spec.model.rstrip("/").rpartition("/")[2]),
+        *("--host", HOST, "--port", str(port)),
+        "--enable-metrics",
+        *_device_flags(spec, role),
+        *_role_flags(role, bootstrap_port),
+        *spec.flags,
+        *flags,
     )
 
 
@@ -109,6 +127,8 @@ def _device_flags(spec: FleetSpec, role: Role) -> Iterator[str]:
         yield from ("--max-total-tokens", str(spec.kv_tokens))
         if role is not Role.UNIFIED:
             yield from CPU_PD_FLAGS
+        if role is Role.PREFILL or (role is Role.DECODE and not spec.overlap):
+            yield NO_OVERLAP
 
 
 def _role_flags(role: Role, bootstrap_port: int | None) -> Iterator[str]:

@@ -58,6 +58,7 @@ CPU_ENVIRONMENT = {
     "MOONCAKE_PROTOCOL": "tcp",
     "MC_FORCE_TCP": "1",
     "HF_HUB_OFFLINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # penalties are compiled, and a compiler asks triton what it is
 }
 
 Serve = Callable[[list[str]], None]
@@ -158,6 +159,7 @@ class Spawner:
             os.close(self.events)
             folder = tempfile.mkdtemp(dir=self.scratch)
             os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, **env}
+            sys.path += filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
             self.serve(argv)
             code = 0
         except SystemExit as ended:  # whoever raised it has said why

@@ -59,6 +59,10 @@ class FleetSpec:
     flags: tuple[str, ...] = ()
     """Added to every command line."""
     env: dict[str, str] = field(default_factory=dict)
+    overlap: bool = False
+    """Decode servers on a CPU keep SGLang's overlap scheduling, which is otherwise off there."""
+    plugin: bool = False
+    """Whether the servers load our plug-in for SGLang."""
     start_timeout_s: float = 300.0
     servers: tuple[Group, ...] = DEFAULT_GROUPS
 

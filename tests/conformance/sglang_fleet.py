@@ -73,9 +73,11 @@ def spec(logs: Path) -> FleetSpec:
     )
 
 
-class SGLangFleet:
-    def __init__(self, logs: Path) -> None:
-        self._logs = logs
+class RealServers:
+    """As one fleet asks for them."""
+
+    def __init__(self, asked: FleetSpec) -> None:
+        self._asked = asked
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-fleet")
 
@@ -86,9 +88,7 @@ class SGLangFleet:
         except BaseException:
             self._end()
             raise
-        self.prefill, self.decode, self.relaxed, self.unified = (
-            server.url for server in self._fleet.servers
-        )
+        self.servers: tuple[Server, ...] = self._fleet.servers
         return self
 
     def __exit__(
@@ -101,7 +101,7 @@ class SGLangFleet:
         self._end()
 
     async def _opened(self) -> Fleet:
-        return await Fleet(spec(self._logs)).__aenter__()
+        return await Fleet(self._asked).__aenter__()
 
     def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -112,8 +112,7 @@ class SGLangFleet:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _server(self, url: str) -> Server:
-        servers: tuple[Server, ...] = self._fleet.servers
-        return next(server for server in servers if server.url == url)
+        return next(server for server in self.servers if server.url == url)
 
     def bootstrap_port(self, url: str) -> int:
         port = self._server(url).bootstrap_port
@@ -125,3 +124,27 @@ class SGLangFleet:
 
     async def start(self, url: str) -> None:
         await asyncio.wrap_future(self._do(self._fleet.start(self._server(url).name)))
+
+
+class SGLangFleet:
+    """The one of the conformance suite."""
+
+    def __init__(self, logs: Path) -> None:
+        self._real = RealServers(spec(logs))
+        self.bootstrap_port = self._real.bootstrap_port
+        self.kill, self.start = self._real.kill, self._real.start
+
+    def __enter__(self) -> Self:
+        self._real.__enter__()
+        self.prefill, self.decode, self.relaxed, self.unified = (
+            server.url for server in self._real.servers
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._real.__exit__(kind, error, traceback)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from statistics import median
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,8 @@ TOKENS = 40
 STEP_S = 0.01
 LONG_STEP_S = 0.1
 """Long enough that a poll of the load report is quick beside it."""
-LONG_TOKENS = 5 * CHUNK_TOKENS
+LONG_TOKENS = 10 * CHUNK_TOKENS
+"""Seconds of prefill: an online prompt behind it would miss its target."""
 
 
 def preemptions(site: Site) -> int:
@@ -70,6 +72,43 @@ async def test_preempted_requests_end_with_the_tokens_of_an_undisturbed_run(
         await site.freed()
 
 
+SETTLED: dict[str, Any] = {
+    "temperature": 0,
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+"""Nothing is left to the model's own defaults, of which a server does not tell."""
+
+
+@pytest.mark.parametrize("way", ["streamed", "whole"])
+async def test_preempted_chats_end_with_the_text_of_an_undisturbed_run(
+    client: Client, way: str
+) -> None:
+    stream = way == "streamed"
+    async with standing(client, *PAIRS) as site:
+        await slowed(client, STEP_S)
+        for times in (1, 3, 5):
+            said = f"Tell me of {client.rng.random()}"
+            leg = client.chat(site.url, said, TOKENS, stream=stream, headers=OFFLINE, **SETTLED)
+            await preempted(site, leg, times, 4)
+            alone = client.chat(client.fleet.unified, said, TOKENS, stream=False, **SETTLED)
+            answer = (await over(alone)).body
+            assert text_of(leg) == answer["choices"][0]["message"]["content"]
+            assert site.lines[-1]["preemptions"] == times
+            assert site.lines[-1]["tokens"] == answer["usage"]["completion_tokens"] == TOKENS
+        await slowed(client, None)
+        await site.freed()
+
+
+def text_of(leg: Leg) -> str:
+    if not leg.chunks:
+        return str(leg.body["choices"][0]["message"]["content"])
+    choices = [choice for chunk in leg.chunks for choice in chunk["choices"]]
+    return "".join(choice["delta"].get("content") or "" for choice in choices)
+
+
 async def test_a_decode_slot_is_free_within_two_steps_of_the_decision(client: Client) -> None:
     async with standing(client, "prefill", "relaxed") as site:
         ledgers, clock = site.gateway.core.ledgers, asyncio.get_running_loop().time
@@ -103,17 +142,26 @@ async def first_token_s(site: Site, tokens: int) -> float:
     return took_s
 
 
+async def long_one_begun(site: Site, chunk_s: float) -> Leg:
+    """Computed for one chunk's time, and no further than half when this process runs again."""
+    ledger, clock = site.gateway.core.ledgers["prefill"], asyncio.get_running_loop().time
+    while True:
+        leg = site.generate(site.client.prompt(LONG_TOKENS), 8, headers=OFFLINE)
+        await site.until(lambda: ledger.offline.prefills)
+        await asyncio.sleep(chunk_s)
+        if ledger.prefill_rate.under_way(round(clock() * 1e6)) < LONG_TOKENS / 2:
+            return leg
+        await over(leg)
+
+
 async def test_an_online_prompt_does_not_wait_behind_a_long_offline_one(client: Client) -> None:
     classes = Classes(online=Online(ttft_ms=400.0))
     async with standing(client, *PAIRS, classes=classes) as site:
         chunk_s = median([await first_token_s(site, CHUNK_TOKENS) for _ in range(3)])
         alone_s = max([await first_token_s(site, 200) for _ in range(3)])
-        busy = site.gateway.core.ledgers["prefill"]
         waits_s = []
         for _ in range(3):
-            long = site.generate(client.prompt(LONG_TOKENS), 8, headers=OFFLINE)
-            await site.until(lambda: busy.offline.prefills)
-            await asyncio.sleep(chunk_s)
+            long = await long_one_begun(site, chunk_s)
             waits_s.append(await first_token_s(site, 200))
             await over(long)
             assert len(long.ids) == 8

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import aiohttp
 from structlog.testing import capture_logs
 
+from backends.actuators.relaunch import Relauncher
 from backends.emulator import EmulatedFleet, EmulatedServer, Fault, FaultKind, ServerSpec
 from backends.engine import EngineConfig
 from backends.http import Call, Listener, Upstream
@@ -276,6 +277,7 @@ async def standing(
     *,
     workers: Sequence[str] | None = None,
     entries: Mapping[str, Mapping[str, Any]] | None = None,
+    relauncher: Callable[[EmulatedFleet], Relauncher] | None = None,
     **sections: Any,
 ) -> AsyncIterator[Site]:
     """A site that serves. Afterwards nothing may be left of any request, and nothing complained of.
@@ -292,7 +294,8 @@ async def standing(
         )
         async with asyncio.TaskGroup() as tasks, aiohttp.ClientSession() as http:
             lines: list[dict[str, Any]] = []
-            gateway = Gateway(config, loop, random.Random(7), tasks, lines.append)
+            owner = None if relauncher is None else relauncher(fleet)
+            gateway = Gateway(config, loop, random.Random(7), tasks, lines.append, fleet=owner)
             site = Site(fleet, gateway, config, http, lines)
             handler = _Complaints(site.complaints)
             loggers = [logging.getLogger(name) for name in ("slackwater.http", "asyncio")]

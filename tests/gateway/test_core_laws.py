@@ -16,12 +16,13 @@ from hypothesis.stateful import (
     rule,
 )
 
+from gateway.books import Ticket
 from gateway.choice import fits_ever
 from gateway.core import Core, Rules
 from policies.admit import Headroom
 from policies.breaker import BreakerRule
 from policies.colocation import Colocated
-from policies.displace import ByCost, Never
+from policies.displace import ByCost, Cheapest, Never, Slices
 from policies.events import (
     Arrived,
     Cancel,
@@ -36,6 +37,7 @@ from policies.events import (
     Freed,
     Left,
     LoadReport,
+    PartDone,
     Preempt,
     Preempted,
     PrefillDone,
@@ -79,6 +81,8 @@ RULES = [
         (Fcfs(), Never()),
         (Edf(), ByCost()),
         (Salvage(), ByCost(least_chunks=1, margin=0)),
+        (Salvage(), Slices()),
+        (Edf(), Cheapest(least_chunks=1, margin=0, turn_us=1.0)),
     )
     for pools in (Shared(), ByLatency())
 ]
@@ -87,7 +91,7 @@ COLOCATED = Rules(
     admit=Colocated(
         prefill_cap_tokens=600, output_reserve_tokens=50, ttft_us=40_000, tpot_us=9_000
     ),
-    give_way=ForSlack(tpot_us=9_000, ttft_share=0.01),
+    give_way=ForSlack(tpot_us=9_000, pulls=True, ttft_share=0.01),
     aborts=AbortRule(per_request=2, per_s=2, burst=6),
     costs=Costs(default=COST),
     max_queued=12,
@@ -99,7 +103,7 @@ RULES += [
     COLOCATED,
     replace(RULES[2], gather=ByLength(cap_tokens=300)),
     replace(COLOCATED, gather=ByLength(wait_share=1.0)),
-    replace(COLOCATED, costs=Costs(), give_way=ForSlack(by_bottleneck=True)),
+    replace(COLOCATED, costs=Costs(), give_way=ForSlack(by_bottleneck=True, pulls=True)),
     replace(COLOCATED, pools=ByLatency(lends=True, without_relaxed=WithoutRelaxed.HOLD)),
 ]
 WORKERS = {
@@ -118,6 +122,9 @@ class Attempt:
 
     def __init__(self, dispatch: Dispatch) -> None:
         self.job = dispatch.job
+        self.is_part = dispatch.upto > 0
+        if self.is_part:
+            self.job = dispatch.job._replace(prompt_tokens=dispatch.upto, max_tokens=1)
         self.decode = dispatch.decode
         self.servers = {dispatch.prefill or dispatch.decode, dispatch.decode}
         self.generated = 0
@@ -175,6 +182,9 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(data=st.data(), tokens=st.integers(1, 60))
     def generate(self, data: st.DataObject, tokens: int) -> None:
         attempt = self.draw_attempt(data)
+        if attempt.is_part:
+            self.end(attempt)
+            return
         events: list[Event] = []
         if not attempt.prefilled and len(attempt.servers) == 2:
             events.append(PrefillDone(attempt.job.id))
@@ -295,8 +305,15 @@ class CoreMachine(RuleBasedStateMachine):
                 self.ended[name] = decision
 
     def end(self, attempt: Attempt) -> None:
-        self.ended[attempt.job.id] = "finished"
         del self.running[attempt.job.id]
+        if attempt.is_part and attempt.stopped:
+            self.ended[attempt.job.id] = "left"
+            self.tell(Freed(attempt.job.id))
+            return
+        if attempt.is_part:  # what nobody can cut has 7 tokens and more, here
+            self.tell(PartDone(attempt.job.id, is_cut=attempt.job.prompt_tokens % 7 > 0))
+            return
+        self.ended[attempt.job.id] = "finished"
         self.tell(Finished(attempt.job.id, attempt.generated))
 
     def break_off(self, attempt: Attempt, event: Failed) -> None:
@@ -370,7 +387,8 @@ class CoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_waits_while_a_server_is_free(self) -> None:
-        """Free: empty, in rotation and large enough; who has failed there may wait for another.
+        """Free: empty, in rotation and large enough; who has failed there may wait for another,
+        and part of a prompt for the server that has its beginning.
 
         A short prompt may be held for company, for a moment that has an end.
         """
@@ -383,12 +401,16 @@ class CoreMachine(RuleBasedStateMachine):
             assert held_us <= self.now_us + 50_000
             if held_us > self.now_us and self.core._rules.gather.holds:
                 continue
-            if first is not None and not self.core._tickets[first].avoid:
+            if first is not None and not self._has_a_reason(self.core._tickets[first]):
                 job = self.core._tickets[first].job
-                free = self.core._lanes.candidates(lane, kind, self.now_us)._only(
+                free = self.core._lanes.candidates(lane, kind, self.now_us).only(
                     lambda e: e.is_empty and e.usable(self.now_us)
                 )
                 assert not fits_ever(job, free, ADMIT), (job, free)
+
+    @staticmethod
+    def _has_a_reason(ticket: Ticket) -> bool:
+        return bool(ticket.avoid) or ticket.stands_aside
 
     @invariant()
     def who_waits_is_woken(self) -> None:

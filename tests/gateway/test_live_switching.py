@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from backends.actuators.sglang import SglangActuator
+from backends.actuators.turning import Turning
 from gateway.config import Cost, RatioSettings
 from gateway.planning import Mode
 from policies.events import SwitchWanted
@@ -79,7 +79,7 @@ async def test_a_server_that_does_not_answer_after_its_switch_is_found_by_its_pr
     async def silent(*_: object) -> None:
         return None
 
-    monkeypatch.setattr(SglangActuator, "_verified", silent)
+    monkeypatch.setattr(Turning, "role_of", silent)
     async with standing(FIXED) as site:
         site.gateway.driver.post(SwitchWanted("d2", Role.PREFILL, "asked for"))
         ledger = site.core.ledgers["d2"]

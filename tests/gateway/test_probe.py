@@ -82,6 +82,10 @@ class Watched:
         return [event for event in self.told if isinstance(event, kind)]
 
 
+async def stock(_server: object, _info: object) -> frozenset[str]:
+    return frozenset()
+
+
 @asynccontextmanager
 async def watched(pages: Pages, role: Role = Role.DECODE) -> AsyncIterator[Watched]:
     app = web.Application()
@@ -98,7 +102,7 @@ async def watched(pages: Pages, role: Role = Role.DECODE) -> AsyncIterator[Watch
         Patience(),
         lambda worker, _: Upstream(worker.url, connect_timeout_s=1.0),
     )
-    prober = Prober(backend, told.append, loop, SETTINGS)
+    prober = Prober(backend, told.append, loop, SETTINGS, stock)
     async with asyncio.TaskGroup() as tasks:
         looked = prober.watch(backend.add(worker), worker, tasks)
         await looked.wait()

@@ -10,6 +10,7 @@ from typing import Any
 
 from structlog.testing import capture_logs
 
+from backends.actuators.sglang import SglangTurn
 from gateway.config import Cost, RatioSettings
 from gateway.planning import Mode
 from policies.demand import Demand, Fleet
@@ -76,7 +77,9 @@ async def test_a_prefill_server_needs_a_size_of_graphs_to_become_a_decode_server
     async with standing(TWO_PAIRS, ratio=ratio) as site:
         await switched(site, "prefill2", Role.DECODE)
         assert switches_asked(site) == ["prefill2"]
-        assert site.gateway._actuator.graph_memory_gb == 1.5
+        turn = site.gateway._actuator.turn
+        assert isinstance(turn, SglangTurn)
+        assert turn.graph_memory_gb == 1.5
 
 
 async def test_a_server_that_somebody_else_has_switched_is_not_asked() -> None:

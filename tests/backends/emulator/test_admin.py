@@ -105,7 +105,7 @@ async def test_answers_are_dated_by_the_calendar(
 async def test_a_page_that_is_not_there_is_refused_as_sglang_does(
     fleet: EmulatedFleet, http: aiohttp.ClientSession
 ) -> None:
-    told = await post(http, fleet.urls["u"] + "/parse_function_call", text="x")
+    told = await post(http, fleet.urls["u"] + "/unheard_of", text="x")
     assert told == (404, {"detail": "Not Found"})
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 
 import aiohttp
 import pytest
@@ -196,6 +197,22 @@ def used_logs(spec: FleetSpec) -> FleetSpec:
     logs.mkdir()
     (logs / "decode-0.log").write_text("address already in use\n")
     return spec
+
+
+async def test_whoever_gives_up_while_sglang_is_imported_does_not_wait_for_it(
+    spec: FleetSpec, tmp_path: Path
+) -> None:
+    importing = tmp_path / "python"
+    importing.write_text("#!/bin/sh\nexec sleep 30\n")
+    importing.chmod(0o755)
+    fleet, begun = Fleet(replace(spec, python=str(importing)), program=PROGRAM), monotonic()
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1.0), fleet:
+            pytest.fail("it started")
+
+    assert monotonic() - begun < 5.0
+    assert not runs(fleet.pid)
 
 
 async def test_what_an_earlier_server_wrote_into_the_log_is_not_taken_for_this_ones(

@@ -1,0 +1,111 @@
+"""How the gateway speaks to the plug-in in an engine: what it asks, reads and pushes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from backends.sglang_plugin.control import MODES, PREFIX
+from backends.sglang_plugin.plugin import STATE
+from backends.sglang_plugin.reports import FIELDS, TOPIC
+from backends.sglang_plugin.riders import CLASS, TPOT
+from backends.sglang_plugin.targets import Feature
+from policies.step_line import SeenStep
+from policies.types import Job, Kind
+
+__all__ = ["MODES", "TOPIC", "Feature", "Heard", "setting", "states_of", "steps_of", "told"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """What the plug-ins of one server's ranks say of themselves."""
+
+    features: frozenset[str]
+    """On in all of them."""
+    why_off: Mapping[str, str]
+    mode: str
+    faults: int
+    reports: tuple[str, ...]
+    """Where each of them publishes its steps."""
+
+
+def states_of(info: Mapping[str, Any]) -> Heard | None:
+    """None where no plug-in is loaded, or not in all ranks."""
+    ranks = info.get("internal_states")
+    found = [rank.get(STATE) for rank in ranks if isinstance(rank, dict)] if ranks else []
+    states = [state for state in found if isinstance(state, dict)]
+    if not states or len(states) < len(found):
+        return None
+    whys = {
+        feature.value: next(filter(None, (_why_off(state, feature) for state in states)), "")
+        for feature in Feature
+    }
+    return Heard(
+        features=frozenset(name for name, why in whys.items() if not why),
+        why_off={name: why for name, why in whys.items() if why},
+        mode=str(states[0].get("mode", "all")),
+        faults=sum(_faults(state) for state in states),
+        reports=tuple(str(state["reports"]) for state in states if state.get("reports")),
+    )
+
+
+def _why_off(state: Mapping[str, Any], feature: Feature) -> str:
+    told = state.get("features", {}).get(feature.value)
+    if not isinstance(told, dict):
+        return "it is not known there"
+    return "" if told.get("on") is True else str(told.get("why_off") or "it is off")
+
+
+def _faults(state: Mapping[str, Any]) -> int:
+    features = state.get("features", {}).values()
+    return sum(told["faults"] for told in features if type(told.get("faults")) is int)
+
+
+def setting(**values: float) -> bytes:
+    """The body of /set_internal_state."""
+    return orjson.dumps({"server_args": {PREFIX + name: value for name, value in values.items()}})
+
+
+def told(job: Job, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a request that say its class and target; its own custom_params stay."""
+    words: dict[str, Any] = {CLASS: job.kind.value}
+    if job.kind is Kind.ONLINE and job.tpot_us:
+        words[TPOT] = job.tpot_us / 1e3
+    if "messages" in body or "prompt" in body:
+        return {"custom_params": _with(body.get("custom_params"), words)}
+    sampling = body.get("sampling_params") or {}
+    if not isinstance(sampling, dict):
+        return {}
+    params = _with(sampling.get("custom_params"), words)
+    return {"sampling_params": {**sampling, "custom_params": params}}
+
+
+def _with(own: object, words: Mapping[str, Any]) -> dict[str, Any]:
+    return {**(own if isinstance(own, dict) else {}), **words}
+
+
+def steps_of(body: bytes) -> Iterator[SeenStep]:
+    """The decode steps of one report; what makes no sense in it is left out."""
+    try:
+        rows = orjson.loads(body)["steps"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return
+    for row in rows if isinstance(rows, list) else ():
+        if _is_step(row) and row[_AT["decode"]]:
+            count, context, took_us = (row[_AT[name]] for name in _DECODED)
+            yield SeenStep(count, context, float(took_us))
+
+
+_DECODED: Final = ("count", "context_tokens", "took_us")
+_AT: Final = {name: place for place, name in enumerate(FIELDS)}
+
+
+def _is_step(row: Sequence[object]) -> bool:
+    return (
+        isinstance(row, list)
+        and len(row) == len(FIELDS)
+        and all(type(value) is int and value >= 0 for value in row)
+    )

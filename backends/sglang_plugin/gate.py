@@ -1,0 +1,239 @@
+"""Who takes each decode step of this engine: the packing's choice, kept while it is good."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from backends.sglang_plugin.belief import Belief
+from backends.sglang_plugin.contract import Batch, Request
+from backends.sglang_plugin.control import STEPS_ALL, Control
+from backends.sglang_plugin.faults import Faults
+from backends.sglang_plugin.riders import Rider, rider_of
+from backends.sglang_plugin.view import View, settle
+from policies.packing import Packing, Running, StepUs
+from policies.stepping import STEPPING, elected
+
+
+@dataclass(frozen=True, slots=True)
+class Drill:
+    """Any subset is to be right: the equality suite draws them at random."""
+
+    rng: random.Random
+    share: float
+    by_longest: bool = False
+
+    def choose(self, running: Sequence[Running], step_us: StepUs) -> list[int]:
+        return [i for i in range(len(running)) if self.rng.random() < self.share]
+
+
+@dataclass(frozen=True, slots=True)
+class Faulty:
+    """Selection that fails, for the valve that shuts it off."""
+
+    by_longest: bool = False
+
+    def choose(self, running: Sequence[Running], step_us: StepUs) -> list[int]:
+        raise RuntimeError("a drill: this selection fails")
+
+
+SEED: Final = 1
+
+
+class Gate:
+    """Between SGLang's choice of a running batch and its preparation for a step."""
+
+    def __init__(self, faults: Faults, now_us: Callable[[], float]) -> None:
+        self.control = Control()
+        self.belief = Belief()
+        self.sizes: tuple[int, ...] = ()
+        """Batch sizes that CUDA graphs were captured for."""
+        self.faults = faults
+        self.views = self.view_steps = 0
+        """Choices of fewer than all, and the steps that ran over them."""
+        self.steps, self.spent_us = 0, 0.0
+        """Steps that a choice was due for, and what all the choosing took."""
+        self._now_us = now_us
+        self._rng = random.Random(SEED)
+        self._view: View | None = None
+        self._everyone: list[Any] | None = None
+        self._everyone_left = 0
+        self._due: Batch | None = None
+        self._stepping: View | None = None
+
+    # What the hooks call.
+
+    def begins(self, batch: Batch) -> None:
+        """The next preparation of this batch is that of a step."""
+        self._due, self._stepping = batch, None
+
+    def ends(self, batch: Batch | None) -> Batch | None:
+        """What runs: the view of the batch where one was prepared."""
+        self._due, view = None, self._stepping
+        self._stepping = None
+        return batch if view is None or batch is not view.whole else view.batch
+
+    def prepare(self, original: Callable[[Batch], None], batch: Batch) -> None:
+        due, self._due = self._due, None
+        if batch is not due:
+            self._catch_up(batch)  # a mixed step, of everyone
+            original(batch)
+            return
+        began_us = self._now_us()
+        view = self._view_of(batch, began_us)
+        self.spent_us += self._now_us() - began_us
+        self.steps += 1
+        if view is None:
+            original(batch)
+            return
+        original(view.batch)
+        view.stepped()
+        self.view_steps += 1
+        self._stepping = view
+
+    @property
+    def rests(self) -> bool:
+        """Everyone steps, and nothing is left to be put right."""
+        return self.control.mode == STEPS_ALL and self._view is None
+
+    @property
+    def parked(self) -> int:
+        return 0 if self._view is None else len(self._view.parked)
+
+    def whole_of(self, batch: Batch) -> Batch | None:
+        """The batch that this one is a view of."""
+        view = self._view
+        return view.whole if view is not None and view.batch is batch else None
+
+    def adopt(self, control: Control) -> None:
+        self.control = control
+        self.belief.adopt(control.line)
+        self._everyone = None
+        if self._view is not None:
+            self._view.until_us = 0.0  # a new choice, by the new rule
+
+    # How.
+
+    def _view_of(self, batch: Batch, now_us: float) -> View | None:
+        """None: all step; then the batch has caught up."""
+        view = self._view
+        if now_us > self.control.until_us:
+            self.faults.say("the lease of what a gateway had set is over: everyone steps")
+            self.adopt(Control())
+        if view is not None and self._is_good(view, batch, now_us):
+            return view
+        self._catch_up(batch)
+        if self.control.mode == STEPS_ALL or self.faults.over or len(batch.reqs) < 2:
+            return None
+        if self._everyone is batch.reqs and self._everyone_left > 0:
+            self._everyone_left -= 1
+            return None
+        try:
+            self._view = self._chosen(batch, now_us)
+        except Exception as error:  # noqa: BLE001  # the engine goes on without: everyone steps
+            self.faults.count(error)
+            return None
+        return self._view
+
+    def _is_good(self, view: View, batch: Batch, now_us: float) -> bool:
+        return (
+            view.fits(batch)
+            and view.steps < self.control.valves.hold_steps
+            and now_us < view.until_us
+            and not self.faults.over
+            and not view.someone_ends()
+        )
+
+    def _catch_up(self, batch: Batch) -> None:
+        view = self._view
+        if view is None:
+            return
+        if view.whole is batch:
+            for request in view.parked:
+                rider_of(request, 0.0).skipped += view.steps
+            settle(view)
+        self._view = None
+
+    def _chosen(self, batch: Batch, now_us: float) -> View | None:
+        if why := why_everyone(batch):
+            self.faults.say(f"everyone steps in batches with {why}")
+            return None
+        control = self.control
+        packing = self._packing()
+        if not isinstance(packing, Drill | Faulty) and not self.belief.is_ready():
+            return None
+        riders = [rider_of(request, now_us) for request in batch.reqs]
+        running = [
+            self._row(request, rider, now_us)
+            for request, rider in zip(batch.reqs, riders, strict=True)
+        ]
+        keep = elected(packing, running, self.belief.step_us, self.sizes)
+        if len(keep) == len(running):
+            for rider in riders:
+                rider.ride()
+            self._everyone, self._everyone_left = batch.reqs, control.valves.hold_steps - 1
+            return None
+        self._everyone = None
+        until_us = _note_parked(riders, keep, now_us, control.valves.most_parked_us)
+        view = View(batch, keep, until_us)
+        self.views += 1
+        return view
+
+    def _packing(self) -> Packing:
+        if self.control.mode == "random":
+            return Drill(self._rng, self.control.share)
+        if self.control.mode == "faulty":
+            return Faulty()
+        return STEPPING[self.control.mode]
+
+    def _row(self, request: Request, rider: Rider, now_us: float) -> Running:
+        control = self.control
+        waited_us = now_us - rider.parked_us if rider.parked_us else 0.0
+        return Running(
+            request.seqlen,
+            max(0, len(request.output_ids) - rider.base),
+            now_us - rider.first_us,
+            rider.tpot_us or (control.tpot_us if rider.is_online else 0.0),
+            rider.skipped,
+            rider.is_online,
+            rider.always
+            or request.to_finish is not None
+            or waited_us >= control.valves.most_parked_us,
+        )
+
+
+def _note_parked(
+    riders: Sequence[Rider], keep: Sequence[int], now_us: float, most_us: float
+) -> float:
+    """When the first of those that wait has waited long enough."""
+    kept = set(keep)
+    until_us = now_us + most_us
+    for index, rider in enumerate(riders):
+        if index in kept:
+            rider.ride()
+        else:
+            rider.park(now_us)
+            until_us = min(until_us, rider.parked_us + most_us)
+    return until_us
+
+
+def why_everyone(batch: Any) -> str:
+    """What makes a step over some of its requests one that was not tested; empty: nothing."""
+    sampling = batch.sampling_info
+    reasons = {
+        "speculative decoding": not batch.spec_algorithm.is_none(),
+        "beam search": batch.beam_tail is not None
+        or any(req.beam_group is not None for req in batch.reqs),
+        "diffusion decoding": batch.dllm_config is not None,
+        "HiSparse": batch.hisparse_coordinator is not None,
+        "an encoder": batch.model_config.is_encoder_decoder,
+        "its own input": batch.input_ids is not None,
+        "lengths that the host does not know": batch.seq_lens_cpu is None,
+        "a custom logit processor": sampling.has_custom_logit_processor,
+        "sampling masks": any(sampling.return_sampling_masks or ()),
+        "a watermark": sampling.has_watermark_candidates,
+        "Mamba states": any(req.kv.holds_mamba for req in batch.reqs),
+    }
+    return ", ".join(name for name, holds in reasons.items() if holds)

@@ -1,0 +1,48 @@
+"""From a file to rows: it is read, checked and stored in slices that nobody else notices."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Final
+
+from gateway.batch.faults import NotThere
+from gateway.batch.files import Blobs
+from gateway.batch.objects import Batch, Problem, Task
+from gateway.batch.store import Store
+from gateway.batch.validate import Checker, Limits, reported
+
+_PIECE_BYTES: Final = 65_536
+"""Checked at a time, in a thread: about as long as an event loop may wait for the interpreter."""
+_ROWS: Final = 250
+"""Stored in one transaction."""
+_DROPPED: Final = 1_000
+
+
+async def ingest(store: Store, blobs: Blobs, task: Task, limits: Limits) -> Batch:
+    """The batch in progress, or failed; whoever was at it before has left nothing that counts."""
+    while await store.drop_rows(task, _DROPPED):
+        pass
+    checker = Checker(task.batch.endpoint, limits)
+    try:
+        await _check(blobs, task.batch.input_blob, checker)
+    except NotThere:
+        gone = Problem(code="file_not_found", message="the file's bytes are gone")
+        return await store.fail(task, [gone])
+    if checker.problems:
+        return await store.fail(task, reported(checker.problems))
+    rows = await blobs.off_loop(checker.rows)
+    while slice_of := list(islice(rows, _ROWS)):
+        await store.add_rows(task, slice_of)
+    return await store.begin(task, model=checker.model, total=checker.total)
+
+
+async def _check(blobs: Blobs, blob: str, checker: Checker) -> None:
+    def check(start: int) -> int:
+        piece = blobs.shelf.read(blob, [(start, _PIECE_BYTES)])[0]
+        checker.feed(piece)
+        return len(piece)
+
+    start = 0
+    while read := await blobs.off_loop(check, start):
+        start += read
+    await blobs.off_loop(checker.finish)

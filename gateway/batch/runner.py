@@ -1,0 +1,427 @@
+"""Runs the rows of batches: which are in memory, what is told to the store, and when."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from random import Random
+from typing import Protocol, TypeVar
+
+import structlog
+
+from backends.checkpoint import Checkpoint
+from backends.pause import pause
+from backends.words import in_words
+from gateway.batch.attempts import Attempts, Later, Outcome, dialect_of
+from gateway.batch.faults import LeaseLost, StoreFault
+from gateway.batch.objects import Batch, Result, Row
+from gateway.batch.pace import Pace, PaceRule
+from gateway.batch.tally import Tally
+from gateway.batch.verdicts import Again, verdict
+from gateway.errors import Code
+from gateway.visit import Errand, Visit
+from policies.clock import Clock
+
+T = TypeVar("T")
+
+log = structlog.get_logger("slackwater.batch")
+
+_TURN_S = 0.5
+"""At least so often there is a look; what ends brings one sooner."""
+_GATHER_S = 0.02
+"""Rows that end within this time are recorded together."""
+_SURVEY_S = 5.0
+_TROUBLE_S = 1.0
+"""A store that fails is left alone for this long."""
+_AT_ONCE = 256
+"""Rows in one transaction."""
+_FRESH_TOKENS = 16
+"""A checkpoint is written once there are so many more."""
+_UNREADABLE = Later(code=Code.INTERNAL, message="its line cannot be read", is_engines=True)
+
+
+class Rows(Protocol):
+    """What of the store is needed here; the store itself has the contracts."""
+
+    async def claim(self, room: int) -> list[Row]: ...
+    async def overdue(self, rows: Iterable[Row]) -> list[Row]: ...
+    async def checkpoint(self, marks: Sequence[tuple[Row, bytes, int]]) -> None: ...
+    async def finish(self, results: Sequence[Result]) -> list[Result]: ...
+    async def release(
+        self, rows: Sequence[Row], *, not_before_us: int = 0, blameless: bool = False
+    ) -> int: ...
+    async def waste(self, batch: int, tokens: int) -> None: ...
+    async def open_batches(self) -> list[Batch]: ...
+
+
+Mark = tuple["Held", Checkpoint]
+Bodies = Callable[[Sequence[Row]], Awaitable[list[bytes]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerRule:
+    checkpoint_s: float = 5.0
+    watch_s: float = 1.0
+    """How soon rows are given up whose batch is cancelled."""
+    pace: PaceRule = field(default_factory=PaceRule)
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """A row in this process."""
+
+    row: Row
+    request_id: str
+    task: asyncio.Task[None] | None = None
+    visit: Visit | None = None
+    kept_tokens: int = 0
+    """In the store's checkpoint."""
+
+    @property
+    def tokens(self) -> int:
+        """Made so far, earlier processes included."""
+        if self.visit is None:
+            return 0
+        return sum(max(p.exchange.tokens, p.exchange.kept_tokens) for p in self.visit.parts)
+
+
+class Runner:
+    """One for each gateway. Whatever fails here, online work goes on."""
+
+    def __init__(
+        self,
+        store: Rows,
+        bodies: Bodies,
+        attempts: Attempts,
+        runs: Callable[[str], bool],
+        clock: Clock,
+        unix_us: Callable[[], int],
+        rng: Random,
+        rule: RunnerRule,
+    ) -> None:
+        """`runs` says whether a job is at a server now."""
+        self._store = store
+        self._bodies = bodies
+        self._attempts = attempts
+        self._runs = runs
+        self._clock = clock
+        self._unix_us = unix_us
+        self._rng = rng
+        self._rule = rule
+        self._pace = Pace(rule.pace)
+        self._held: dict[tuple[int, int], Held] = {}
+        self._ended: list[tuple[Held, Outcome]] = []
+        self._results: list[Result] = []
+        """Not recorded yet: the store may be out of order for a while."""
+        self._back: list[tuple[Row, Again]] = []
+        self._engine_errors: Counter[tuple[int, int]] = Counter()
+        """By row; a crash forgets them, and so does another gateway that claims the row."""
+        self._wake = asyncio.Event()
+        self._epoch = 0
+        """Of the lease: what was begun under an older one says nothing of this."""
+        self._give_back_at_s: float | None = None
+        self._in_trouble = False
+        self.tally = Tally()
+        self.open_batches: Sequence[Batch] = ()
+        """Of all gateways together, as they were some seconds ago."""
+
+    def __len__(self) -> int:
+        """Rows in memory."""
+        return len(self._held)
+
+    @property
+    def running(self) -> int:
+        return sum(map(self._is_running, self._held.values()))
+
+    def poke(self) -> None:
+        """There may be something to do: a batch has come, or one is to be cancelled."""
+        self._wake.set()
+
+    # Life.
+
+    async def run(self) -> None:
+        """Until it is told to stop; then all rows are back in the store, or with a lease that
+        runs out. Leases themselves are kept elsewhere."""
+        async with asyncio.TaskGroup() as group:
+            beats = [
+                group.create_task(self._every(self._rule.watch_s, self._watch)),
+                group.create_task(self._every(self._rule.checkpoint_s, self._keep)),
+                group.create_task(self._every(_SURVEY_S, self._survey)),
+            ]
+            while not self._is_over():
+                if await self._guarded(lambda: self._turn(group)):
+                    await self._rest()
+                else:
+                    await pause(self._clock, _TROUBLE_S)
+            await self._give_back()
+            for beat in beats:
+                beat.cancel()
+
+    def drain(self, within_s: float) -> None:
+        """Takes no more rows; those that have not ended by then are given back."""
+        self._give_back_at_s = self._clock.time() + within_s
+        self._wake.set()
+
+    def hurry(self) -> None:
+        self.drain(0.0)
+
+    def lease_lost(self) -> None:
+        """Others run our rows by now."""
+        self._epoch += 1
+        if self._held:
+            self.tally.leases_lost += 1
+        for held in list(self._held.values()):
+            self._drop(held)
+        self._ended, self._results, self._back = [], [], []
+
+    @property
+    def _drains(self) -> bool:
+        return self._give_back_at_s is not None
+
+    def _is_over(self) -> bool:
+        if self._give_back_at_s is None:
+            return False
+        idle = not self._held and not self._results and not self._back
+        return idle or self._clock.time() >= self._give_back_at_s
+
+    async def _give_back(self) -> None:
+        """Last words: a store that does not take them learns by the lease that runs out."""
+        await self._guarded(self._record)
+        left = list(self._held.values())
+        marks = _marks_of(left, fresh_tokens=1)
+        for held in left:
+            self._drop(held)
+        rows = [held.row for held in left]
+        await self._guarded(lambda: self._write(marks))
+        await self._guarded(lambda: self._release(rows, Again(pause_us=0, blameless=True)))
+
+    async def _every(self, seconds: float, do: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            await pause(self._clock, seconds)
+            await self._guarded(do)
+
+    async def _guarded(self, do: Callable[[], Awaitable[object]]) -> bool:
+        """Whether it went well. A store in trouble is told of once, and tried again."""
+        epoch = self._epoch
+        try:
+            await do()
+        except LeaseLost:
+            if epoch == self._epoch:
+                self.lease_lost()
+            return False
+        except StoreFault as fault:
+            if not self._in_trouble:
+                log.warning("the store of batches is in trouble", error=str(fault) or repr(fault))
+            self._in_trouble = True
+            return False
+        except Exception:  # the edge of this task: a bug must not end what serves online requests
+            log.exception("rows of batches are in trouble")
+            return False
+        if self._in_trouble:
+            log.info("the store of batches works again")
+        self._in_trouble = False
+        return True
+
+    async def _rest(self) -> None:
+        """A little after the first that ends, so that others can join it."""
+        timer = self._clock.call_at(self._clock.time() + _TURN_S, self._wake.set)
+        await self._wake.wait()
+        timer.cancel()
+        self._wake.clear()
+        if not self._drains:
+            await pause(self._clock, _GATHER_S)
+
+    # A turn: what has ended is recorded, and others take its place.
+
+    async def _turn(self, group: asyncio.TaskGroup) -> None:
+        await self._record()
+        if not self._drains:
+            await self._refill(group)
+
+    async def _refill(self, group: asyncio.TaskGroup) -> None:
+        now_us = self._now_us()
+        waiting = len(self._held) - self.running
+        room = self._pace.room(held=len(self._held), waiting=waiting, now_us=now_us)
+        if not (room := min(room, _AT_ONCE)):
+            return
+        epoch, rows = self._epoch, await self._store.claim(room)
+        self._pace.took(len(rows))
+        bodies = await self._read(rows)
+        if epoch != self._epoch:
+            return
+        for row, body in zip(rows, bodies, strict=True):
+            self._begin(row, body, group)
+        if len(rows) == room:
+            self._wake.set()
+
+    async def _read(self, rows: Sequence[Row]) -> list[bytes | None]:
+        """None for a row whose line cannot be read: the others need not suffer for it."""
+        try:
+            return list(await self._bodies(rows)) if rows else []
+        except Exception as error:  # noqa: BLE001 - whatever a disk or a bucket may raise
+            if len(rows) > 1:
+                return [body for row in rows for body in await self._read([row])]
+            where, why = rows[0], in_words(error)
+            log.warning("a line cannot be read", batch=where.batch_id, line=where.number, error=why)
+            return [None]
+
+    def _begin(self, row: Row, body: bytes | None, group: asyncio.TaskGroup) -> None:
+        held = Held(row, f"{self._rng.getrandbits(128):032x}")
+        held.kept_tokens = row.checkpoint_tokens
+        self._held[row.key] = held
+        if body is None:
+            self._ended.append((held, _UNREADABLE))
+            self._wake.set()
+        else:
+            held.task = group.create_task(self._run_row(held, body))
+
+    async def _run_row(self, held: Held, body: bytes) -> None:
+        row = held.row
+        earlier = Checkpoint.of(row.checkpoint) if row.checkpoint else None
+        if earlier is not None:
+            self.tally.resumed += 1
+
+        @contextmanager
+        def watch(visit: Visit) -> Iterator[None]:
+            held.visit = visit
+            yield
+
+        errand = Errand(
+            request_id=held.request_id,
+            tenant=row.tenant,
+            dialect=dialect_of(row.endpoint),
+            body=body,
+            due_us=self._now_us() + row.deadline_us - self._unix_us(),
+            earlier=earlier,
+        )
+        try:
+            outcome = await self._attempts.answer(row.endpoint, errand, watch)
+        except Exception:  # the edge of a row's task: the others must not suffer for it
+            log.exception("a row failed", batch=row.batch_id, line=row.number)
+            outcome = Later(code=Code.INTERNAL, message="the gateway failed at it", is_engines=True)
+        if self._held.get(row.key) is held:
+            self._ended.append((held, outcome))
+            self._wake.set()
+
+    # What the store is told.
+
+    async def _record(self) -> None:
+        """What could not be told stays here, and is told at the next turn."""
+        ended, self._ended = self._ended, []
+        for held, outcome in ended:
+            self._judge(held, outcome)
+        while self._results:
+            some = self._results[:_AT_ONCE]
+            accepted = await self._store.finish(some)
+            del self._results[: len(some)]
+            await self._settle(some, accepted)
+        while self._back:
+            again = self._back[0][1]
+            rows = [row for row, one in self._back if one == again]
+            await self._release(rows, again)
+            self._back = [(row, one) for row, one in self._back if one != again]
+            for row in rows:
+                self._forget(row)
+
+    def _judge(self, held: Held, outcome: Outcome) -> None:
+        if self._held.get(held.row.key) is not held:
+            return
+        key = held.row.key
+        if isinstance(outcome, Later) and outcome.is_engines:
+            self._engine_errors[key] += 1
+        told = verdict(held.row, outcome, held.request_id, self._engine_errors[key])
+        if isinstance(told, Result):
+            self._engine_errors.pop(key, None)
+            self._pace.answered()
+            self._results.append(told)
+        else:
+            assert isinstance(outcome, Later)
+            self.tally.put_off(outcome.code)
+            if told.blameless and outcome.code is not Code.DEADLINE_PASSED:
+                self._pace.refused(self._now_us())
+            self._back.append((held.row, told))
+
+    async def _settle(self, told: Sequence[Result], accepted: Sequence[Result]) -> None:
+        taken = {result.row.key for result in accepted}
+        for result in told:
+            if result.row.key in taken:
+                self.tally.finished(result)
+            else:
+                self.tally.fenced += 1
+                await self._store.waste(result.row.batch, result.generated_tokens)
+            self._forget(result.row)
+
+    async def _release(self, rows: Sequence[Row], again: Again) -> None:
+        not_before_us = self._unix_us() + again.pause_us if again.pause_us else 0
+        for some in _slices(rows):
+            await self._store.release(some, not_before_us=not_before_us, blameless=again.blameless)
+
+    def _forget(self, row: Row) -> None:
+        held = self._held.get(row.key)
+        if held is not None and held.row.fence == row.fence:
+            del self._held[row.key]
+
+    def _drop(self, held: Held) -> None:
+        """Whatever it comes to, nobody wants it from us any more."""
+        self._forget(held.row)
+        if held.task is not None:
+            held.task.cancel()
+
+    # Beside the turns.
+
+    async def _watch(self) -> None:
+        """Rows of batches that were cancelled, or whose window is over, leave their servers."""
+        if not self._held:
+            return
+        told = {result.row.key for result in self._results}
+        found = await self._store.overdue([held.row for held in self._held.values()])
+        over = [it for row in found if (it := self._held.get(row.key)) and row.key not in told]
+        wasted: Counter[int] = Counter()
+        for held in over:
+            wasted[held.row.batch] += held.tokens
+            self._drop(held)
+        await self._release([held.row for held in over], Again(pause_us=0, blameless=True))
+        for batch, tokens in wasted.items():
+            await self._store.waste(batch, tokens)
+
+    async def _survey(self) -> None:
+        self.open_batches = await self._store.open_batches()
+
+    async def _keep(self) -> None:
+        await self._write(_marks_of(self._held.values(), fresh_tokens=_FRESH_TOKENS))
+
+    async def _write(self, marks: Sequence[Mark]) -> None:
+        for some in _slices(marks):
+            await self._store.checkpoint(
+                [(held.row, taken.as_bytes(), taken.tokens) for held, taken in some]
+            )
+            for held, taken in some:
+                held.kept_tokens = taken.tokens
+            self.tally.checkpoints += len(some)
+
+    # Small questions.
+
+    def _is_running(self, held: Held) -> bool:
+        visit = held.visit
+        return visit is not None and any(self._runs(part.job.id) for part in visit.parts)
+
+    def _now_us(self) -> int:
+        return round(self._clock.time() * 1e6)
+
+
+def _marks_of(rows: Iterable[Held], *, fresh_tokens: int) -> list[Mark]:
+    return [(held, taken) for held in rows if (taken := _fresh(held, fresh_tokens))]
+
+
+def _fresh(held: Held, tokens: int) -> Checkpoint | None:
+    if held.visit is None or (taken := held.visit.checkpoint()) is None:
+        return None
+    return taken if taken.tokens >= held.kept_tokens + tokens else None
+
+
+def _slices(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(values), _AT_ONCE):
+        yield values[start : start + _AT_ONCE]

@@ -1,0 +1,187 @@
+"""How an upload becomes a file: streamed to where files lie, or gone without a trace."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from aiohttp import BodyPartReader, ClientPayloadError, MultipartReader, web
+from aiohttp.http_exceptions import BadHttpMessage
+
+from gateway.batch.asked import FORM_FIELDS, check_purpose, file_name, form_expiry
+from gateway.batch.faults import QuotaExceeded
+from gateway.batch.files import Blobs, Sink
+from gateway.batch.objects import Purpose, Quota, StoredFile
+from gateway.batch.store import Store
+from gateway.errors import ApiError, Code, invalid
+
+_CHUNK_BYTES: Final = 65_536
+_PIECE_BYTES: Final = 1_048_576
+"""Written at a time."""
+_FIELD_BYTES: Final = 256
+_HOLD_US: Final = 60_000_000
+_OVERHEAD_BYTES: Final = 65_536
+"""What a form may have besides its file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What one upload may be."""
+
+    tenant: str
+    quota: Quota
+    max_bytes: int
+    body_timeout_s: float
+    """For each piece."""
+    expires_s: int | None
+
+
+class Upload:
+    """One form on its way in."""
+
+    def __init__(
+        self,
+        store: Store,
+        blobs: Blobs,
+        terms: Terms,
+        new_id: Callable[[str], str],
+        now_us: Callable[[], int],
+    ) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._terms = terms
+        self._new_id = new_id
+        self._now_us = now_us
+        self._fields: dict[str, str] = {}
+        self._name = ""
+        self._sink: Sink | None = None
+        self._blob = ""
+        self._held_us = 0
+        self._size_bytes = 0
+        self._lines = 0
+
+    async def receive(self, request: web.BaseRequest) -> StoredFile:
+        await self._check_size(request.content_length)
+        async with _named_failures():
+            form = await request.multipart()
+            while (part := await self._next(form)) is not None:
+                await self._take(part)
+        check_purpose(self._fields.get("purpose"))
+        expires_s = form_expiry(self._fields) or self._terms.expires_s
+        if self._sink is None:
+            raise invalid("file", "is missing")
+        await self._sink.finish()
+        return await self._kept(expires_s)
+
+    async def abandon(self) -> None:
+        """Whatever has been written is litter, unless a file was made of it after all."""
+        if self._sink is not None:
+            await self._sink.abandon()
+        if self._blob:
+            await self._store.doom([self._blob])
+
+    async def _check_size(self, content_length: int | None) -> None:
+        """What cannot be kept need not be sent."""
+        size_bytes = content_length or 0
+        if size_bytes > self._terms.max_bytes + _OVERHEAD_BYTES:
+            raise self._too_large()
+        held = await self._store.holdings(self._terms.tenant)
+        room = self._terms.quota.stored_bytes - held.stored_bytes
+        if size_bytes > max(0, room) + _OVERHEAD_BYTES or room <= 0:
+            most = self._terms.quota.stored_bytes
+            raise QuotaExceeded(f"this key may have {most} stored bytes at most")
+
+    def _too_large(self) -> ApiError:
+        message = f"a file may have {self._terms.max_bytes} bytes at most"
+        return ApiError(Code.BODY_TOO_LARGE, message, param="file")
+
+    async def _next(self, form: MultipartReader) -> BodyPartReader | None:
+        async with asyncio.timeout(self._terms.body_timeout_s):
+            part = await form.next()
+        if isinstance(part, MultipartReader):
+            raise invalid("file", "must not be a form itself")
+        return part
+
+    async def _take(self, part: BodyPartReader) -> None:
+        if part.name == "file" and self._sink is None:
+            await self._take_file(part)
+        elif part.name in FORM_FIELDS and part.name not in self._fields:
+            self._fields[part.name] = await self._text(part)
+        else:
+            shown = ascii(part.name)[:100]
+            message = f"the form has a field {shown} that is unknown, or is there already"
+            raise ApiError(Code.UNKNOWN_PARAMETER, message, param=shown)
+
+    async def _text(self, part: BodyPartReader) -> str:
+        async with asyncio.timeout(self._terms.body_timeout_s):
+            data = b""
+            while not part.at_eof() and len(data) <= _FIELD_BYTES:
+                data += await part.read_chunk(_CHUNK_BYTES)
+        if len(data) > _FIELD_BYTES:
+            raise invalid(str(part.name), "is too long")
+        return data.decode(errors="replace")
+
+    async def _take_file(self, part: BodyPartReader) -> None:
+        self._name = file_name(part.filename)
+        if "purpose" in self._fields:
+            check_purpose(self._fields["purpose"])
+        blob = self._new_id("blob_")
+        await self._store.announce(blob)
+        self._blob, self._held_us = blob, self._now_us()
+        self._sink = sink = await self._blobs.create(blob)
+        last = b""
+        while piece := await self._piece(part):
+            self._size_bytes += len(piece)
+            if self._size_bytes > self._terms.max_bytes:
+                raise self._too_large()
+            self._lines += piece.count(b"\n")
+            last = piece[-1:]
+            await sink.write(piece)
+            await self._hold()
+        self._lines += last not in (b"", b"\n")
+
+    async def _piece(self, part: BodyPartReader) -> bytes:
+        chunks: list[bytes] = []
+        room = _PIECE_BYTES
+        async with asyncio.timeout(self._terms.body_timeout_s):
+            while room > 0 and not part.at_eof():
+                chunks.append(await part.read_chunk(_CHUNK_BYTES))
+                room -= len(chunks[-1])
+        return b"".join(chunks)
+
+    async def _hold(self) -> None:
+        if self._now_us() - self._held_us > _HOLD_US:
+            await self._store.hold(self._blob)
+            self._held_us = self._now_us()
+
+    async def _kept(self, expires_s: int | None) -> StoredFile:
+        now_us = self._now_us()
+        file = StoredFile(
+            id=self._new_id("file-"),
+            tenant=self._terms.tenant,
+            name=self._name,
+            purpose=Purpose.INPUT,
+            size_bytes=self._size_bytes,
+            lines=self._lines,
+            blob=self._blob,
+            created_us=now_us,
+            expires_us=None if expires_s is None else now_us + expires_s * 1_000_000,
+        )
+        await self._store.add_file(file, self._terms.quota)
+        return file
+
+
+@asynccontextmanager
+async def _named_failures() -> AsyncIterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise ApiError(Code.REQUEST_TIMEOUT, "the upload did not arrive in time") from None
+    except (web.RequestPayloadError, ClientPayloadError, BadHttpMessage):
+        raise ApiError(Code.INVALID_REQUEST, "the upload is not encoded as it says") from None
+    except (ValueError, AssertionError, RuntimeError, LookupError):  # aiohttp's, of a bad form
+        message = "the body is not a whole form: multipart/form-data with purpose and file"
+        raise ApiError(Code.INVALID_REQUEST, message) from None

@@ -1,0 +1,156 @@
+"""Which engines do by themselves what the gateway would do from outside, and for how long.
+
+A server that has our plug-in is told its mode and the shape of its steps, for the time of a lease;
+what it took on is written into its worker, where the policies see it. Elsewhere, and whenever that
+fails, the levers of stock SGLang stay in use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+import structlog
+import zmq
+import zmq.asyncio
+
+from backends.base import Post
+from backends.engine_words import MODES, TOPIC, Feature, Heard, setting, states_of, steps_of
+from backends.fetch import fetch
+from backends.http import HttpError
+from backends.pause import pause
+from backends.sglang import Server
+from gateway.core import Core
+from gateway.plugin_settings import OFF, PluginSettings
+from policies.clock import Clock
+from policies.events import StepsSeen
+
+log = structlog.get_logger("slackwater.worker")
+
+ASK_S = 5.0
+_NUMBERS = {name: number for number, name in MODES.items()}
+_HIGH_WATER = 1_000
+
+
+class EngineLink:
+    """One task a server that has the plug-in: it renews the lease and listens to the steps."""
+
+    def __init__(
+        self, post: Post, core: Core, clock: Clock, tasks: asyncio.TaskGroup, tpot_us: float
+    ) -> None:
+        self._post, self._core, self._clock, self._tasks = post, core, clock, tasks
+        self._links: dict[str, asyncio.Task[None]] = {}
+        self._said: dict[str, object] = {}
+        self.heard: dict[str, Heard] = {}
+        """What each server with a plug-in said of it last."""
+        self.settings = PluginSettings()
+        self.tpot_us = tpot_us
+
+    async def meet(self, server: Server, info: Mapping[str, Any]) -> frozenset[str]:
+        """What this engine does from now on; called whenever the server introduces itself."""
+        name, heard = server.name, states_of(info)
+        self.forget(name)
+        if heard is None:
+            return frozenset()
+        self.heard[name] = heard
+        features = await self._push(server, heard)
+        self._say(name, heard, features)
+        if features or Feature.REPORTS in heard.features:
+            self._links[name] = self._tasks.create_task(self._keep(server, heard, features))
+        return features
+
+    def forget(self, name: str) -> None:
+        self.heard.pop(name, None)
+        if (task := self._links.pop(name, None)) is not None:
+            task.cancel()
+
+    def close(self) -> None:
+        for name in list(self._links):
+            self.forget(name)
+
+    async def _push(self, server: Server, heard: Heard) -> frozenset[str]:
+        """What was taken on; nothing where the server does not take settings from us."""
+        settings = self.settings
+        selects = settings.decode != OFF and Feature.DECODE in heard.features
+        displaces = settings.displace and Feature.PREFILL in heard.features
+        values: dict[str, float] = {
+            "mode": _NUMBERS[settings.decode] if selects else 0,
+            "displace": int(displaces),
+            "tpot_us": self.tpot_us,
+            "hold_steps": settings.hold_steps,
+            "most_parked_us": settings.most_parked_ms * 1e3,
+            "lease_s": settings.lease_s,
+            **self._line(server.name),
+        }
+        try:
+            answer = await fetch(
+                server.upstream,
+                b"POST",
+                b"/set_internal_state",
+                setting(**values),
+                timeout_s=ASK_S,
+            )
+            taken = orjson.loads(answer.body)
+        except (HttpError, orjson.JSONDecodeError):
+            return frozenset()
+        if answer.status != 200 or not isinstance(taken, list) or not all(taken):
+            return frozenset()
+        own = {Feature.DECODE: selects, Feature.PREFILL: displaces}
+        reports = settings.reports and Feature.REPORTS in heard.features
+        on = {feature.value for feature, is_on in own.items() if is_on}
+        return frozenset(on | ({Feature.REPORTS.value} if reports else set()))
+
+    def _line(self, name: str) -> dict[str, float]:
+        """The cost model's word on steps; without one the engine fits its own."""
+        ledger = self._core.ledgers.get(name)
+        line = None if ledger is None or ledger.steps is None else ledger.steps.step_line
+        if line is None:
+            return {}
+        return {
+            "base_us": line.base_us,
+            "request_us": line.request_us,
+            "token_us": line.token_us,
+        }
+
+    def _say(self, name: str, heard: Heard, features: frozenset[str]) -> None:
+        """Once, and again when it has changed."""
+        said = (features, tuple(heard.why_off.items()))
+        if self._said.get(name) != said:
+            self._said[name] = said
+            log.info("engine plug-in", worker=name, uses=sorted(features), off=dict(heard.why_off))
+
+    async def _keep(self, server: Server, heard: Heard, features: frozenset[str]) -> None:
+        async with asyncio.TaskGroup() as group:
+            if Feature.REPORTS in features:
+                group.create_task(self._listen(server.name, heard.reports))
+            await self._renew(server, features)
+            raise asyncio.CancelledError  # the next introduction begins anew
+
+    async def _renew(self, server: Server, features: frozenset[str]) -> None:
+        """Until the engine is not what it was: then the prober asks it anew."""
+        while True:
+            await pause(self._clock, self.settings.lease_s / 3)
+            try:
+                answer = await fetch(server.upstream, b"GET", b"/server_info", timeout_s=ASK_S)
+                heard = states_of(orjson.loads(answer.body)) if answer.status == 200 else None
+            except (HttpError, orjson.JSONDecodeError):
+                heard = None
+            if heard is None or await self._push(server, heard) != features:
+                server.is_known = False
+                return
+            self.heard[server.name] = heard
+
+    async def _listen(self, name: str, endpoints: tuple[str, ...]) -> None:
+        context = zmq.asyncio.Context.instance()
+        with context.socket(zmq.SUB) as socket:
+            socket.setsockopt(zmq.RCVHWM, _HIGH_WATER)
+            socket.setsockopt(zmq.LINGER, 0)
+            for endpoint in endpoints:
+                socket.connect(endpoint)
+            socket.subscribe(TOPIC)
+            while True:
+                frames = await socket.recv_multipart()
+                if len(frames) == 3 and (steps := tuple(steps_of(frames[2]))):
+                    self._post(StepsSeen(name, steps))

@@ -1,0 +1,240 @@
+"""A row asks the gateway without a socket, and gets what an HTTP client would have got."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from backends.checkpoint import Checkpoint
+from backends.emulator import FaultKind
+from gateway.batch.attempts import Answered, Attempts, Later, Outcome, dialect_of
+from gateway.passing import Passing
+from gateway.visit import Errand, Visit
+from policies.types import Kind, Role
+from tests.gateway.gateway_under_test import (
+    BODIES,
+    OFFLINE,
+    PAIR,
+    TWO_PAIRS,
+    UNIFIED,
+    Site,
+    generate,
+    spec,
+    standing,
+)
+
+BATCHED = [path for path in BODIES if path != "/v1/messages"]
+PATHS = pytest.mark.parametrize("path", BATCHED)
+INCREMENTAL = (
+    spec("p1", Role.PREFILL, incremental=True),
+    spec("d1", Role.DECODE, incremental=True),
+)
+FLEETS = {"cumulative": PAIR, "incremental": INCREMENTAL}
+
+
+class Watched:
+    """Those under way."""
+
+    def __init__(self) -> None:
+        self.visits: list[Visit] = []
+
+    @contextmanager
+    def __call__(self, visit: Visit) -> Iterator[None]:
+        self.visits.append(visit)
+        try:
+            yield
+        finally:
+            self.visits.remove(visit)
+
+    def tokens(self) -> int:
+        taken = [it.checkpoint() for it in self.visits]
+        return sum(one.tokens for one in taken if one is not None)
+
+
+def attempts(site: Site) -> Attempts:
+    gateway = site.gateway
+    passing = Passing(gateway.front, gateway.core, gateway.backend, gateway._clock, gateway._rng)
+    return Attempts(gateway.front, passing)
+
+
+def errand(site: Site, path: str, body: Any, *, within_s: float = 60.0, **more: Any) -> Errand:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    due_us = round((site.now_s() + within_s) * 1e6)
+    facts = {"request_id": "row-1", "tenant": "acme", "dialect": dialect_of(path)}
+    return Errand(body=raw, due_us=due_us, **facts | more)
+
+
+async def run(site: Site, path: str, body: Any, **more: Any) -> Outcome:
+    return await attempts(site).answer(path, errand(site, path, body, **more), Watched())
+
+
+def plain(raw: bytes) -> Any:
+    """Without what differs from one request to the next."""
+    return _plain(json.loads(raw))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: _plain(inner) for name, inner in value.items() if name not in _OWN}
+
+
+_OWN = frozenset(
+    (
+        *("id", "created", "created_at", "completed_at", "response_sent_to_client_ts"),
+        *("cached_tokens", "cached_tokens_details", "prompt_tokens_details"),
+        *("input_tokens_details", "e2e_latency"),
+    )
+)
+
+
+@PATHS
+async def test_a_row_gets_the_body_that_a_client_gets(path: str) -> None:
+    async with standing() as site:
+        body = BODIES[path]()
+        told = await site.ask(path, body, OFFLINE)
+        outcome = await run(site, path, body)
+        assert isinstance(outcome, Answered)
+        expected = plain(told.raw)
+        if path == "/v1/completions":  # asked for as a stream, which does not tell it
+            assert expected.pop("metadata") == {"weight_version": "default"}
+        assert (outcome.status, plain(outcome.body)) == (told.status, expected)
+        assert [site.lines[-1][key] for key in ("class", "tenant", "request_id")] == [
+            "offline",
+            "acme",
+            "row-1",
+        ]
+
+
+@PATHS
+@pytest.mark.parametrize("body", [b"{", b"[]", b"{}", b'{"model": "no-such", "input": "x"}'])
+async def test_what_a_client_is_refused_is_the_rows_answer(path: str, body: bytes) -> None:
+    async with standing() as site:
+        told = await site.ask(path, body, OFFLINE)
+        outcome = await run(site, path, body)
+        assert isinstance(outcome, Answered)
+        assert (outcome.status, json.loads(outcome.body)) == (told.status, told.body)
+        assert 400 <= outcome.status < 500
+
+
+async def test_a_row_cannot_ask_for_a_stream() -> None:
+    async with standing() as site:
+        outcome = await run(site, "/generate", generate(stream=True))
+        assert isinstance(outcome, Answered)
+        assert outcome.status == 400
+        assert b"stream" in outcome.body
+
+
+async def test_what_a_server_refuses_is_the_rows_answer() -> None:
+    async with standing() as site:
+        site.hurt("d1", FaultKind.ERROR_STATUS, status=422, message="no such thing")
+        site.hurt("p1", FaultKind.ERROR_STATUS, status=422, message="no such thing")
+        outcome = await run(site, "/generate", generate())
+        assert isinstance(outcome, Answered)
+        assert outcome.status == 422
+
+
+async def test_a_dead_fleet_is_no_answer() -> None:
+    async with standing() as site:
+        await site.fleet["d1"].kill()
+        await site.fleet["p1"].kill()
+        outcome = await run(site, "/generate", generate(), within_s=20.0)
+        assert isinstance(outcome, Later)
+        assert not outcome.is_engines
+
+
+async def test_an_engine_that_always_fails_says_so_itself() -> None:
+    async with standing() as site:
+        site.hurt("d1", FaultKind.ERROR_STATUS, status=500, message="division by zero")
+        outcome = await run(site, "/generate", generate(), within_s=600.0)
+        assert isinstance(outcome, Later)
+        assert (outcome.message, outcome.is_engines) == ("division by zero", True)
+
+
+async def test_a_row_that_waits_beyond_its_window_is_put_off() -> None:
+    async with standing(UNIFIED, entries={"u1": {"max_running": 1}}) as site:
+        async with site.meanwhile(site.ask("/generate", generate(2000))):
+            await site.until("the first runs", lambda: site.core.placed(Kind.ONLINE) == 1)
+            outcome = await run(site, "/generate", generate(), within_s=1.0)
+        assert isinstance(outcome, Later)
+        assert outcome.code == "deadline_passed"
+
+
+def limit_in(body: Mapping[str, Any]) -> int:
+    settings = body.get("sampling_params", body)
+    return int(settings.get("max_new_tokens", settings.get("max_tokens")))
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("fleet", FLEETS)
+@pytest.mark.parametrize("stop", [None, ["zebra", "x"]], ids=["plain", "stops"])
+@pytest.mark.parametrize("after", [1, 7, 38])
+async def test_a_row_goes_on_from_its_checkpoint_as_if_nothing_had_been(
+    path: str, fleet: str, stop: list[str] | None, after: int
+) -> None:
+    async with standing(FLEETS[fleet]) as site:
+        body = BODIES[path](40)
+        body.get("sampling_params", body)["stop"] = stop
+        undisturbed = await run(site, path, body)
+        watched = Watched()
+        trying = attempts(site).answer(path, errand(site, path, body), watched)
+        async with site.meanwhile(trying):
+            await site.until("some tokens are there", lambda: watched.tokens() >= after)
+            taken = watched.visits[0].checkpoint()
+        assert taken is not None
+        assert await site.nothing_left() == []
+        site.sent.clear()
+        kept = Checkpoint.of(taken.as_bytes())
+        outcome = await run(site, path, body, earlier=kept)
+        assert isinstance(outcome, Answered)
+        assert isinstance(undisturbed, Answered)
+        assert plain(outcome.body) == plain(undisturbed.body)
+        assert limit_in(site.sent[0].body) == 40 - taken.tokens
+        assert abs(outcome.tokens - undisturbed.tokens) <= 2
+
+
+async def test_a_checkpoint_that_cannot_be_read_is_none() -> None:
+    assert Checkpoint.of(b"{") is None
+    assert Checkpoint.of(b'{"ids": []}') is None
+
+
+async def test_nothing_is_kept_of_an_answer_that_cannot_go_on() -> None:
+    async with standing() as site:
+        watched = Watched()
+        path = "/v1/responses"
+        body = BODIES[path](40)
+        async with site.meanwhile(attempts(site).answer(path, errand(site, path, body), watched)):
+            await site.until("it runs", lambda: watched.visits)
+            await asyncio.sleep(0.2)
+            assert watched.visits[0].checkpoint() is None
+
+
+async def test_embeddings_go_to_a_unified_server() -> None:
+    body = {"input": "a", "model": "emulated"}
+    async with standing((*TWO_PAIRS, *UNIFIED)) as site:
+        told = await site.ask("/v1/embeddings", body)
+        outcome = await run(site, "/v1/embeddings", body)
+        assert isinstance(outcome, Answered)
+        assert (outcome.status, plain(outcome.body)) == (told.status, plain(told.raw))
+
+
+async def test_embeddings_without_a_unified_server_are_refused() -> None:
+    async with standing() as site:
+        outcome = await run(site, "/v1/embeddings", {"input": "a", "model": "emulated"})
+        assert isinstance(outcome, Answered)
+        assert outcome.status == 404
+
+
+async def test_a_gateway_that_shuts_down_takes_no_row() -> None:
+    async with standing() as site:
+        site.gateway.front.draining = True
+        outcome = await run(site, "/generate", generate())
+        assert isinstance(outcome, Later)
+        assert outcome.code == "gateway_draining"
