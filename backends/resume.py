@@ -40,7 +40,7 @@ def resume(attempt: Attempt, exchange: Exchange, tokenizer: Server, send: Send) 
 
 def _go_on(attempt: Attempt, exchange: Exchange, ids: list[int], send: Send) -> None:
     assert exchange.transcript is not None
-    if not exchange.timeline.first_token_us:
+    if not exchange.has_begun:
         send(attempt, exchange.body | {"input_ids": ids}, None)
         return
     earlier = exchange.transcript.state().settled()

@@ -7,6 +7,7 @@ import gzip
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import exp, inf
 from pathlib import Path
 from typing import Protocol
@@ -86,14 +87,19 @@ class FittedStepTimes:
         return self.prefill_token_s * tokens + self.prefill_pair_s * pairs
 
     def decode_s(self, batch: int, context_tokens: int) -> float:
-        missed = max(0.0, 1 - self.experts_per_token / self.experts)
-        met = 1 - missed ** max(0, batch - 1)  # of those that one sequence does not meet
         return (
             self.decode_base_s
             + self.decode_context_token_s * context_tokens
             + self.decode_sequence_s * (batch - 1)
-            + self.decode_experts_s * met
+            + self.decode_experts_s * _met(self.experts, self.experts_per_token, batch)
         )
+
+
+@cache
+def _met(experts: int, experts_per_token: int, batch: int) -> float:
+    """The share of the experts that one sequence alone does not meet: asked for at each step."""
+    missed = max(0.0, 1 - experts_per_token / experts)
+    return 1 - missed ** max(0, batch - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,6 +153,10 @@ class BatchSite:
         self._before += before - after
 
 
+def config_text(workers: str, *, batch: str = "", sections: str = "") -> str:
+    return f'[batch]\nfolder = "batches"\n{batch}\n[log]\nrequests = false\n{sections}\n{workers}'
+
+
 @asynccontextmanager
 async def standing(
     folder: Path,
@@ -165,10 +169,7 @@ async def standing(
     """`batch` holds more keys of [batch], such as a database that the gateways share."""
     async with EmulatedFleet(tuple(servers)) as fleet:
         config = folder / "config.toml"
-        config.write_text(
-            f'[batch]\nfolder = "batches"\n{batch}\n[log]\nrequests = false\n{sections}\n'
-            f"{fleet.toml()}"
-        )
+        config.write_text(config_text(fleet.toml(), batch=batch, sections=sections))
         with all_stopped() as started:
             made = [GatewayProcess(f"gateway-{i}", config, started) for i in range(1, gateways + 1)]
             for gateway in made:

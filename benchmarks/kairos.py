@@ -13,8 +13,8 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,6 +28,8 @@ from rich.table import Table
 from benchmarks.kairos_systems import (
     BASELINE,
     ENGINE,
+    MIXED,
+    PATCHED,
     PLACED,
     PRINTED,
     REPAIRED,
@@ -36,8 +38,10 @@ from benchmarks.kairos_systems import (
     SYSTEMS,
     System,
     Traffic,
+    beside_offline,
     long_tail,
     minimax,
+    on_two_pairs,
     replayed,
 )
 from benchmarks.kairos_trace import PAPER_TTFT, Law
@@ -45,6 +49,7 @@ from benchmarks.report import Check, Goal, Report, Spread, add_report_options, n
 from gateway.settings import ConfigError
 from gateway.simulation.records import Record
 from gateway.simulation.world import Case, World
+from policies.types import Kind
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 LAW = Law()
@@ -78,6 +83,7 @@ class Found:
     worst_ttft_s: float
     """99 %."""
     worst_tpot_ms: float
+    offline_tokens_per_s: float = 0.0
 
 
 Key = tuple[str, str, float]
@@ -105,7 +111,12 @@ def measured(task: Task, folder: Path) -> Found:
     return found_in(World(plan, case).run().records)
 
 
-def found_in(records: Sequence[Record]) -> Found:
+def found_in(everything: Sequence[Record]) -> Found:
+    """Of the online requests; offline ones count by what they were given while those came."""
+    records = [it for it in everything if it.kind is Kind.ONLINE]
+    others = [it for it in everything if it.kind is Kind.OFFLINE and it.has_finished]
+    until_us = max(it.arrival_us for it in records)
+    made = sum(it.output_tokens for it in others if (it.last_us or until_us) < until_us)
     ttfts = sorted(float("inf") if it.ttft_us is None else it.ttft_us / 1e6 for it in records)
     tpots = sorted(it.tpot_us / 1e3 for it in records if it.tpot_us is not None)
     return Found(
@@ -115,11 +126,15 @@ def found_in(records: Sequence[Record]) -> Found:
         tokens_per_s=1e3 / median(tpots),
         worst_ttft_s=ttfts[int(0.99 * len(ttfts))],
         worst_tpot_ms=tpots[int(0.99 * len(tpots))],
+        offline_tokens_per_s=1e6 * made / max(1, until_us),
     )
 
 
+Wish = tuple[Traffic, Sequence[System], Sequence[float]]
+
+
 class Bench:
-    """Runs on all cores, once each; every table asks for what it needs."""
+    """Every run once, on all cores; what takes longest goes first, so that no core ends alone."""
 
     def __init__(self, folder: Path, *, quick: bool, processes: int) -> None:
         self.results = Results()
@@ -131,37 +146,42 @@ class Bench:
     def systems(self) -> list[System]:
         return [it for it in SYSTEMS if not self._quick or it.name in QUICK]
 
-    def run(self, traffic: Traffic, systems: Iterable[System], rates: Iterable[float]) -> None:
-        wanted = list(rates)
-        tasks = [
-            Task(traffic, system, rate, seed)
+    def run(self, wishes: Iterable[Wish], why: str) -> None:
+        wanted = {
+            (traffic.name, system.name, rate): (traffic, system, rate)
+            for traffic, systems, rates in wishes
             for system in systems
-            for rate in wanted
-            for seed in SEEDS
-            if not self.results.of(traffic, system.name, rate)
-        ]
-        for task, found in zip(tasks, self._each(tasks, traffic.name), strict=True):
-            key = (traffic.name, task.system.name, task.rate)
-            self.results.runs.setdefault(key, []).append(found)
+            for rate in rates
+            if (traffic.name, system.name, rate) not in self.results.runs
+        }
+        tasks = [Task(*each, seed) for each in wanted.values() for seed in SEEDS]
+        tasks.sort(key=lambda task: task.system.needs != PATCHED)  # stable
+        done = dict(zip(map(_key, tasks), self._each(tasks, why), strict=True))
+        for key in wanted:
+            self.results.runs[key] = [done[*key, seed] for seed in SEEDS]
 
-    def _each(self, tasks: Sequence[Task], name: str) -> Iterator[Found]:
-        context = get_context("spawn")
+    def _each(self, tasks: Sequence[Task], why: str) -> list[Found]:
         with (
             Progress(console=Console(stderr=True), transient=True) as progress,
-            ProcessPoolExecutor(self._processes, context) as pool,
+            ProcessPoolExecutor(self._processes, get_context("spawn")) as pool,
         ):
+            bar = progress.add_task(escape(why), total=len(tasks))
             futures = [pool.submit(measured, task, self._folder) for task in tasks]
-            for future in progress.track(futures, description=escape(name)):
-                yield future.result()
+            for future in as_completed(futures):
+                future.result()
+                progress.advance(bar)
+            return [future.result() for future in futures]
 
     def knee(self, traffic: Traffic, rates: Sequence[float]) -> float:
         """The lowest of the rates at which the baseline has fallen to the paper's share."""
-        baseline = SYSTEMS[0]
         for rate in rates:
-            self.run(traffic, [baseline], [rate])
             if self.results.mean(traffic, BASELINE, rate, "ttft") <= KNEE:
                 return rate
         return rates[-1]
+
+
+def _key(task: Task) -> tuple[str, str, float, int]:
+    return task.traffic.name, task.system.name, task.rate, task.seed
 
 
 def table_of(
@@ -174,8 +194,12 @@ def table_of(
     table = Table(title=title, title_justify="left")
     table.add_column("system")
     table.add_column("needs")
+    figures = ["tokens_per_s", "worst_ttft_s", "worst_tpot_ms"]
     for column in ("TTFT %", "TPOT %", "both %", "gain", "tokens/s", "TTFT p99, s", "TPOT p99, ms"):
         table.add_column(column, justify="right")
+    if traffic.offline:
+        table.add_column("offline tokens/s", justify="right")
+        figures.append("offline_tokens_per_s")
     for system in systems:
         runs = bench.results.of(traffic, system.name, rate)
         if runs:
@@ -185,10 +209,7 @@ def table_of(
                 system.needs,
                 *(spread_of(getattr(it, what) for it in runs) for what in ("ttft", "tpot", "both")),
                 f"{fmean(gains):+.1f}",
-                *(
-                    number(fmean(getattr(it, what) for it in runs))
-                    for what in ("tokens_per_s", "worst_ttft_s", "worst_tpot_ms")
-                ),
+                *(number(fmean(getattr(it, what) for it in runs)) for what in figures),
             )
     return table
 
@@ -238,35 +259,44 @@ def checks_of(bench: Bench, traffic: Traffic, knee: float) -> list[Check]:
     ]
 
 
-def stock_keeps(bench: Bench, traffic: Traffic, rate: float) -> str:
+def kept_table(bench: Bench, tables: Iterable[tuple[Traffic, float]]) -> Table:
     """The best that a gateway reaches without touching the engine, of the patched gain."""
-    best = {}
-    for what in ("ttft", "tpot", "both"):
-        stock = [it.name for it in bench.systems if it.needs in (STOCK, ENGINE)]
-        patched = fmean(bench.results.gains(traffic, RESCUED, rate, what))
-        gains = {n: fmean(bench.results.gains(traffic, n, rate, what)) for n in stock}
-        top = max(gains, key=lambda name: gains[name])
-        share = f"{100 * gains[top] / patched:.0f} %" if patched > 0 else "-"
-        best[what] = f"{what} {gains[top]:+.1f} of {patched:+.1f} points ({share}, {top})"
-    return f"{traffic.name} at {rate:g}: without a patched engine " + "; ".join(best.values())
+    grid = Table(title="What is kept of each gain without a patched engine", title_justify="left")
+    for column in ("traffic", "of", "patched", "best of stock", "kept", "by"):
+        grid.add_column(column, justify="left" if column in {"traffic", "of", "by"} else "right")
+    stock = [it.name for it in bench.systems if it.needs in (STOCK, ENGINE)]
+    for traffic, rate in tables:
+        for what in ("ttft", "tpot", "both"):
+            patched = fmean(bench.results.gains(traffic, RESCUED, rate, what))
+            gains = {n: fmean(bench.results.gains(traffic, n, rate, what)) for n in stock}
+            top = max(gains, key=lambda name: gains[name])
+            share = f"{100 * gains[top] / patched:.0f} %" if patched > 0 else "-"
+            name = escape(f"{traffic.name} at {rate:g}")
+            cells = (what, f"{patched:+.1f}", f"{gains[top]:+.1f}", share, escape(top))
+            grid.add_row(name, *cells)
+    return grid
 
 
 def measure(bench: Bench, data: Path, *, quick: bool) -> Report:
     report = Report(title="kairos")
     tail = long_tail("long tail", LAW, straggler=True, rates=CURVE)
+    replays = [] if quick else _there(replayed(LAW, data), data, report)
+    knees: list[Wish] = [(it, SYSTEMS[:1], it.rates) for it in replays]
+    bench.run([(tail, SYSTEMS[:1], KNEE_RATES), *knees], "where the baseline breaks down")
     knee = bench.knee(tail, KNEE_RATES)
     rates = sorted({knee, OVERLOAD} if quick else {2.0, 3.0, knee, OVERLOAD})
-    bench.run(tail, bench.systems, rates)
-    for rate in rates:
-        title = f"Long tail at {rate:g} QPS{', the knee' if rate == knee else ''}"
-        report.tables.append(table_of(bench, tail, rate, title))
-        report.notes.append(stock_keeps(bench, tail, rate))
-    if not quick:
-        _pools(bench, knee, report)
+    at = [(it, bench.knee(it, it.rates)) for it in replays]
+    wishes: list[Wish] = [(tail, bench.systems, rates)]
     if quick:
         report.notes.append("--quick: three systems, no curve, no other traffic")
+        bench.run(wishes, tail.name)
     else:
-        _the_rest(bench, tail, data, report)
+        wishes += [(it, bench.systems, [rate]) for it, rate in at]
+        _add_the_rest(bench, tail, knee, at, wishes, report)
+    for place, rate in enumerate(rates):
+        title = f"Long tail at {rate:g} QPS{', the knee' if rate == knee else ''}"
+        report.tables.insert(place, table_of(bench, tail, rate, title))
+    report.tables.append(kept_table(bench, [*((tail, rate) for rate in rates), *at]))
     report.checks = checks_of(bench, tail, knee)
     for what in ("ttft", "tpot", "both"):
         gains = bench.results.gains(tail, RESCUED, knee, what)
@@ -275,33 +305,49 @@ def measure(bench: Bench, data: Path, *, quick: bool) -> Report:
     return report
 
 
-def _pools(bench: Bench, knee: float, report: Report) -> None:
-    """What placing does for the decode side: two pairs of servers at twice the rate."""
-    tail = long_tail("two pairs", LAW, straggler=True, rates=(2 * knee,))
-    two = replace(tail, fleet=minimax(LAW, straggler=True, pairs=2))
-    bench.run(two, PLACED, two.rates)
-    title = f"Two pairs of servers at {2 * knee:g} QPS"
-    report.tables.append(table_of(bench, two, two.rates[0], title, PLACED))
+def _there(traffics: Iterable[Traffic], data: Path, report: Report) -> list[Traffic]:
+    found = []
+    for traffic in traffics:
+        if (data / traffic.workload.trace).is_file():
+            found.append(traffic)
+        else:
+            report.notes.append(f"{traffic.name}: {traffic.workload.trace} is not there")
+    return found
 
 
-def _the_rest(bench: Bench, tail: Traffic, data: Path, report: Report) -> None:
+def _add_the_rest(
+    bench: Bench,
+    tail: Traffic,
+    knee: float,
+    at: Sequence[tuple[Traffic, float]],
+    wishes: list[Wish],
+    report: Report,
+) -> None:
+    """All that is left is run in one go."""
     named = {it.name: it for it in SYSTEMS}
-    bench.run(tail, [named[name] for name in (BASELINE, PRINTED, REPAIRED, RESCUED)], CURVE)
-    report.tables.append(curve_of(bench, tail, CURVE))
     by_sum = long_tail("steps by the sum of contexts", SUM_LAW, straggler=False, rates=(2.0, 2.4))
+    two = long_tail("two pairs", LAW, straggler=True, rates=(2 * knee,))
+    pairs = [(replace(two, fleet=minimax(LAW, straggler=True, pairs=2)), 2 * knee)]
+    pairs += [(on_two_pairs(it), 2 * rate) for it, rate in at]
+    mixed = [(beside_offline(it), 0.8 * rate) for it, rate in at]
+    wishes.append((tail, [named[it] for it in (BASELINE, PRINTED, REPAIRED, RESCUED)], CURVE))
+    wishes.append((by_sum, bench.systems, by_sum.rates))
+    wishes += [(it, PLACED, [rate]) for it, rate in pairs]
+    wishes += [(it, MIXED, [rate]) for it, rate in mixed]
+    bench.run(wishes, "everything")
+    for it, rate in pairs:
+        title = f"{it.name}, two pairs of servers at {rate:g}"
+        report.tables.append(table_of(bench, it, rate, title, PLACED))
+    report.tables.append(curve_of(bench, tail, CURVE))
     for rate in by_sum.rates:
-        bench.run(by_sum, bench.systems, [rate])
         title = f"The same machine, {by_sum.name}, {rate:g} QPS"
         report.tables.append(table_of(bench, by_sum, rate, title))
-    for traffic in replayed(LAW, data):
-        if not (data / traffic.workload.trace).is_file():
-            report.notes.append(f"{traffic.name}: {traffic.workload.trace} is not there")
-            continue
-        rate = bench.knee(traffic, traffic.rates)
-        bench.run(traffic, bench.systems, [rate])
-        title = f"{traffic.name}, {rate:g} times its pace, its knee"
-        report.tables.append(table_of(bench, traffic, rate, title))
-        report.notes.append(stock_keeps(bench, traffic, rate))
+    for it, rate in at:
+        title = f"{it.name}, {rate:g} times its pace, its knee"
+        report.tables.append(table_of(bench, it, rate, title))
+    for it, rate in mixed:
+        title = f"{it.name} beside a backlog of offline work, {rate:g} times its pace"
+        report.tables.append(table_of(bench, it, rate, title, MIXED))
 
 
 def main() -> int:

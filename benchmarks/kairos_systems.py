@@ -33,7 +33,7 @@ from gateway.scenario import (
 )
 from gateway.simulation.oracles import NO_ORACLE
 from policies.registry import DISPLACE, ORDER, PLACE
-from policies.types import Role
+from policies.types import Kind, Role
 
 ORACLE = "srpf-oracle"
 BASELINE = "FCFS, continuous batching"
@@ -64,13 +64,20 @@ class System:
     packing: str = "all"
     prefill_order: str = "fcfs"
     unified: bool = False
+    door: str = "open"
+    tells_classes: bool = True
+    priority: bool = False
+    """Servers that take online prompts first."""
 
     def fleet(self, like: FleetEntry) -> FleetEntry:
         mode = PATCHED if self.needs == PATCHED else STOCK
         servers = tuple(
-            replace(it, schedule_policy=self.schedule_policy)
-            if not self.unified
-            else replace(it, schedule_policy=self.schedule_policy, role=Role.UNIFIED)
+            replace(
+                it,
+                schedule_policy=self.schedule_policy,
+                priority=self.priority,
+                role=Role.UNIFIED if self.unified else it.role,
+            )
             for it in like.server
         )
         if self.unified:
@@ -92,8 +99,13 @@ class System:
             name=self.name,
             fleet=self.name,
             oracle=self.oracle,
+            door=self.door,
+            tells_classes=self.tells_classes,
             policies=Policies(
-                order=self.order, displace=self.displace, place=self.place, pools="none"
+                order=self.order,
+                displace=self.displace,
+                place=self.place,
+                pools="none",
             ),
             admission=Admission(prefill_chunks=chunks, kv_watermark=1.0),
         )
@@ -113,7 +125,7 @@ def at_the_gateway() -> Iterator[System]:
             yield System(name=f"gateway {order}", order=order, held=2)
     for displace in DISPLACE:
         if displace != "none":
-            for order in ("kairos", "salvage"):
+            for order in ("kairos", "salvage") if displace == "by-cost" else ("salvage",):
                 name = f"gateway {order}, displaced {displace}"
                 yield System(name=name, order=order, displace=displace, held=2)
 
@@ -161,6 +173,21 @@ PLACED: tuple[System, ...] = (
 """Where there are several servers of a role, the choice among them counts too."""
 
 
+V1: Ahead = {"held": 2, "order": "fcfs"}
+"""Of the peers' classes of requests."""
+MIXED: tuple[System, ...] = (
+    System(name=BASELINE, tells_classes=False),
+    System(name="xLLM v0, base P/D", tells_classes=False, **V1),
+    System(name="xLLM v1, online first", priority=True, **V1),
+    System(name="SMG's classes", priority=True, door="priority-classes", **V1),
+    System(name="AIMD", priority=True, door="aimd", **V1),
+    System(name="HyGen-like budget", priority=True, door="latency-budget", **V1),
+    System(name="gateway salvage", priority=True, order="salvage", held=2),
+    System(name="gateway salvage, slices", order="salvage", held=2, displace="cheapest"),
+)
+"""Where offline work is there too; the first one does not know which it is."""
+
+
 def minimax(law: Law, *, straggler: bool, pairs: int = 1) -> FleetEntry:
     """MiniMax-M2.5 on four H200 for prefill and four for decode, by the fits to the paper."""
     server = ServerEntry(
@@ -203,6 +230,7 @@ class Traffic:
     law: Law | None = None
     """Where the trace is made here, anew for each seed."""
     duration_s: float = 0.0
+    offline: tuple[WorkloadEntry, ...] = ()
     notes: tuple[str, ...] = ()
     files: Mapping[str, Path] = field(default_factory=dict)
 
@@ -223,7 +251,10 @@ class Traffic:
             duration_s=self.duration_s,
             gateway=GatewayEntry(tick_ms=1_000.0),
             fleet=(system.fleet(self.fleet),),
-            workload=(replace(workload, rate_scale=workload.rate_scale * rate),),
+            workload=(
+                replace(workload, rate_scale=workload.rate_scale * rate),
+                *self.offline,
+            ),
             policy=(system.policy(),),
         )
         return planned(scenario, data)
@@ -236,6 +267,40 @@ def long_tail(name: str, law: Law, *, straggler: bool, rates: Sequence[float]) -
         workload=targets(TTFT_S * 1e3, TPOT_S * 1e3),
         rates=tuple(rates),
         law=law,
+    )
+
+
+def on_two_pairs(traffic: Traffic) -> Traffic:
+    """Twice the servers, for a share of the time."""
+    servers = tuple(replace(it, count=2) for it in traffic.fleet.server)
+    return replace(
+        traffic,
+        name=f"{traffic.name}, two pairs",
+        fleet=replace(traffic.fleet, server=servers),
+        duration_s=traffic.duration_s / 2,
+    )
+
+
+def beside_offline(traffic: Traffic) -> Traffic:
+    """As many clients as keep a batch busy, each with the next prompt once it has its answer."""
+    batch = WorkloadEntry(
+        name="batch",
+        kind=Kind.OFFLINE,
+        arrivals="closed",
+        clients=8,
+        input_median=2_400.0,
+        input_sigma=0.4,
+        input_max=8_000,
+        output_median=260.0,
+        output_sigma=0.4,
+        output_max=1_000,
+        max_tokens=1_024,
+    )
+    return replace(
+        traffic,
+        name=f"{traffic.name}, mixed",
+        offline=(batch,),
+        duration_s=traffic.duration_s / 2,
     )
 
 

@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+from backends.actuators.ray import Actors, RayTurn
 from backends.actuators.relaunch import Relauncher, RelaunchTurn
 from backends.actuators.sglang import SglangTurn
 from backends.actuators.turning import Turn
@@ -20,6 +21,7 @@ from backends.fleet.control import FleetSocket
 from backends.sglang import Sglang
 from gateway.settings import ConfigError, bounded
 from policies.clock import Clock
+from policies.types import Pool
 
 
 class Actuation(StrEnum):
@@ -35,8 +37,10 @@ class Actuation(StrEnum):
     """Servers are Ray actors, which start their process in the other role."""
 
 
-ACTUATOR_KEYS = ("actuator", "relaunch", "webhook", "kubernetes")
+ACTUATOR_KEYS = ("actuator", "relaunch", "webhook", "kubernetes", "ray")
 """What cannot change while the gateway runs."""
+ELASTIC = frozenset({Actuation.KUBERNETES, Actuation.RAY})
+"""They start servers and end them, too."""
 TYPICAL_S = {Actuation.SGLANG: 5.0}
 """What a switch takes until one was measured; what starts a process anew takes LAUNCH_S."""
 LAUNCH_S = 45.0
@@ -88,6 +92,39 @@ class Kubernetes:
     """How often the pods are listed."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ray:
+    command: str = ""
+    """What starts a server on a node, such as `python3 -m sglang.launch_server --model-path ...`;
+    its address and its role come behind it. Required."""
+    prefill: int = bounded(0, low=0)
+    """Prefill servers at the beginning."""
+    decode: int = bounded(0, low=0)
+    """Decode servers at the beginning."""
+    gpus: float = bounded(1.0, low=0)
+    """Of one server: as many as its tensor parallelism."""
+    cpus: float = bounded(1.0, low=0)
+    """Of one server, in Ray's books."""
+    pool: Pool = Pool.STRICT
+    """Of all of them: `policies.pools`."""
+    address: str = "auto"
+    """The cluster; auto: the one that this machine is a node of."""
+    namespace: str = "slackwater"
+    """Only one gateway at a time changes the servers of a namespace; the others follow it."""
+    python: str = ""
+    """An interpreter with the cluster's versions of Ray and Python. Empty: the gateway's own."""
+    outlive: bool = False
+    """Whether servers go on without the gateway, to be found again by the next one."""
+    start_s: float = bounded(600.0, low=1)
+    """A server that is not ready by then is brought back to what it was."""
+    poll_s: float = bounded(2.0, low=0.1)
+    """How often the actors are asked how they are."""
+    log: str = ""
+    """What Ray itself has to say goes to this file. Empty: nowhere."""
+    join_s: float = bounded(60.0, low=1)
+    """The cluster must be joined within this time; else the gateway does not start."""
+
+
 class Settings(Protocol):
     """What `[ratio]` says of actuators."""
 
@@ -103,6 +140,8 @@ class Settings(Protocol):
     def webhook(self) -> Webhook: ...
     @property
     def kubernetes(self) -> Kubernetes: ...
+    @property
+    def ray(self) -> Ray: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,11 +202,19 @@ def _kubernetes(settings: Settings, around: Surroundings) -> Turn:
     return turn
 
 
+def _ray(settings: Settings, around: Surroundings) -> Turn:
+    told = settings.ray
+    if not told.command.split():
+        raise ConfigError("ratio.ray.command is missing")
+    return RayTurn(Actors(**asdict(told)), around.clock, around.rng, around.tasks, around.roll)
+
+
 _MAKERS: dict[Actuation, Callable[[Settings, Surroundings], Turn]] = {
     Actuation.SGLANG: _sglang,
     Actuation.RELAUNCH: _relaunch,
     Actuation.WEBHOOK: _webhook,
     Actuation.KUBERNETES: _kubernetes,
+    Actuation.RAY: _ray,
 }
 
 

@@ -12,13 +12,15 @@ Due = KeyedHeap[tuple[int, ...]]
 class Agenda:
     """While the alarm lies ahead nothing is due, and nobody has to look at the heaps."""
 
-    __slots__ = ("alarm_us", "give_up", "later")
+    __slots__ = ("alarm_us", "give_up", "held", "later")
 
     def __init__(self) -> None:
         self.give_up: Due = KeyedHeap()
         """All jobs that wait, by when waiting is over for them."""
         self.later: Due = KeyedHeap()
         """Those of them that wait for their next attempt, by when it may come."""
+        self.held: Due = KeyedHeap()
+        """Queues whose first is held back for company, by when it goes without."""
         self.alarm_us = 0
         """Never later than anything due; 0: something has changed, so it is not known."""
 
@@ -37,7 +39,7 @@ class Agenda:
     def next_alarm(self, others_us: Iterable[int]) -> int:
         due = [
             first[0]
-            for heap in (self.later, self.give_up)
+            for heap in (self.later, self.give_up, self.held)
             if (first := heap.first_key()) is not None
         ]
         self.alarm_us = min([*due, *others_us])

@@ -48,11 +48,12 @@ from gateway.pages import Pages
 from gateway.passing import Passing
 from gateway.probe import Prober
 from gateway.ratio_control import RatioControl
+from gateway.relaxed import RelaxedWatch
 from gateway.roll import Roll
 from gateway.router import Router
 from policies.clock import Clock
 from policies.events import Event, Wakeup, WorkerGone
-from policies.types import Pool, Role, Worker
+from policies.types import Worker
 
 log = structlog.get_logger("slackwater")
 
@@ -108,10 +109,14 @@ class Gateway:
             self.core, clock, self.backend, self.control.decided, actuator=self._actuator
         )
         self.control.adopt(config, self.driver)
+        self.relaxed = RelaxedWatch(self.core, clock, config)
         self.metrics = Metrics(self.core, self.backend.now_us)
         self.metrics.registry.register(self.control)
         self.front = Front(config, self.driver, self.backend, self.metrics, clock, rng, write_line)
-        self.batches = batches(config.batch, self.front, clock, rng)
+        self._passing = Passing(self.front, self.core, self.backend, clock, rng)
+        self.batches = batches(
+            config.batch, self.front, self._passing, self.backend.runs, self.metrics, clock, rng
+        )
         self._entries: dict[str, WorkerEntry] = {}
         self._runner: web.ServerRunner | None = None
         self.hurry = False
@@ -141,7 +146,7 @@ class Gateway:
             keepalive_timeout=server.header_timeout_s,
         )
         self._say_what_predicts()
-        self._say_who_is_relaxed()
+        self.relaxed.start()
         self._runner = web.ServerRunner(listener, shutdown_timeout=1.0)
         await self._runner.setup()
         try:
@@ -156,7 +161,6 @@ class Gateway:
         self.driver.post(event)
 
     def pages(self) -> Pages:
-        passing = Passing(self.front, self.core, self.backend, self._clock, self._rng)
         return Pages(
             self._config,
             self.front,
@@ -164,7 +168,7 @@ class Gateway:
             self.backend,
             self.prober,
             self.metrics,
-            passing,
+            self._passing,
             self._tasks,
         )
 
@@ -176,16 +180,6 @@ class Gateway:
                 "no model and device under [cost] for some servers: their step times are ranked "
                 "in the proportions of an 8B model on an H100, prefill times by what is seen",
                 workers=unknown,
-            )
-
-    def _say_who_is_relaxed(self) -> None:
-        workers = [ledger.worker for ledger in self.core.ledgers.values()]
-        decodes = [worker for worker in workers if worker.role is not Role.PREFILL]
-        is_relaxed = any(worker.pool is Pool.RELAXED for worker in decodes)
-        if decodes and not is_relaxed and self._config.policies.pools == "latency":
-            log.info(
-                "no relaxed server decodes: colocation.without_relaxed says what offline work does",
-                without_relaxed=self._config.colocation.without_relaxed.value,
             )
 
     async def _wait_for_first_looks(self, looks: list[asyncio.Event]) -> None:
@@ -236,6 +230,7 @@ class Gateway:
         self.control.adopt(config, self.driver)
         self.driver.post(Wakeup())
         self.front.adopt(config)
+        self.relaxed.adopt(config)
         self.backend.patience = patience_of(config.timeouts)
         self.prober.settings = config.telemetry
         self._tell_engines(config)
@@ -279,7 +274,7 @@ class Gateway:
         """No new requests; those under way may end until the time for it is over."""
         self.front.draining = True
         if self.batches is not None:
-            self.batches.drain(self._config.server.drain_s)
+            self.batches.drain(min(self._config.server.drain_s, self._config.batch.drain_s))
         until_s = self._clock.time() + self._config.server.drain_s
         log.info("draining", requests=len(self.front), for_s=self._config.server.drain_s)
         while len(self.front) and self._clock.time() < until_s and not self.hurry:
@@ -291,6 +286,7 @@ class Gateway:
 
     async def close(self) -> None:
         self.prober.close()
+        self.relaxed.close()
         self.link.close()
         self.control.close()
         await self._actuator.close()

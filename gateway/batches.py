@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from random import Random
 from typing import Protocol
 
+from gateway.batch.attempts import Attempts
+from gateway.batch.files import Blobs
+from gateway.batch.gauges import BatchGauges
+from gateway.batch.lines import bodies
+from gateway.batch.objects import Row
+from gateway.batch.pace import PaceRule
+from gateway.batch.runner import Rows, Runner, RunnerRule
 from gateway.batch.settings import BatchSettings
 from gateway.clock import unix_us
 from gateway.front import Front
+from gateway.metrics import Metrics
+from gateway.passing import Passing
 from gateway.router import Route
 from gateway.settings import ConfigError
 from policies.clock import Clock
@@ -30,10 +39,14 @@ class Batches(Protocol):
 def batches(
     settings: BatchSettings,
     front: Front,
+    passing: Passing,
+    runs: Callable[[str], bool],
+    metrics: Metrics,
     clock: Clock,
     rng: Random,
     now_us: Callable[[], int] = unix_us,
 ) -> Batches | None:
+    """`runs`: whether a job is at a server now."""
     if not settings.is_on:
         return None
     try:
@@ -42,5 +55,18 @@ def batches(
         message = f"[batch] needs {error.name}: pip install 'slackwater[batch]'"
         raise ConfigError(message) from None
     own = Random(rng.getrandbits(128))
-    made: Batches = service.Service(settings, front, clock, own, now_us)
+    rule = RunnerRule(
+        checkpoint_s=settings.checkpoint_s, pace=PaceRule(most_held=settings.rows_held)
+    )
+
+    def make_runner(store: Rows, blobs: Blobs) -> Runner:
+        async def read(rows: Sequence[Row]) -> list[bytes]:
+            return await bodies(blobs, rows)
+
+        attempts = Attempts(front, passing)
+        runner = Runner(store, read, attempts, runs, clock, now_us, own, rule)
+        metrics.registry.register(BatchGauges(runner, now_us))
+        return runner
+
+    made: Batches = service.Service(settings, front, clock, own, now_us, make_runner)
     return made

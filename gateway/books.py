@@ -6,6 +6,7 @@ from gateway.lifecycle import State, Step, advance
 from gateway.servers import Candidates
 from policies.breaker import Breaker
 from policies.events import Reason
+from policies.gather import Bucket
 from policies.ledger import Ledger
 from policies.order import Key, Movement, Order, Outlook
 from policies.queue import KeyedHeap
@@ -199,7 +200,7 @@ class Ticket:
         watched = decode.offline.decodes or decode.online.last_pace_us
         if watched and self.job.kind is not _OFFLINE:
             if self.told_us:
-                decode.online.paced(now_us - self.told_us, fresh, now_us)
+                decode.paced(now_us - self.told_us, fresh, now_us)
             self.told_us = now_us
         else:
             self.told_us = 0  # what comes until it is told again is not in its tokens
@@ -248,6 +249,7 @@ class Lane:
         """Jobs that no server in rotation could take: they must not block those that can go."""
         self.waiting_tokens = dict.fromkeys(Kind, 0)
         self.last_key: dict[Kind, Key] = {}
+        self.buckets = {kind: Bucket() for kind in Kind}
         self._moving: dict[Kind, Movement] = {}
         self.candidates: dict[Kind, Candidates] = {}
 

@@ -9,6 +9,7 @@ from random import Random
 from typing import Any, Protocol
 
 import orjson
+import structlog
 
 from backends.chat import OPENAI_DEFAULTS, Fields, Turn, turn_of
 from backends.exchange import Client, Exchange
@@ -23,6 +24,8 @@ from gateway.dialects import Ask, Dialect
 from gateway.settings import ConfigError
 from policies.events import Fail, Fault, Reason, Reject
 from policies.types import Job, Kind, Resume
+
+log = structlog.get_logger("slackwater")
 
 _PREFIX = "chatcmpl-"
 _LOST = "no server parsed the answer's reasoning and tool calls"
@@ -57,19 +60,34 @@ class Chats:
         self._rng = rng
         self._resumes = True
         self._sampling: Fields | None = None
+        self._told: set[tuple[str, str]] = set()
 
     def adopt(self, *, resumes: bool, generation_config: str) -> None:
         self._resumes = resumes
         self._sampling = sampling_in(generation_config)
+        self._told.clear()
 
     def turn(self, ask: Ask, kind: Kind, model: str) -> Turn | None:
         if ask.dialect is not Dialect.CHAT or kind is not Kind.OFFLINE or not self._resumes:
             return None
-        if ask.samples > 1 or (route := self._backend.chat_route(model)) is None:
+        if (route := self._backend.chat_route(model)) is None:
+            self._tell_once(model, "its servers do not say what their chats depend on, or differ")
             return None
         # One file tells of one model.
         sampling = self._sampling if len(self._backend.models) == 1 else None
-        return turn_of(ask.body, route, sampling)
+        turn = None if ask.samples > 1 else turn_of(ask.body, route, sampling)
+        if turn is None and route.defaults is None and sampling is None:
+            self._tell_once(model, "chat.generation_config does not say what its sampling is")
+        return turn
+
+    def _tell_once(self, model: str, why: str) -> None:
+        if (model, why) not in self._told:
+            self._told.add((model, why))
+            log.info(
+                "offline chats are not asked for as token ids: after a preemption they begin anew",
+                model=model,
+                why=why,
+            )
 
     def as_ids(self, exchange: Exchange, job: Job, turn: Turn) -> Job:
         """Turns the exchange of a chat into one of /generate, which can be resumed."""

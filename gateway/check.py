@@ -19,6 +19,7 @@ from rich.table import Table
 from backends.http import Upstream
 from backends.sglang import Server
 from gateway import serve, terminal
+from gateway.actuator_check import actuator_findings, finds_servers
 from gateway.clock import LiveClock
 from gateway.config import Config, WorkerEntry, worker_of
 from gateway.facts import Facts, learn, load_age_s
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_check(given: argparse.Namespace) -> int:
     """0: all fits; 1: some requests would fail. A wrong configuration is 2, by its own way."""
     config = serve.configuration(given)
-    if not config.worker:
+    if not config.worker and not finds_servers(config):
         raise ConfigError(
             "no server to check: give --prefill, --decode or --worker-urls, "
             "or a --config FILE with [[worker]] tables"
@@ -99,6 +100,7 @@ async def inspect(config: Config, clock: Clock, rng: random.Random, timeout_s: f
         stale_s=config.telemetry.stale_ms / 1000,
         keeps_pools=config.policies.pools == "latency",
     )
+    found += await actuator_findings(config, clock, rng)
     return Report(servers=tuple(facts), trials=tuple(trials), findings=tuple(found))
 
 

@@ -18,10 +18,9 @@ Pair = tuple[Ledger, Ledger]
 """A prefill and a decode server, or one unified server as both."""
 
 
-def choose(
-    job: Job, candidates: Candidates, admit: Admit, place: Place, now_us: int
-) -> Pair | None:
-    pair = _pair(job, candidates, admit, place, now_us)
+def choose(job: Job, candidates: Candidates, rules: Rules, now_us: int) -> Pair | None:
+    admit, place = rules.admit, rules.place
+    pair = _pair(job, candidates, rules, now_us)
     if not candidates.unified:
         return pair
     options: list[Pair] = [
@@ -29,16 +28,20 @@ def choose(
         for ledger in candidates.unified
         if ledger.usable(now_us) and admit.prefill(job, ledger) and admit.decode(job, ledger)
     ]
-    if pair is not None:
+    is_whole = bool(options) and job.prompt_tokens <= rules.gather.whole_tokens
+    if pair is not None and not is_whole:
         options.append(pair)
     if len(options) < 2:
         return options[0] if options else None
     return _shortest(job, options, place)
 
 
-def _pair(job: Job, candidates: Candidates, admit: Admit, place: Place, now_us: int) -> Pair | None:
+def _pair(job: Job, candidates: Candidates, rules: Rules, now_us: int) -> Pair | None:
     """Prefill first: while none is free, which is most of the time, decode is not looked at."""
+    admit, place = rules.admit, rules.place
     free = [e for e in admit.prefills(job, candidates.prefills) if e.usable(now_us)]
+    if rules.gather.holds:
+        free = rules.gather.servers(job, free, now_us)
     if not free or not candidates.decodes:
         return None
     decode = _decode(job, candidates.decodes, admit, place, now_us)
@@ -110,11 +113,14 @@ def without_failed(
 def outlook_of(candidates: Candidates, waiting_tokens: int, now_us: int) -> Outlook:
     """The pace of the servers in rotation, and what they and others have to do first."""
     servers, known, tokens_per_us = 0, 0, 0.0
-    for ledger in candidates.prefills + candidates.unified:
+    for ledger in (*candidates.prefills, *candidates.unified):
         if ledger.usable(now_us):
             servers += 1
             waiting_tokens += ledger.prefill_tokens
-            if (rate := ledger.prefill_tokens_per_us) is not None:
+            rate = ledger.prefill_rate.tokens_per_us
+            if rate is None:
+                rate = ledger.prefill_tokens_per_us  # as predicted
+            if rate is not None:
                 known += 1
                 tokens_per_us += rate
     return Outlook(now_us, tokens_per_us / max(1, known), max(1, servers), waiting_tokens)

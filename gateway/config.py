@@ -7,7 +7,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from backends.sglang import Patience
-from gateway.actuation import LAUNCH_S, TYPICAL_S, Actuation, Kubernetes, Relaunch, Webhook
+from gateway.actuation import (
+    ELASTIC,
+    LAUNCH_S,
+    TYPICAL_S,
+    Actuation,
+    Kubernetes,
+    Ray,
+    Relaunch,
+    Webhook,
+)
 from gateway.batch.settings import BatchSettings, batch_beside, check_batch
 from gateway.chats import sampling_in
 from gateway.core import Rules
@@ -23,7 +32,7 @@ from policies.demand import Targets
 from policies.pools import ByLatency, Pools, WithoutRelaxed
 from policies.preempt import AbortRule, ForSlack, GiveWay, Stay
 from policies.ratio import DopdPlus
-from policies.registry import DISPLACE, ORDER, PLACE, POOLS, PREEMPT, RATIO
+from policies.registry import DISPLACE, GATHER, ORDER, PLACE, POOLS, PREEMPT, RATIO
 from policies.retry import RetryRule
 from policies.steps import Costs
 from policies.types import Kind, Pool, Role, Worker
@@ -84,6 +93,8 @@ class Policies:
     """Which queued prompt goes next."""
     displace: str = one_of("none", DISPLACE)
     """How a long prompt is kept from blocking its server: it makes way, or goes out in parts."""
+    gather: str = one_of("none", GATHER)
+    """Whether short prompts are sent to a prefill server together, and long ones alone."""
     place: str = one_of("least-work", PLACE)
     """Which of the servers that may take a job gets it."""
     pools: str = one_of("latency", POOLS)
@@ -289,9 +300,13 @@ class RatioSettings:
     actuator: Actuation = Actuation.SGLANG
     """What changes a server: SGLang's own role switch, or one of the tables below. A change of it,
     or of its table, needs a restart."""
+    budget_gpus: int = bounded(0, low=0)
+    """GPUs that prefill and decode servers may have together, where the actuator starts and ends
+    servers: kubernetes, ray. 0: as many servers as there are."""
     relaunch: Relaunch = field(default_factory=Relaunch)
     webhook: Webhook = field(default_factory=Webhook)
     kubernetes: Kubernetes = field(default_factory=Kubernetes)
+    ray: Ray = field(default_factory=Ray)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -427,6 +442,12 @@ def worker_of(entry: WorkerEntry, where: str) -> Worker:
     )
 
 
+def tp_of(config: Config) -> dict[str, int]:
+    """GPUs of each server, and under no name of those that say nothing of it."""
+    own = zip(workers_of(config), config.worker, strict=True)
+    return {"": config.cost.tp, **{it.name: entry.tp for it, entry in own if entry.tp}}
+
+
 def control_of(ratio: RatioSettings, targets: Targets) -> Control | None:
     """None where nobody is to look: the fleet stays as it is."""
     if ratio.policy == "static":
@@ -441,6 +462,7 @@ def control_of(ratio: RatioSettings, targets: Targets) -> Control | None:
         quantile=ratio.quantile,
         targets=replace(targets, attained=ratio.attained),
         lease_s=ratio.lease_s,
+        budget_gpus=ratio.budget_gpus if ratio.actuator in ELASTIC else 0,
         switch_s=TYPICAL_S.get(ratio.actuator, LAUNCH_S),
         launch_s=LAUNCH_S,
     )
@@ -451,6 +473,7 @@ def rules_of(config: Config) -> Rules:
     return Rules(
         order=ORDER[config.policies.order](),
         displace=DISPLACE[config.policies.displace](),
+        gather=GATHER[config.policies.gather](),
         place=PLACE[config.policies.place](),
         pools=_pools(config),
         admit=_admit(config),

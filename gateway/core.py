@@ -211,11 +211,30 @@ class Core:
         kind = ticket.job.kind
         if kind is _OFFLINE and self._lanes.online_waits_beside(lane):
             return False
-        pair = self._choose(ticket, self._lanes.candidates(lane, kind, now_us), now_us)
+        candidates = self._lanes.candidates(lane, kind, now_us)
+        if self._rules.gather.holds and self._holds(ticket.job, lane, candidates, now_us):
+            return False
+        pair = self._choose(ticket, candidates, now_us)
         if pair is None:
             return False
+        self._open_bucket(lane, kind, now_us)
         self._place(ticket, *pair, now_us)
         return True
+
+    def _holds(self, job: Job, lane: Lane, candidates: Candidates, now_us: int) -> bool:
+        """The first of a queue, for others to come with it."""
+        kind = job.kind
+        tokens = max(lane.waiting_tokens[kind], job.prompt_tokens)
+        bucket, prefills = lane.buckets[kind], candidates.prefills
+        due_us = self._rules.gather.due_us(job, bucket, tokens, prefills, now_us)
+        if due_us:
+            self._agenda.put(self._agenda.held, f"{kind}/{lane.model}", due_us)
+        return due_us > 0
+
+    def _open_bucket(self, lane: Lane, kind: Kind, now_us: int) -> None:
+        if self._rules.gather.holds:
+            lane.buckets[kind].open(now_us)
+            self._agenda.held.discard(f"{kind}/{lane.model}")
 
     def _refusal(self, job: Job, lane: Lane, now_us: int) -> Reject | None:
         """What can be answered at once, before the job costs anything."""
@@ -448,6 +467,8 @@ class Core:
         for job_id in passed(self._agenda.later, now_us):
             ticket = self._tickets[job_id]
             self._enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
+        for _ in passed(self._agenda.held, now_us):
+            self._lanes.touch_all()
         for job_id in passed(self._agenda.give_up, now_us):
             self._reject(self._tickets[job_id], Reason.EXPIRED, now_us)
             self._lanes.touch_all()
@@ -489,9 +510,12 @@ class Core:
         while (job_id := lane.first(kind, order, outlook)) is not None:
             ticket = self._tickets[job_id]
             job = ticket.job
+            if self._rules.gather.holds and self._holds(job, lane, candidates, now_us):
+                return
             pair = self._choose(ticket, free, now_us)
             if pair is not None:
                 lane.take(job)
+                self._open_bucket(lane, kind, now_us)
                 self._agenda.give_up.discard(job_id)
                 self._place(ticket, *pair, now_us)
             elif ticket.stands_aside and len(held) < _MOST_HELD:
@@ -537,17 +561,18 @@ class Core:
     def _choose(
         self, ticket: Ticket, candidates: Candidates, now_us: int
     ) -> tuple[Ledger, Ledger] | None:
-        job, admit = ticket.job, self._rules.admit
+        job = ticket.job
         ticket.upto, ticket.waits_for, ticket.stands_aside = 0, "", False
         if ticket.avoid:
+            admit = self._rules.admit
             candidates = without_failed(job, candidates, ticket.avoid, admit, now_us)
         if ticket.leaves:
             others = candidates.without((ticket.leaves,))
-            if pair := choose(job, others, admit, self._rules.place, now_us):
+            if pair := choose(job, others, self._rules, now_us):
                 return pair
         if self._rules.displace.parts:
             return self._slicing.choose(ticket, candidates, self._rules, now_us)
-        return choose(job, candidates, admit, self._rules.place, now_us)
+        return choose(job, candidates, self._rules, now_us)
 
     def _place(self, ticket: Ticket, prefill: Ledger, decode: Ledger, now_us: int) -> None:
         """Booked in the step that decides, so that the next decision sees it."""
@@ -578,8 +603,9 @@ class Core:
         outlook = self._lanes.outlook(lane, job.kind, now_us) if order.moves else NO_OUTLOOK
         lane.put(job, order, outlook)
         agenda.put(agenda.give_up, job.id, job.give_up_us)
-        if lane.waiting[job.kind].peek() == job.id:
-            # Behind another it changes nothing: whoever is first was looked at already.
+        if lane.waiting[job.kind].peek() == job.id or self._rules.gather.holds:
+            # Behind another it changes nothing: whoever is first was looked at already. Unless
+            # that one waits for company.
             self._lanes.touch(lane)
 
     # Small questions.

@@ -271,7 +271,7 @@ class Planner:
                 self._want(spare, short, look, asked)
         for role, count in more.items():
             for _ in range(max(0, count)):
-                if self._size is not None:
+                if self._size is not None and look.fleet.is_elastic:
                     self._size.launch(role)
             for _ in range(max(0, -count)):
                 if look.fleet.is_elastic:

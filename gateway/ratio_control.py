@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 
 import structlog
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from backends.base import Size
 from backends.pause import pause
-from gateway.config import Config, control_of
+from gateway.config import Config, control_of, tp_of
 from gateway.core import Core
 from gateway.driver import Driver
 from gateway.planning import URGENT_S, Control, Look, Mode, Planner
@@ -39,12 +40,19 @@ class RatioControl(Collector):
         self._told: tuple[int, int, bool] | None = None
         self._outcomes: dict[Outcome, int] = {}
         self._drained_s = self._took_s = 0.0
+        self._tp = {"": 1}
+        """GPUs of a server: those of the ones that say so, and of all others."""
+        self._switch_s: float | None = None
+        """What the last switches took, their draining apart."""
 
     def adopt(self, config: Config, driver: Driver) -> None:
         """A changed policy begins anew; what was seen of the load stays where it can."""
         online = config.classes.online
         targets = Targets(ttft_s=online.ttft_ms / 1e3, tpot_s=online.tpot_ms / 1e3)
         control = control_of(config.ratio, targets)
+        if control is not None and self._switch_s is not None:
+            control = replace(control, switch_s=self._switch_s)
+        self._tp = tp_of(config)
         if self._planner is not None and control is not None:
             self._planner.adopt(control)
             return
@@ -55,7 +63,13 @@ class RatioControl(Collector):
 
     def _begin(self, control: Control, driver: Driver) -> None:
         planner = Planner(
-            self._core, self._clock, driver.post, control, size=self._size, told=self._look
+            self._core,
+            self._clock,
+            driver.post,
+            control,
+            gpus=lambda worker: self._tp.get(worker.name, self._tp[""]),
+            size=self._size,
+            told=self._look,
         )
         self._planner, driver.listen = planner, planner.hear
         self._loop = self._tasks.create_task(self._tick(planner))
@@ -84,6 +98,8 @@ class RatioControl(Collector):
         if over.outcome is not Outcome.HANGS:  # its end will be told, too
             self._drained_s += over.drained_us / 1e6
             self._took_s += over.took_us / 1e6
+        if over.outcome is Outcome.DONE and over.role is not None:
+            self._measured((over.took_us - over.drained_us) / 1e6)
         log.info(
             "role switch",
             worker=over.worker,
@@ -93,6 +109,14 @@ class RatioControl(Collector):
             took_s=over.took_us / 1e6,
             why=over.why,
         )
+
+    def _measured(self, took_s: float) -> None:
+        """The policies reckon with it from here on."""
+        was_s = self._switch_s
+        self._switch_s = took_s if was_s is None else (was_s + took_s) / 2
+        if self._planner is not None:
+            planner = self._planner
+            planner.adopt(replace(planner.control, switch_s=self._switch_s))
 
     def _look(self, look: Look) -> None:
         wanted = (look.plan.prefills, look.plan.decodes)

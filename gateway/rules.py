@@ -8,6 +8,7 @@ from gateway.switching import SwitchRule
 from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
 from policies.displace import Displace, Never
+from policies.gather import AtOnce, Gather
 from policies.order import Edf, Order
 from policies.place import LeastWork, Place
 from policies.pools import Pools, Shared
@@ -22,6 +23,7 @@ class Rules:
     """Every choice that the core leaves to policies; replaced whole by a reload."""
 
     order: Order = field(default_factory=Edf)
+    gather: Gather = field(default_factory=AtOnce)
     place: Place = field(default_factory=LeastWork)
     admit: Admit = field(default_factory=Headroom)
     displace: Displace = field(default_factory=Never)

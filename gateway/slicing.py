@@ -80,12 +80,12 @@ class Slicing:
         ledgers = where.prefills + where.unified
         size = 0 if ticket.whole else rules.displace.part_tokens(self._work(job, ledgers, now_us))
         if not size:
-            return choose(job, where, rules.admit, rules.place, now_us)
+            return choose(job, where, rules, now_us)
         upto = job.cached_tokens + size
         pages = max((it.worker.page_size for it in ledgers), default=1)
         part = job._replace(prompt_tokens=upto - upto % max(1, pages), max_tokens=1)
         free = where.only(lambda it: not self._has_part(it))
-        pair = choose(part, free, rules.admit, rules.place, now_us)
+        pair = choose(part, free, rules, now_us)
         if pair is not None:
             ticket.upto = part.prompt_tokens
         else:

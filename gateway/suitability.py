@@ -63,7 +63,7 @@ LEVERS = (
     Lever(
         name="role switch",
         key="enable_pd_role_switch",
-        without="its role can only be changed by a restart (no policy here changes roles); "
+        without="its role can only be changed by a restart (ratio.actuator has ways for that); "
         "--enable-pd-role-switch",
         roles=frozenset((Role.PREFILL, Role.DECODE)),
     ),

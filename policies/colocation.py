@@ -91,12 +91,13 @@ class Colocated(Headroom):
             return True  # it steps without them where a step would be too long
         context = ledger.context_tokens + ledger.foreign_tokens + coming
         context += (job.prompt_tokens + self.reserved(job)) / 2
-        now_us = ledger.steps.decode_us(ledger.decodes, ledger.context_tokens)
+        count, held_tokens, offline = ledger.paced_with
+        seen_us = ledger.steps.decode_us(count, held_tokens)
         step_us = ledger.steps.decode_us(ledger.decodes + 1 + expected, context)
         if ledger.worker.role is Role.UNIFIED:
             each_us = self._stall_us(job, ledger)
-            now_us += ledger.offline.decodes * each_us
+            seen_us += offline * each_us
             step_us += (ledger.offline.decodes + 1) * each_us
         # What a token is seen to take beyond what is predicted, it will take with one more job.
-        unexplained_us = max(0.0, online.last_pace_us - now_us)
+        unexplained_us = max(0.0, online.last_pace_us - seen_us)
         return step_us + unexplained_us <= self.step_share * online.tightest_us(self.tpot_us)

@@ -41,6 +41,11 @@ class Correction:
         centre = math.log(self.factor)
         return median(abs(math.expm1(ratio - centre)) for ratio in self.ratios)
 
+    @property
+    def is_in_force(self) -> bool:
+        """Whether the steps that are known outweigh those that are missing."""
+        return 2 * len(self.ratios) > WINDOW
+
     def age_us(self, now_us: int) -> int:
         """Since the last step that counted; as old as time itself before the first."""
         return now_us - self.updated_us

@@ -17,7 +17,7 @@ DISPLACES, SELECTS = "prefill", "decode"
 class PrefillRate:
     """Prompt tokens a microsecond while there was anything to do, over the last seconds of work."""
 
-    __slots__ = ("_busy_us", "_is_whole", "_since_us", "_tokens")
+    __slots__ = ("_busy_us", "_is_whole", "_since_us", "_tokens", "tokens_per_us")
 
     WINDOW_US = 10_000_000
     EVIDENCE_TOKENS = 2_048
@@ -29,6 +29,8 @@ class PrefillRate:
         """All that was worked on since then is there, or done."""
         self._busy_us = 0.0
         self._tokens = 0.0
+        self.tokens_per_us: float | None = None
+        """Kept: it is read at every look and changes with each prompt only."""
 
     def begin(self, now_us: int) -> None:
         self._since_us, self._is_whole = now_us, True
@@ -49,12 +51,10 @@ class PrefillRate:
         if self._busy_us > self.WINDOW_US:
             self._busy_us /= 2
             self._tokens /= 2
-
-    @property
-    def tokens_per_us(self) -> float | None:
-        if self._tokens < self.EVIDENCE_TOKENS or self._busy_us <= 0:
-            return None
-        return self._tokens / self._busy_us
+        if self._tokens >= self.EVIDENCE_TOKENS and self._busy_us > 0:
+            self.tokens_per_us = self._tokens / self._busy_us
+        else:
+            self.tokens_per_us = None
 
 
 class Offline:
@@ -97,6 +97,7 @@ class Ledger:
 
     __slots__ = (
         "_foreign_before",
+        "batch_tokens",
         "breaker",
         "chunk_tokens",
         "context_tokens",
@@ -110,11 +111,13 @@ class Ledger:
         "max_running",
         "offline",
         "online",
+        "paced_with",
         "prefill_rate",
         "prefill_tokens",
         "prefills",
         "prefixes",
         "reserved_tokens",
+        "sent_us",
         "steps",
         "switching",
         "up",
@@ -132,6 +135,10 @@ class Ledger:
         """Nothing new until it has its new role."""
         self.prefills = 0
         self.prefill_tokens = 0
+        self.sent_us = -1
+        """When the last prompt went there."""
+        self.batch_tokens = 0
+        """Of the prompts that went there together with it."""
         self.prefill_rate = PrefillRate()
         self.decodes = 0
         self.context_tokens = 0
@@ -146,6 +153,8 @@ class Ledger:
         self.max_running = worker.max_running
         self.offline = Offline()
         self.online = Tide()
+        self.paced_with = 0, 0, 0
+        """Its sequences, their tokens and the offline ones among them, when the pace was seen."""
         self.steps: Steps | None = None
         """Predicted step times, where the hardware is known."""
         self.line: tuple[float, float, float] | None = None
@@ -231,6 +240,8 @@ class Ledger:
             self.prefill_rate.begin(now_us)
         self.prefills += 1
         self.prefill_tokens += tokens
+        self.batch_tokens = tokens + (self.batch_tokens if self.sent_us == now_us else 0)
+        self.sent_us = now_us
 
     def prefilled(self, tokens: int, now_us: int) -> None:
         """The prompt is computed: what that took tells how fast the server is."""
@@ -244,6 +255,11 @@ class Ledger:
         self.prefills -= 1
         self.prefill_tokens -= tokens
         self.prefill_rate.broke_off()
+
+    def paced(self, us: int, tokens: int, now_us: int) -> None:
+        """An online job got so many tokens in that time."""
+        if self.online.paced(us, tokens, now_us):
+            self.paced_with = self.decodes, self.context_tokens, self.offline.decodes
 
     def add_decode(self, context: int, reserved: int) -> None:
         self.decodes += 1

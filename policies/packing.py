@@ -63,11 +63,15 @@ class Kairos:
     def choose(self, running: Sequence[Running], step_us: StepUs) -> list[int]:
         least_us = inf
         for row in running:
-            alone_us = step_us(1, row.context_tokens, row.context_tokens)
-            least_us = min(least_us, _slack_us(row) - alone_us)
+            if (slack_us := _slack_us(row)) < 0:
+                least_us = slack_us  # no step is as short as that: nobody is chosen
+                break
+            if slack_us < inf:
+                alone_us = step_us(1, row.context_tokens, row.context_tokens)
+                least_us = min(least_us, slack_us - alone_us)
         chosen: list[int] = []
         context, now_us = 0, 0.0
-        for index in _shortest_first(running):
+        for index in _shortest_first(running) if least_us >= 0 else ():
             tokens = running[index].context_tokens
             count = len(chosen) + 1
             then_us = step_us(count, context + tokens, tokens)

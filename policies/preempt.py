@@ -224,19 +224,11 @@ class ForSlack:
         return there_us < relaxed.steps.decode_us(relaxed.decodes, relaxed.context_tokens)
 
     def pull(self, strict: Ledger, relaxed: Ledger, victims: Victims) -> Victim | None:
-        """Of those for whom what its steps are shorter there, for the rest of the answer, is more
-        than its prompt costs again, the one whose length fills the strict server best."""
+        """The one whose length fills the strict server best, if what its steps are shorter there
+        for the rest of its answer is more than its prompt costs again."""
         if strict.steps is None or relaxed.steps is None:
             return None
-        rate = relaxed.steps.prefill_tokens_per_us
-        there_us, token_us = strict.steps.line(strict.decodes + 1, strict.context_tokens)
-        gain_us = relaxed.steps.decode_us(relaxed.decodes, relaxed.context_tokens) - there_us
-        fit = [
-            v
-            for v in victims
-            if v.left_tokens * (gain_us - v.context_tokens * token_us) > v.context_tokens / rate
-            and self._may_move(v)
-        ]
+        fit = [v for v in victims if self._may_move(v)]
         if not fit:
             return None
         target_us = strict.online.tightest_us(self.tpot_us)
@@ -245,10 +237,16 @@ class ForSlack:
             strict.decodes,
             strict.context_tokens,
             saturation=strict.steps.saturation,
-            step_s=target_us / strict.steps.decode.factor * 1e-6,
+            step_s=target_us / strict.steps.decode_factor * 1e-6,
             free_tokens=max(0, strict.kv_tokens - strict.reserved_tokens),
         )
-        return min(fit, key=lambda v: (abs(v.context_tokens - wanted), v.job_id))
+        best = min(fit, key=lambda v: (abs(v.context_tokens - wanted), v.job_id))
+        there_us = strict.steps.decode_us(
+            strict.decodes + 1, strict.context_tokens + best.context_tokens
+        )
+        here_us = relaxed.steps.decode_us(relaxed.decodes, relaxed.context_tokens)
+        again_us = best.context_tokens / relaxed.steps.prefill_tokens_per_us
+        return best if best.left_tokens * (here_us - there_us) > again_us else None
 
     def _may_move(self, victim: Victim) -> bool:
         is_free = victim.preemptions < self.protect_after

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from policies.displace import ByCost, Cheapest, Displace, Never, Slices
+from policies.gather import AtOnce, ByLength, Gather
 from policies.hrrn import Hrrn
 from policies.lengths import LengthSplit
 from policies.order import Edf, Fcfs, Order, Shortest
@@ -28,6 +29,7 @@ DISPLACE: dict[str, type[Displace]] = {
     "slices": Slices,
     "cheapest": Cheapest,
 }
+GATHER: dict[str, type[Gather]] = {"none": AtOnce, "by-length": ByLength}
 PLACE: dict[str, type[Place]] = {
     "least-work": LeastWork,
     "round-robin": RoundRobin,

@@ -85,6 +85,25 @@ def saturation_batch(cost: CostModel) -> int:
     return min(LARGEST_BATCH, greatest(memory_bound, 1, LARGEST_BATCH) + 1)
 
 
+KNEE_SHARE = 0.95
+SHORT_TOKENS = 256
+"""Of the prompts that share a batch, by which its attention is reckoned."""
+
+
+def throughput_knee(cost: CostModel, chunk_tokens: int, share: float = KNEE_SHARE) -> int:
+    """The fewest prompt tokens in a batch that reach a share of the best tokens a second."""
+    sizes = [*range(SHORT_TOKENS, chunk_tokens, SHORT_TOKENS), chunk_tokens]
+    rates = [size / _batch_s(cost, size) for size in sizes]
+    wanted = share * max(rates)
+    reached = (size for size, rate in zip(sizes, rates, strict=True) if rate >= wanted)
+    return int(next(reached))
+
+
+def _batch_s(cost: CostModel, tokens: int) -> float:
+    count = max(1, tokens // SHORT_TOKENS)
+    return cost.prefill_sums(count, tokens, 0, 0.5 * tokens * SHORT_TOKENS).seconds
+
+
 def linear_saturation_batch(
     model: Model,
     device: Device,

@@ -29,7 +29,10 @@ class StepTable:
         return len(self._cells)
 
     def step_us(self, count: int, context_tokens: int, longest_tokens: int) -> float:
-        cell = self._cells.get(self._cell(count, context_tokens, longest_tokens))
+        tokens = longest_tokens if self._by_longest else context_tokens
+        shift = tokens.bit_length() - 3
+        key = (count, (shift << 3) | (tokens >> shift) if shift > 0 else tokens)  # as in `_cell`
+        cell = self._cells.get(key)
         ratio = self._factor if cell is None else cell[0]
         return self._profile(count, context_tokens, longest_tokens) * ratio
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from policies.calibration import DecodeMoments
 from policies.correction import Correction, observe
 from policies.roofline import CostModel
-from policies.sizing import saturation_batch
+from policies.sizing import saturation_batch, throughput_knee
 from policies.step_line import SeenStep, StepLine
 from policies.types import Worker
 
@@ -58,6 +58,7 @@ class Steps:
         "_base_us",
         "_busy_us",
         "_computed_tokens",
+        "_knee_tokens",
         "_left",
         "_left_context",
         "_pairs",
@@ -88,7 +89,7 @@ class Steps:
         self._pairs = 0.0
         self._computed_tokens = self._busy_us = 0
         self._left = self._left_context = 0
-        self._saturation = 0
+        self._saturation = self._knee_tokens = 0
         self._told_us = 0
 
     def fits(self, cost: CostModel, chunk_tokens: int, replicas: int) -> bool:
@@ -110,9 +111,15 @@ class Steps:
         count = -(-count // self.replicas)
         if count >= len(self._base_us):
             self._tabulate(count)
-        factor = self.decode.factor
+        factor = self.decode_factor
         token_us = self._token_us[count] * factor / self.replicas
         return self._base_us[count] * factor + context_tokens * token_us, token_us
+
+    @property
+    def decode_factor(self) -> float:
+        """What is known of the other phase stands in while nothing is known of this one: a unified
+        server that computes a prompt before each step counts no steps."""
+        return (self.decode if self.decode.is_in_force else self.prefill).factor
 
     @property
     def prefill_tokens_per_us(self) -> float:
@@ -126,6 +133,13 @@ class Steps:
         if not self._saturation:
             self._saturation = saturation_batch(self.cost)
         return self._saturation * self.replicas
+
+    @property
+    def knee_tokens(self) -> int:
+        """Prompt tokens beyond which a larger batch is computed no faster for each of them."""
+        if not self._knee_tokens:
+            self._knee_tokens = throughput_knee(self.cost, self.chunk_tokens)
+        return self._knee_tokens
 
     def _tabulate(self, count: int) -> None:
         for known in range(len(self._base_us), count + 64):

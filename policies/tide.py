@@ -74,15 +74,18 @@ class Tide:
         ranked = sorted(self._rises)
         self.expected = ranked[ceil(self.QUANTILE * len(ranked)) - 1]
 
-    def paced(self, us: int, tokens: int, now_us: int = 0) -> None:
-        """A job got so many tokens in that time. What is told of several at once is one look."""
-        if now_us != self._looked_us or not self._watched_us:
+    def paced(self, us: int, tokens: int, now_us: int) -> bool:
+        """A job got so many tokens in that time. What is told of several at once is one look;
+        whether this is a new one."""
+        is_new = now_us != self._looked_us or not self._watched_us
+        if is_new:
             self._looked_us = now_us
             self._watched_us = self._watched_us * _PACE_KEPT + us
             self._paced_us *= _PACE_KEPT
             self._paced_tokens *= _PACE_KEPT
         self._paced_us += us
         self._paced_tokens += tokens
+        return is_new
 
     def forget_pace(self) -> None:
         """It will be another one, because of what has just been taken off."""

@@ -64,6 +64,7 @@ _SECTIONS = {
     "ratio.relaunch": "For ratio.actuator = relaunch.",
     "ratio.webhook": "For ratio.actuator = webhook.",
     "ratio.kubernetes": "For ratio.actuator = kubernetes, and the extra of that name.",
+    "ratio.ray": "For ratio.actuator = ray, and the extra of that name.",
     "batch": "The OpenAI Batch and Files API: docs/batch.md. A change needs a restart.",
     "log": "What goes to standard error.",
 }

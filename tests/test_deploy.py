@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from gateway.config import Config, workers_of
+from backends.actuators.kubernetes import Cluster, rights_of, workloads_of
+from backends.kubernetes.api import Api
+from gateway.config import Config, check, workers_of
 from gateway.errors import Code
 from gateway.settings import decode
 from tests.documents import ROOT
@@ -18,6 +23,7 @@ from tests.gateway.gateway_under_test import OFFLINE, UNIFIED, chat, standing
 DEPLOY = ROOT / "deploy"
 FILES = sorted(path for path in DEPLOY.iterdir() if path.is_file())
 KUBERNETES = (DEPLOY / "kubernetes.yaml").read_text()
+SCALING = (DEPLOY / "kubernetes-ratio.yaml").read_text()
 
 
 async def test_every_metric_named_in_deploy_stands_on_the_metrics_page() -> None:
@@ -52,6 +58,24 @@ def test_the_configuration_in_the_kubernetes_manifest_is_valid() -> None:
     grace = re.search(r"terminationGracePeriodSeconds: (\d+)", KUBERNETES)
     assert grace is not None
     assert int(grace[1]) > config.server.drain_s
+
+
+def test_the_example_that_scales_has_the_rights_that_are_asked_for_and_no_others() -> None:
+    block = SCALING.split("config.toml: |\n")[1].split("\n---")[0]
+    config = check(decode(Config, tomllib.loads(textwrap.dedent(block))))
+    told = config.ratio.kubernetes
+    assert f"name: {told.prefill}\n" in SCALING
+    assert f"name: {told.decode}\n" in SCALING
+    cluster = Cluster(prefill=told.prefill, decode=told.decode)
+    api = cast(Api, SimpleNamespace(namespace=""))
+    wanted = {(verb, group, name) for verb, group, name in rights_of(workloads_of(cluster, api))}
+    rules = re.findall(
+        r"^  - \{apiGroups: \[(.*)\], resources: \[(.*)\], verbs: \[(.*)\]\}", SCALING, re.MULTILINE
+    )
+    granted = {
+        (verb, group.strip('"'), name) for group, name, verbs in rules for verb in verbs.split(", ")
+    }
+    assert granted == wanted
 
 
 async def test_the_probes_ask_for_pages_that_there_are() -> None:

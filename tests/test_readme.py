@@ -23,7 +23,7 @@ from gateway.metrics import Metrics
 from gateway.ratio_control import RatioControl
 from gateway.settings import decode
 from policies.clock import VirtualClock
-from policies.registry import DISPLACE, ORDER, PLACE, POOLS, PREEMPT, RATIO
+from policies.registry import DISPLACE, GATHER, ORDER, PLACE, POOLS, PREEMPT, RATIO
 from policies.types import Kind
 from tests import documents
 from tests.documents import CONFIG, EXAMPLE, README, ROOT, between, rows
@@ -77,6 +77,7 @@ def test_the_policies_are_those_of_the_registries() -> None:
     known: dict[str, Iterable[str]] = {
         "order": ORDER,
         "displace": DISPLACE,
+        "gather": GATHER,
         "place": PLACE,
         "pools": POOLS,
         "preempt": PREEMPT,
@@ -128,7 +129,7 @@ def section_of_flags() -> str:
 def test_ci_runs_the_commands_that_the_readme_names_for_testing_and_building() -> None:
     testing = blocks("sh", section("Test it"))
     building = blocks("sh", section("Put it in front of your servers"))
-    assert len(testing) == 3
+    assert len(testing) == 4
     assert [line for line in testing + building if line.strip() not in CI] == []
 
 

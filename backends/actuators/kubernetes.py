@@ -11,13 +11,14 @@ import asyncio
 import json
 import random
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
 
 from backends.actuators.turning import Turned, UnfitError
-from backends.base import Roll
+from backends.base import Roll, Size
 from backends.kubernetes.api import AbsentError, Api, ApiError, ConflictError, connected
 from backends.kubernetes.lease import Lease
 from backends.kubernetes.pods import COST_ANNOTATION, Pod
@@ -26,7 +27,7 @@ from backends.kubernetes.workloads import Deployments, Group, Workloads
 from backends.pause import pause
 from backends.sglang import Server
 from policies.clock import Clock
-from policies.types import Role
+from policies.types import Role, Worker
 
 log = structlog.get_logger("slackwater.kubernetes")
 
@@ -60,10 +61,24 @@ def workloads_of(cluster: Cluster, api: Api) -> Workloads:
     return Deployments(api, names)
 
 
-def rights_of(cluster: Cluster, workloads: Workloads) -> list[tuple[str, str, str]]:
+def rights_of(workloads: Workloads) -> list[tuple[str, str, str]]:
     """All that is asked of the cluster's access control."""
     leases = [(verb, "coordination.k8s.io", "leases") for verb in ("get", "create", "update")]
     return [("list", "", "pods"), ("patch", "", "pods"), *leases, *workloads.needs()]
+
+
+async def _problems(api: Api, workloads: Workloads) -> list[str]:
+    found = []
+    for verb, group, resource in rights_of(workloads):
+        if not await api.may(verb, group, resource):
+            where = f"{resource} of {group}" if group else resource
+            found.append(f"we may not {verb} {where} in the namespace {api.namespace}")
+    for role in ROLES:
+        if not await workloads.replicas(role):
+            found.append(f"the cluster is to have no {role.value} server at all")
+        if not await workloads.selector(role):
+            found.append(f"the pods of the {role.value} servers have no labels to be known by")
+    return found
 
 
 class KubernetesTurn:
@@ -83,7 +98,7 @@ class KubernetesTurn:
         self._loop: asyncio.Task[None] | None = None
         self._launches: set[asyncio.Task[None]] = set()
         self._one_at_a_time = asyncio.Lock()
-        self.size = self
+        self.size: Size | None = self
         self.starting: dict[Role, int] = {}
 
     async def open(self) -> None:
@@ -105,6 +120,19 @@ class KubernetesTurn:
         with suppress(ApiError):  # told of by the loop, which goes on trying
             await self._presence.look()
         self._loop = self._tasks.create_task(self._watch())
+
+    async def problems(self, workers: Sequence[Worker]) -> list[str]:
+        cluster = self._cluster
+        try:
+            api = await connected(cluster.kubeconfig, cluster.namespace)
+        except ApiError as error:
+            return [str(error)]
+        try:
+            return await _problems(api, workloads_of(cluster, api))
+        except ApiError as error:
+            return [str(error)]
+        finally:
+            await api.close()
 
     async def close(self) -> None:
         if self._loop is None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from backends.actuators.turning import Turned
 from backends.base import Size
 from backends.fleet.fleet import Relaunched
+from backends.fleet.spec import FleetError
 from backends.sglang import Server
-from policies.types import Role
+from policies.types import Role, Worker
 
 
 class Relauncher(Protocol):
@@ -18,6 +20,10 @@ class Relauncher(Protocol):
     """
 
     async def relaunch(self, url: str, role: Role) -> Relaunched: ...
+
+    async def roles(self) -> dict[str, str]:
+        """Of its servers, by their addresses; FleetError where it does not answer."""
+        ...
 
 
 class RelaunchTurn:
@@ -29,6 +35,14 @@ class RelaunchTurn:
 
     async def open(self) -> None: ...
     async def close(self) -> None: ...
+
+    async def problems(self, workers: Sequence[Worker]) -> list[str]:
+        try:
+            owned = await self._fleet.roles()
+        except FleetError as error:
+            return [str(error)]
+        theirs = [it for it in workers if it.role is not Role.UNIFIED and it.url not in owned]
+        return [f"{it.name} is no server of the fleet: nobody can relaunch it" for it in theirs]
 
     async def turn(self, server: Server, role: Role) -> Turned:
         done = await self._fleet.relaunch(server.worker.url, role)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -13,7 +14,7 @@ from backends.http import HttpError
 from backends.pause import pause
 from backends.sglang import Server
 from policies.clock import Clock
-from policies.types import Role
+from policies.types import Role, Worker
 
 NOT_IDLE = "not idle"
 """Asked again: aborts are on their way."""
@@ -44,6 +45,9 @@ class SglangTurn:
 
     async def open(self) -> None: ...
     async def close(self) -> None: ...
+
+    async def problems(self, workers: Sequence[Worker]) -> list[str]:
+        return []  # each server says itself whether it takes a switch
 
     async def turn(self, server: Server, role: Role) -> Turned:
         """The server's reason where it refused, or why nothing came of it."""

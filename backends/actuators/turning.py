@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from backends.pause import pause
 from backends.sglang import BOOTSTRAP_PORT, Server, Sglang
 from policies.clock import Clock
 from policies.events import Event, Release, RoleSwitched, SwitchRole
-from policies.types import Role
+from policies.types import Role, Worker
 
 AGAIN_S = 0.1
 """Between two tries of a page that does not answer."""
@@ -57,6 +57,10 @@ class Turn(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+    async def problems(self, workers: Sequence[Worker]) -> list[str]:
+        """Asked in the place of `open`, and changes nothing: what would be in its way."""
+        ...
 
     async def turn(self, server: Server, role: Role) -> Turned:
         """Makes it a server of that role, or leaves it what it is, or brings it back to that."""

@@ -6,10 +6,10 @@ The question is a POST of one JSON object, the same each time it is put:
      "worker": {"name": "decode-2", "url": "http://10.0.0.3:30000", "model": "m", "role": "decode"},
      "within_s": 600}
 
-`action` is "switch", "end" (without a role) or "cancel" (of the question with that id). `id` is the
-idempotency key, in the header of that name, too: a question that comes again with the same id is
-the same question. With a secret, `x-slackwater-signature` holds `sha256=` and the HMAC-SHA256 of
-the body in hexadecimal digits.
+`action` is "switch", "end" (without a role), "cancel" (of the question with that id) or "check".
+`id` is the idempotency key, in the header of that name, too: a question that comes again with the
+same id is the same question. With a secret, `x-slackwater-signature` holds `sha256=` and the
+HMAC-SHA256 of the body in hexadecimal digits.
 
 The answer is 200 or 202 and an object: `{"status": "pending"}` (it is asked again), `{"status":
 "done"}` (with `{"url", "bootstrap_port", "name"}` as "worker" where another server is there now),
@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -88,6 +88,16 @@ class WebhookTurn:
         if self._upstream is not None:
             self._upstream.close()
 
+    async def problems(self, workers: Sequence[Worker]) -> list[str]:
+        await self.open()
+        try:
+            number = self._rng.getrandbits(128)
+            told = await self._put(_question("check", f"{number:032x}", self.hook.within_s))
+        finally:
+            await self.close()
+        why = told.why if isinstance(told, _Told) else told
+        return [f"the webhook does not say that it is done with a check: {why}"] if why else []
+
     async def turn(self, server: Server, role: Role) -> Turned:
         told = await self._settled("switch", server.worker, role)
         if told.worker is None:
@@ -106,17 +116,12 @@ class WebhookTurn:
 
     async def _settled(self, action: str, worker: Worker, role: Role | None) -> _Told:
         """Asked again while it is pending or nobody answers: the id makes it one question."""
-        question: dict[str, Any] = {
-            "schema": SCHEMA,
-            "id": f"{self._rng.getrandbits(128):032x}",
-            "action": action,
-            "worker": {
-                "name": worker.name,
-                "url": worker.url,
-                "model": worker.model,
-                "role": worker.role.value,
-            },
-            "within_s": self.hook.within_s,
+        question = _question(action, f"{self._rng.getrandbits(128):032x}", self.hook.within_s)
+        question["worker"] = {
+            "name": worker.name,
+            "url": worker.url,
+            "model": worker.model,
+            "role": worker.role.value,
         }
         if role is not None:
             question["role"] = role.value
@@ -150,6 +155,10 @@ class WebhookTurn:
         except HttpError as error:
             return str(error)
         return _read(answer.status, object_of(answer.body))
+
+
+def _question(action: str, key: str, within_s: float) -> dict[str, Any]:
+    return {"schema": SCHEMA, "id": key, "action": action, "within_s": within_s}
 
 
 def signature(secret: str, body: bytes) -> str:

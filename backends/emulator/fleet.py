@@ -32,14 +32,15 @@ class ServerSpec:
     api_key: str | None = None
     pool: Pool = Pool.STRICT
     speed: float = 1.0
+    host: str = "127.0.0.1"
 
 
 class EmulatedServer:
     """A face that listens; it can be killed and started again on the same ports."""
 
     def __init__(self, spec: ServerSpec, clock: Clock, fabric: Fabric) -> None:
-        self._socket = listening_socket(spec.port)
-        self._bootstrap_socket = listening_socket(spec.bootstrap_port)
+        self._socket = listening_socket(spec.port, spec.host)
+        self._bootstrap_socket = listening_socket(spec.bootstrap_port, spec.host)
         self.port: int = self._socket.getsockname()[1]
         self.bootstrap_port: int = self._bootstrap_socket.getsockname()[1]
         self.spec = replace(spec, engine=replace(spec.engine, bootstrap_port=self.bootstrap_port))
@@ -58,7 +59,7 @@ class EmulatedServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.spec.host}:{self.port}"
 
     @property
     def faults(self) -> Faults:
@@ -82,8 +83,8 @@ class EmulatedServer:
         await self.stop()
 
     async def restart(self) -> None:
-        self._socket = listening_socket(self.port)
-        self._bootstrap_socket = listening_socket(self.bootstrap_port)
+        self._socket = listening_socket(self.port, self.spec.host)
+        self._bootstrap_socket = listening_socket(self.bootstrap_port, self.spec.host)
         self.engine.revive()
         await self.start()
 
@@ -190,10 +191,10 @@ def worker_table(server: EmulatedServer) -> str:
     return "\n".join(lines) + "\n"
 
 
-def listening_socket(port: int) -> socket.socket:
+def listening_socket(port: int, host: str = "127.0.0.1") -> socket.socket:
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", port))
+    listener.bind((host, port))
     return listener
 
 

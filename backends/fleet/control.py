@@ -83,7 +83,7 @@ async def _answer(fleet: Fleet, line: bytes) -> dict[str, Any]:
             case {"do": "relaunch", "url": str(url), "role": str(role)}:
                 return asdict(await fleet.relaunch(url, Role(role)))
             case {"do": "list"}:
-                return {"servers": {it.url: it.role.value for it in fleet.servers}}
+                return {"servers": await fleet.roles()}
             case _:
                 return {"error": "unknown command"}
     except ValueError as error:
@@ -110,7 +110,7 @@ class FleetSocket:
         except KeyError as error:
             return Relaunched(why=f"the fleet's answer has no {error}", is_restarted=True)
 
-    async def servers(self) -> dict[str, str]:
+    async def roles(self) -> dict[str, str]:
         told = (await self._ask({"do": "list"})).get("servers")
         return told if isinstance(told, dict) else {}
 

@@ -235,6 +235,10 @@ class Fleet:
                     self._report(old.name, _first_line(again))
             return Relaunched(why=why, is_restarted=True)
 
+    async def roles(self) -> dict[str, str]:
+        """Of the servers, by their addresses."""
+        return {it.url: it.role.value for it in self.servers}
+
     def _no_relaunch(self, server: Server, role: Role) -> str:
         if server.role is role:
             return f"it is a {role} server already"

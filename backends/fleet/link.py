@@ -55,10 +55,11 @@ class Link(asyncio.Protocol):
         """For an owner that still imports, and so reads no commands and has no servers."""
         self._process.terminate()
 
-    async def close(self) -> None:
+    async def close(self, most_s: float = END_TIMEOUT_S) -> None:
+        """It has so long to end what it owns."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        await asyncio.wait([self.lost], timeout=END_TIMEOUT_S)
+        await asyncio.wait([self.lost], timeout=most_s)
         self._transport.close()
         end(self._process)
 

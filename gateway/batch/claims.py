@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from sqlalchemy import RowMapping, and_, delete, insert, or_, select, update
@@ -25,27 +26,17 @@ async def claim(connection: AsyncConnection, owner: str, room: int, now_us: int)
     """Rows that wait for their next attempt leave their batch's share to others."""
     standings = {one.seq: one for one in await _standings(connection, now_us)}
     claimed: list[Row] = []
-    while standings and len(claimed) < room:
-        dealt = deal(standings.values(), room - len(claimed), now_us)
+    while dealt := deal(standings.values(), room - len(claimed), now_us):
         for batch, share in sorted(dealt.items()):
             rows = await _claim_of(connection, batch, owner, share, now_us)
             claimed += rows
-            if len(rows) < share:
-                del standings[batch]
-            else:
-                standings[batch] = _after(standings[batch], len(rows))
-        standings = {seq: one for seq, one in standings.items() if one.queued > 0}
+            standing = standings[batch]
+            standings[batch] = replace(
+                standing,
+                queued=0 if len(rows) < share else standing.queued - share,
+                claimed=standing.claimed + len(rows),
+            )
     return await _counted(connection, claimed, now_us)
-
-
-def _after(standing: Standing, rows: int) -> Standing:
-    return Standing(
-        seq=standing.seq,
-        tenant=standing.tenant,
-        queued=standing.queued - rows,
-        claimed=standing.claimed + rows,
-        deadline_us=standing.deadline_us,
-    )
 
 
 async def _standings(connection: AsyncConnection, now_us: int) -> list[Standing]:
@@ -56,7 +47,7 @@ async def _standings(connection: AsyncConnection, now_us: int) -> list[Standing]
             batches.seq, batches.tenant, queued.label("queued"), batches.claimed,
             batches.deadline_us,
         ).where(
-            batches.status == Status.IN_PROGRESS.value, batches.deadline_us > now_us, queued > 0
+            batches.status == Status.IN_PROGRESS.value, batches.deadline_us > now_us
         )
     )  # fmt: skip
     return [Standing(**one) for one in found.mappings()]

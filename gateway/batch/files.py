@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final, ParamSpec, Protocol, TypeVar
+from typing import Final, ParamSpec, Protocol, TypeVar
 
 from gateway.batch.faults import NotThere, StorageFull, StorageUnavailable, StoreFault
 
@@ -106,7 +106,8 @@ class Remote:
         path = self._path(blob)
         starts = [start for start, _ in ranges]
         ends = [start + length for start, length in ranges]
-        found: list[Any] = self._system.cat_ranges([path] * len(ranges), starts, ends)
+        paths = [path] * len(ranges)
+        found: list[bytes] = self._system.cat_ranges(paths, starts, ends, on_error="raise")
         return found
 
     def delete(self, blob: str) -> None:

@@ -3,33 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import orjson
 
+from gateway.batch.files import Blobs
 from gateway.batch.objects import Row
 
 
-async def bodies(blobs: object, rows: Sequence[Row]) -> list[bytes]:
-    """The `body` of each row's line, as JSON; neighbours in a file are read together."""
-    raise NotImplementedError
+async def bodies(blobs: Blobs, rows: Sequence[Row]) -> list[bytes]:
+    """The `body` of each row's line, as JSON, in the order of the rows."""
+    by_blob: dict[str, list[Row]] = {}
+    for row in rows:
+        by_blob.setdefault(row.blob, []).append(row)
+    found: dict[tuple[int, int], bytes] = {}
+    for blob, of_blob in by_blob.items():
+        ranges = [(row.offset, row.length) for row in of_blob]
+        for row, line in zip(of_blob, await blobs.read_many(blob, ranges), strict=True):
+            found[row.key] = orjson.dumps(orjson.loads(line)["body"])
+    return [found[row.key] for row in rows]
 
 
 def answered(row: Row, *, status: int, request_id: str, body: bytes) -> bytes:
     """The line of a row that a server, or the gateway in its place, has answered."""
-    return orjson.dumps(
-        {
-            "id": f"batch_req_{row.batch}_{row.number}",
-            "custom_id": row.custom_id,
-            "response": {
-                "status_code": status,
-                "request_id": request_id,
-                "body": orjson.Fragment(body),
-            },
-            "error": None,
-        }
-    )
+    response = {"status_code": status, "request_id": request_id, "body": _json_in_a_line(body)}
+    return _line(row.batch_id, row.number, row.custom_id, response, None)
 
 
 def unanswered(batch_id: str, number: int, custom_id: str, *, code: str, message: str) -> bytes:
     """The line of a row without an answer, such as one that its window has ended for."""
-    raise NotImplementedError
+    return _line(batch_id, number, custom_id, None, {"code": code, "message": message})
+
+
+def _line(batch_id: str, number: int, custom_id: str, response: Any, error: Any) -> bytes:
+    """Its id follows from the row, so that a line that is made again is the same."""
+    fields = {
+        "id": f"batch_req_{batch_id.removeprefix('batch_')}_{number}",
+        "custom_id": custom_id,
+        "response": response,
+        "error": error,
+    }
+    return orjson.dumps(fields)
+
+
+def _json_in_a_line(body: bytes) -> Any:
+    """As it came wherever that goes: a server may break its lines, or not speak JSON at all."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return body.decode(errors="replace")
+    return value if b"\n" in body or b"\r" in body else orjson.Fragment(body)

@@ -57,6 +57,7 @@ class Rows(Protocol):
     async def open_batches(self) -> list[Batch]: ...
 
 
+Mark = tuple["Held", Checkpoint]
 Bodies = Callable[[Sequence[Row]], Awaitable[list[bytes]]]
 
 
@@ -190,10 +191,11 @@ class Runner:
         """Last words: a store that does not take them learns by the lease that runs out."""
         await self._guarded(self._record)
         left = list(self._held.values())
-        await self._guarded(lambda: self._mark(left, fresh_tokens=1))
+        marks = _marks_of(left, fresh_tokens=1)
         for held in left:
             self._drop(held)
         rows = [held.row for held in left]
+        await self._guarded(lambda: self._write(marks))
         await self._guarded(lambda: self._release(rows, Again(pause_us=0, blameless=True)))
 
     async def _every(self, seconds: float, do: Callable[[], Awaitable[None]]) -> None:
@@ -257,16 +259,14 @@ class Runner:
 
     async def _read(self, rows: Sequence[Row]) -> list[bytes | None]:
         """None for a row whose line cannot be read: the others need not suffer for it."""
-        if not rows:
-            return []
         try:
-            return list(await self._bodies(rows))
+            return list(await self._bodies(rows)) if rows else []
         except Exception as error:  # noqa: BLE001 - whatever a disk or a bucket may raise
+            if len(rows) > 1:
+                return [body for row in rows for body in await self._read([row])]
             where, why = rows[0], in_words(error)
             log.warning("a line cannot be read", batch=where.batch_id, line=where.number, error=why)
-        if len(rows) == 1:
             return [None]
-        return [body for row in rows for body in await self._read([row])]
 
     def _begin(self, row: Row, body: bytes | None, group: asyncio.TaskGroup) -> None:
         held = Held(row, f"{self._rng.getrandbits(128):032x}")
@@ -376,25 +376,24 @@ class Runner:
         """Rows of batches that were cancelled, or whose window is over, leave their servers."""
         if not self._held:
             return
-        over = await self._store.overdue([held.row for held in self._held.values()])
-        for row in over:
-            held = self._held.get(row.key)
-            if held is None or any(it.row.key == row.key for it in self._results):
-                continue
-            tokens = held.tokens
+        told = {result.row.key for result in self._results}
+        found = await self._store.overdue([held.row for held in self._held.values()])
+        over = [it for row in found if (it := self._held.get(row.key)) and row.key not in told]
+        wasted: Counter[int] = Counter()
+        for held in over:
+            wasted[held.row.batch] += held.tokens
             self._drop(held)
-            await self._store.release([row], blameless=True)
-            if tokens:
-                await self._store.waste(row.batch, tokens)
+        await self._release([held.row for held in over], Again(pause_us=0, blameless=True))
+        for batch, tokens in wasted.items():
+            await self._store.waste(batch, tokens)
 
     async def _survey(self) -> None:
         self.open_batches = await self._store.open_batches()
 
     async def _keep(self) -> None:
-        await self._mark(list(self._held.values()), fresh_tokens=_FRESH_TOKENS)
+        await self._write(_marks_of(self._held.values(), fresh_tokens=_FRESH_TOKENS))
 
-    async def _mark(self, rows: Sequence[Held], *, fresh_tokens: int) -> None:
-        marks = [(held, taken) for held in rows if (taken := _fresh(held, fresh_tokens))]
+    async def _write(self, marks: Sequence[Mark]) -> None:
         for some in _slices(marks):
             await self._store.checkpoint(
                 [(held.row, taken.as_bytes(), taken.tokens) for held, taken in some]
@@ -411,6 +410,10 @@ class Runner:
 
     def _now_us(self) -> int:
         return round(self._clock.time() * 1e6)
+
+
+def _marks_of(rows: Iterable[Held], *, fresh_tokens: int) -> list[Mark]:
+    return [(held, taken) for held in rows if (taken := _fresh(held, fresh_tokens))]
 
 
 def _fresh(held: Held, tokens: int) -> Checkpoint | None:

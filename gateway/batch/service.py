@@ -78,6 +78,7 @@ class Service:
         self._why = "it is not open yet"
         self._upkeep: Upkeep | None = None
         self._runner: Runs | None = None
+        self._running: asyncio.Task[None] | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._loops: list[asyncio.Task[None]] = []
 
@@ -148,7 +149,7 @@ class Service:
         self._loops += self._upkeep.start(self._tasks)
         if self._make_runner is not None:
             self._runner = self._make_runner(store, blobs)
-            self._loops.append(self._tasks.create_task(self._runner.run()))
+            self._running = self._tasks.create_task(self._runner.run())
 
     async def _open_later(self) -> None:
         while self._store is None:
@@ -189,6 +190,9 @@ class Service:
 
     async def close(self) -> None:
         """What is held is given back, where the database can be told."""
+        if self._running is not None and self._runner is not None:
+            self._runner.drain(0.0)
+            await asyncio.wait([self._running])
         for loop in self._loops:
             loop.cancel()
         if self._loops:

@@ -33,6 +33,12 @@ class BatchSettings:
     """Batches of one tenant that may be open, and ..."""
     open_rows: int = bounded(5_000_000, low=1)
     """... the requests in them."""
+    rows_held: int = bounded(4096, low=1)
+    """Rows that this gateway has in memory at most, those at servers among them."""
+    checkpoint_s: float = bounded(5.0, low=0.1)
+    """So often it is written down what rows have generated, where they can go on from there."""
+    drain_s: float = bounded(10.0, low=0)
+    """After SIGTERM, rows may end for this long; then others may have them, with what they have."""
     lease_s: float = bounded(20.0, low=1)
     """Others run the rows of a gateway that was silent for so long."""
 

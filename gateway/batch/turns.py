@@ -17,7 +17,7 @@ _SOON_US: Final = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """A batch that has rows to run."""
+    """A batch that has rows to run, or some that run: those are its tenant's share, too."""
 
     seq: int
     tenant: str
@@ -34,9 +34,9 @@ def deal(standings: Iterable[Standing], room: int, now_us: int) -> dict[int, int
     """How many rows to take of each batch, so that what runs then is shared as it should be."""
     by_tenant: dict[str, list[Standing]] = {}
     for standing in standings:
-        if standing.queued > 0:
-            by_tenant.setdefault(standing.tenant, []).append(standing)
+        by_tenant.setdefault(standing.tenant, []).append(standing)
     hands = [_Hand(tenant, batches, now_us) for tenant, batches in by_tenant.items()]
+    hands = [hand for hand in hands if not hand.is_empty]
     heapq.heapify(hands)
     dealt: dict[int, int] = {}
     for _ in range(room):
@@ -60,7 +60,7 @@ class _Hand:
     def __init__(self, tenant: str, batches: list[Standing], now_us: int) -> None:
         self.tenant = tenant
         self.running = sum(batch.claimed for batch in batches)
-        self._heap = [_Stack.of(batch, now_us) for batch in batches]
+        self._heap = [_Stack.of(batch, now_us) for batch in batches if batch.queued > 0]
         heapq.heapify(self._heap)
 
     def __lt__(self, other: _Hand) -> bool:

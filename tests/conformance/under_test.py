@@ -239,9 +239,10 @@ class Client:
         url: str,
         holds: Callable[[dict[str, Any]], bool],
         within_s: float = 15.0,
+        every_s: float = 0.02,
     ) -> dict[str, Any]:
         """The first load report that satisfies the condition."""
-        load: dict[str, Any] = await until(lambda: self.loads(url), holds, within_s)
+        load: dict[str, Any] = await until(lambda: self.loads(url), holds, within_s, every_s)
         return load
 
     async def idle(self, url: str) -> dict[str, Any]:
@@ -276,9 +277,12 @@ def is_idle(load: dict[str, Any]) -> bool:
 
 
 async def until(
-    look: Callable[[], Awaitable[Any]], holds: Callable[[Any], bool], within_s: float = 15.0
+    look: Callable[[], Awaitable[Any]],
+    holds: Callable[[Any], bool],
+    within_s: float = 15.0,
+    every_s: float = 0.02,
 ) -> Any:
     async with asyncio.timeout(within_s):
         while not holds(seen := await look()):  # noqa: ASYNC110 - a server does not call back
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(every_s)
     return seen

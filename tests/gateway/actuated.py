@@ -46,6 +46,9 @@ class ScriptedOwner:
     def name_at(self, url: str) -> str:
         return next(name for name, it in self.fleet.servers.items() if it.url == url)
 
+    async def roles(self) -> dict[str, str]:
+        return {it.url: it.engine.role.value for it in self.fleet.servers.values()}
+
     async def relaunch(self, url: str, role: Role) -> Relaunched:
         name = self.name_at(url)
         self.asked.append((name, role))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
+from structlog.testing import capture_logs
 
-from backends.chat import Parsing, Turn, route_of, turn_of
+from backends.chat import ChatRoute, Parsing, Turn, route_of, turn_of
 from backends.emulator import FaultKind
 from backends.sse import DONE
 from backends.transcript import Transcript
 from backends.trouble import Trouble
-from gateway.chats import ChatAnswer
-from gateway.config import Chat
+from gateway.chats import ChatAnswer, sampling_in
+from gateway.config import Chat, ConfigError
 from policies.types import Resume, Role
 from tests.gateway.gateway_under_test import (
     OFFLINE,
@@ -163,6 +165,40 @@ async def test_a_chat_that_ids_would_change_stays_one_and_is_made_again(
         told = await preempted(site, CHAT, body, points(0, 1, undisturbed.took_s))
         assert lasting(told) == lasting(undisturbed)
         assert paths(site) == {CHAT}
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_why_no_chat_goes_as_ids_is_said_once(*, known: bool) -> None:
+    async with standing(TWO_PAIRS) as site:
+        for server in site.gateway.backend.servers():
+            server.chat = ChatRoute(defaults=None) if known else None
+        with capture_logs() as told:
+            for _ in range(3):
+                await site.ask(CHAT, BODY, OFFLINE)
+        (line,) = [one for one in told if one["event"].startswith("offline chats are not")]
+        assert ("generation_config" in line["why"]) is known
+
+
+async def test_what_a_model_fills_in_can_be_told(tmp_path: Path) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"temperature": 0.6, "top_k": 20, "top_p": 0.95}')
+    async with standing(TWO_PAIRS, chat=Chat(generation_config=str(path))) as site:
+        for server in site.gateway.backend.servers():
+            server.chat = ChatRoute(defaults=None)
+        await site.ask(CHAT, chat(8), OFFLINE)
+        sampling = site.sent[-1].body["sampling_params"]
+        assert [sampling[name] for name in ("temperature", "top_k", "min_p")] == [0.6, 20, 0.0]
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", None])
+def test_a_generation_config_that_can_not_be_read_is_refused(
+    text: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "it.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=r"chat\.generation_config"):
+        sampling_in(str(path))
 
 
 # What parsers read at the end.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -24,9 +24,10 @@ from policies.events import (
     WorkerGone,
     WorkerUp,
 )
+from policies.ledger import Ledger
 from policies.order import Fcfs
 from policies.pools import ByLatency, WithoutRelaxed
-from policies.preempt import AbortRule, ForSlack, GiveWay, Stay
+from policies.preempt import AbortRule, ForSlack, GiveWay, Stay, Victim, Victims
 from policies.steps import Costs
 from policies.types import Kind, Pool, Worker
 from tests.gateway.talk import SECOND, Talk, decode, load, offline, online, prefill
@@ -254,6 +255,36 @@ def test_a_strict_server_with_room_takes_over_what_is_slow_elsewhere() -> None:
     ((what, name, why),) = talk.say(LoadReport("d", load()))
     assert (what, why) == ("preempt", "pulled")
     assert talk.say(Preempted(name, 5)) == [("go", name, "p", "d", "resume")]
+
+
+def test_of_many_servers_that_may_hand_work_over_one_is_looked_at_at_a_time() -> None:
+    names = ("r1", "r2", "r3")
+    talk = Talk([prefill(), decode("d"), *map(relaxed, names)], RULES)
+    core = talk.core
+    looked: list[str] = []
+    preemptor = core._preemptor
+    for name in names:
+        for _ in range(2):
+            core.ledgers[name].offline.add(3000, 3000)
+            core.ledgers[name].add_decode(3000, 3000)
+    preemptor._rule = Watched(looked)
+    for _ in range(5):
+        preemptor.pull(core.ledgers["d"], core.ledgers.values(), RULES.admit, 0)
+    assert looked == ["r1", "r2", "r3", "r1", "r2"]
+
+
+@dataclass(frozen=True)
+class Watched(Stay):
+    """Says that a pull may pay anywhere, and notes where it is looked for."""
+
+    looked: list[str]
+
+    def may_pull(self, strict: Ledger, relaxed: Ledger) -> bool:
+        return True
+
+    def pull(self, strict: Ledger, relaxed: Ledger, victims: Victims) -> Victim | None:
+        self.looked.append(relaxed.worker.name)
+        return None
 
 
 def test_a_job_that_was_pulled_goes_back_if_the_room_is_gone() -> None:

@@ -54,6 +54,7 @@ from policies.events import (
     WorkerGone,
     WorkerUp,
 )
+from policies.gather import ByLength
 from policies.order import Edf, Fcfs
 from policies.pools import ByLatency, Shared, WithoutRelaxed
 from policies.preempt import AbortRule, ForSlack
@@ -100,6 +101,8 @@ COLOCATED = Rules(
 )
 RULES += [
     COLOCATED,
+    replace(RULES[2], gather=ByLength(cap_tokens=300)),
+    replace(COLOCATED, gather=ByLength(wait_share=1.0)),
     replace(COLOCATED, costs=Costs(), give_way=ForSlack(by_bottleneck=True, pulls=True)),
     replace(COLOCATED, pools=ByLatency(lends=True, without_relaxed=WithoutRelaxed.HOLD)),
 ]
@@ -385,12 +388,19 @@ class CoreMachine(RuleBasedStateMachine):
     @invariant()
     def nobody_waits_while_a_server_is_free(self) -> None:
         """Free: empty, in rotation and large enough; who has failed there may wait for another,
-        and part of a prompt for the server that has its beginning."""
+        and part of a prompt for the server that has its beginning.
+
+        A short prompt may be held for company, for a moment that has an end.
+        """
         lanes = list(self.core._lanes)
         online_waits = any(lane.waiting[Kind.ONLINE] for lane in lanes)
         for lane in lanes:
             kind = Kind.ONLINE if online_waits else Kind.OFFLINE
             first = lane.waiting[kind].peek()
+            held_us = self.core._agenda.held.entries.get(f"{kind}/{lane.model}", (0,))[0]
+            assert held_us <= self.now_us + 50_000
+            if held_us > self.now_us and self.core._rules.gather.holds:
+                continue
             if first is not None and not self._has_a_reason(self.core._tickets[first]):
                 job = self.core._tickets[first].job
                 free = self.core._lanes.candidates(lane, kind, self.now_us).only(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.actuation import Actuation, Kubernetes
-from gateway.config import ConfigError
+from gateway.config import ConfigError, Cost
+from gateway.planning import Mode
+from policies.demand import Demand, Fleet
 from policies.events import SwitchWanted
+from policies.ratio import Memory, Plan, Why
 from policies.types import Pool, Role
 from tests.gateway.actuated import FOUR, by, names, roles, switched, usable
 from tests.gateway.gateway_under_test import OFFLINE, Site, spec, standing
@@ -25,7 +29,13 @@ FLEET = (*FOUR, spec("x1", Role.PREFILL), spec("x2", Role.PREFILL))
 
 @asynccontextmanager
 async def clustered(
-    cluster: ScriptedCluster, folder: Path, running: dict[str, Role] | None = None, **more: Any
+    cluster: ScriptedCluster,
+    folder: Path,
+    running: dict[str, Role] | None = None,
+    *,
+    control: dict[str, Any] | None = None,
+    cost: Cost | None = None,
+    **more: Any,
 ) -> AsyncIterator[Site]:
     async with serving(cluster, folder) as kubeconfig:
         told: dict[str, Any] = {
@@ -35,9 +45,10 @@ async def clustered(
             "kubeconfig": str(kubeconfig),
             "start_s": 60.0,
         }
-        ratio = by(Actuation.KUBERNETES, switch_s=200.0, kubernetes=Kubernetes(**told | more))
+        where = Kubernetes(**told | more)
+        ratio = by(Actuation.KUBERNETES, switch_s=200.0, kubernetes=where, **control or {})
         specs = FLEET if running is None else tuple(spec(it, running[it]) for it in running)
-        async with standing(specs, workers=(), ratio=ratio) as site:
+        async with standing(specs, workers=(), ratio=ratio, cost=cost or Cost()) as site:
             await cluster.adopt(site.fleet, RUNNING if running is None else running)
             await site.until("all serve", lambda: usable(site) == set(cluster.pods))
             yield site
@@ -228,6 +239,61 @@ async def test_servers_are_started_and_given_back(tmp_path: Path) -> None:
         assert await switched(site, "d1", None) == [("done", "")]
         assert cluster.scaled == [("decode", 3), ("decode", 2)]
         assert sorted(roles(site)) == ["d2", "p1", "p2", "x1"]
+
+
+class Wanted:
+    """Whatever comes in, so many."""
+
+    def __init__(self, prefills: int, decodes: int) -> None:
+        self.plan = Plan(prefills=prefills, decodes=decodes, why=Why.SHORT_OF_DECODE)
+
+    def next(
+        self, memory: Memory, demand: Demand, fleet: Fleet, now_us: int
+    ) -> tuple[Memory, Plan]:
+        return memory, self.plan
+
+
+@pytest.mark.parametrize(("budget_gpus", "scaled"), [(8, [("decode", 3), ("decode", 2)]), (0, [])])
+async def test_the_fleet_grows_and_shrinks_with_what_is_wanted_within_its_budget(
+    budget_gpus: int, scaled: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    cluster = ScriptedCluster()
+    control = {"policy": "dopd+", "mode": Mode.ACT, "interval_s": 2.0, "budget_gpus": budget_gpus}
+    cost = Cost(model="Llama-3.1-8B", device="h100")
+    async with clustered(cluster, tmp_path, control=control, cost=cost) as site:
+        planner = site.gateway.control._planner
+        assert planner is not None
+        for decodes in (3, 2):
+            planner.adopt(replace(planner.control, policy=Wanted(2, decodes)))
+            await asyncio.sleep(60.0)
+        assert cluster.scaled == scaled
+        assert sorted(roles(site).values()) == ["decode", "decode", "prefill", "prefill"]
+
+
+async def test_an_adviser_follows_the_pods_and_takes_no_lease(tmp_path: Path) -> None:
+    cluster = ScriptedCluster()
+    control = {"policy": "dopd+", "mode": Mode.ADVISE, "interval_s": 2.0, "budget_gpus": 8}
+    cost = Cost(model="Llama-3.1-8B", device="h100")
+    async with clustered(cluster, tmp_path, control=control, cost=cost) as site:
+        planner = site.gateway.control._planner
+        assert planner is not None
+        planner.adopt(replace(planner.control, policy=Wanted(1, 3)))
+        await asyncio.sleep(30.0)
+        metrics = (await site.get("/metrics")).raw.decode()
+        assert 'slackwater_ratio_servers{role="decode",which="wanted"} 3.0' in metrics
+        assert (cluster.scaled, cluster.lease) == ([], {})
+
+
+async def test_the_policies_reckon_with_what_a_switch_has_taken(tmp_path: Path) -> None:
+    cluster = ScriptedCluster(start_s=12.0)
+    control = {"policy": "dopd+", "mode": Mode.ADVISE}
+    cost = Cost(model="Llama-3.1-8B", device="h100")
+    async with clustered(cluster, tmp_path, control=control, cost=cost) as site:
+        planner = site.gateway.control._planner
+        assert planner is not None
+        assert planner.control.switch_s == 45.0
+        await switched(site, "d1", Role.PREFILL)
+        assert 12.0 <= planner.control.switch_s < 25.0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import pytest
 from structlog.testing import capture_logs
 
 from backends.emulator import ServerSpec
-from gateway.config import Policies
 from policies.events import Event, Finished, Preempted, Recall
 from policies.types import Role
 from tests.gateway.gateway_under_test import (
@@ -223,11 +222,3 @@ async def test_each_preemption_leaves_a_line_a_count_and_a_header() -> None:
         metrics = (await site.get("/metrics")).raw.decode()
         count = 'preemptions_total{class="offline",reason="online_decode",worker="d1"} 1.0'
         assert count in metrics
-
-
-@pytest.mark.parametrize("pools", ["latency", "none"])
-async def test_a_fleet_without_a_relaxed_server_is_told_of_at_the_start(pools: str) -> None:
-    async with standing(PAIR, policies=Policies(pools=pools)) as site:
-        with capture_logs() as told:
-            site.gateway._say_who_is_relaxed()
-    assert [one["without_relaxed"] for one in told] == (["share"] if pools == "latency" else [])

@@ -145,10 +145,10 @@ def test_a_unified_server_with_online_answers_computes_one_offline_prompt_at_a_t
 
 def test_a_unified_server_takes_no_offline_prompt_while_online_tokens_come_slowly() -> None:
     unified = chat(ledger(Role.UNIFIED), 5)
-    unified.online.paced(100 * 17_000, 100)
+    unified.paced(100 * 17_000, 100, 1)
     assert RULE.prefill(offline("x", 500), unified)
     unified.online.forget_pace()
-    unified.online.paced(100 * 19_000, 100)
+    unified.paced(100 * 19_000, 100, 1)
     assert not RULE.prefill(offline("x", 500), unified)
 
 
@@ -163,3 +163,31 @@ def test_a_unified_server_counts_the_prompts_between_its_steps() -> None:
     assert 0 < most(both[0]) < most(both[1])
     brief = Colocated(ttft_us=1_000_000, tpot_us=20_000, output_reserve_tokens=64)
     assert most(chat(ledger(Role.UNIFIED), 20), brief) < most(chat(ledger(Role.UNIFIED), 20))
+
+
+def test_what_a_token_is_seen_to_take_beyond_what_is_predicted_counts_for_the_next_job() -> None:
+    strict = chat(ledger(), 20)
+    room = most(strict)
+    slow = chat(ledger(), 20)
+    predicted_us = predicted(slow)
+    slow.paced(100 * round(predicted_us + 2_000), 100, 1)
+    assert 0 < most(slow) < room
+    slow.online.forget_pace()
+    assert most(slow) < room, "nothing better has been seen yet"
+    as_told = chat(ledger(), 20)
+    as_told.paced(100 * round(predicted_us - 2_000), 100, 1)
+    assert most(as_told) == room
+
+
+def predicted(of: Ledger) -> float:
+    assert of.steps is not None
+    return of.steps.decode_us(of.decodes, of.context_tokens)
+
+
+def test_a_job_whose_answer_is_nearly_done_counts_as_one_like_it_that_begins() -> None:
+    """Its prompt comes between the steps but once, however few of its tokens are left."""
+    unified, fresh = chat(ledger(Role.UNIFIED), 20), offline("x", 500, max_tokens=128)
+    last = offline("x", 626, max_tokens=1, made_tokens=127)
+    assert RULE.decode(fresh, unified)
+    assert RULE.decode(last, unified)
+    assert not RULE.decode(last._replace(made_tokens=0), unified)

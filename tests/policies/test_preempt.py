@@ -147,7 +147,7 @@ def test_whenever_somebody_has_to_go_it_is_worth_a_look(
 ) -> None:
     strict = batch(chat(ledger(), chats, tpot_us), batched)
     if paced_us:
-        strict.online.paced(paced_us, 10)
+        strict.paced(paced_us, 10, 1)
     victims = [victim(f"{i:03}", i) for i in range(batched)]
     assert RULE.may_be_over(strict) or not RULE.over(strict, Leaving(), victims)
     assert not Stay().may_be_over(strict)
@@ -158,7 +158,7 @@ def test_a_pace_that_is_seen_to_be_too_slow_costs_one_at_a_time() -> None:
     unknown.predict_by(None)
     victims = [victim("a", 1), victim("b", 2)]
     assert RULE.over(unknown, Leaving(), victims) == ()
-    unknown.online.paced(300_000, 10)
+    unknown.paced(300_000, 10, 1)
     assert ids(RULE.over(unknown, Leaving(), victims)) == "b"
     assert RULE.over(unknown, Leaving(jobs=1), victims) == ()
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from policies.breaker import Breaker, BreakerRule
 from policies.calibration import DecodeMoments
 from policies.constants import lookup
+from policies.correction import Correction
 from policies.devices import device_named
 from policies.events import Load
 from policies.ledger import Ledger
@@ -162,3 +163,27 @@ def test_a_worker_has_its_own_model_or_the_one_of_all() -> None:
     worker = Worker(name="a", url="http://a", role=Role.DECODE)
     assert costs.of(worker) is DENSE
     assert costs.of(Worker(name="b", url="http://b", role=Role.DECODE)) is COMPRESSED
+
+
+def test_while_no_steps_were_counted_decoding_is_as_slow_as_prefilling_turned_out_to_be() -> None:
+    """A unified server with a prompt before each step counts none."""
+    cost = cost_of("Llama-3.1-8B")
+    steps = Steps(cost, chunk_tokens=8192)
+    before_us = steps.decode_us(20, 20_000)
+    for number in range(12):
+        steps.prefilled(8192)
+        done, took_s = number * 8192, number * cost.prefill_one(8192).seconds * 3
+        seen = Counters(prefill_tokens=done, prefill_busy_us=round(took_s * 1e6))
+        steps.observe(seen, 20, 20_000, number)
+    assert steps.decode_us(20, 20_000) == pytest.approx(before_us * steps.prefill.factor)
+    assert steps.prefill.factor > 1
+
+
+def test_once_steps_are_counted_they_speak_for_themselves() -> None:
+    steps = Steps(cost_of("Llama-3.1-8B"))
+    steps.prefill = Correction(factor=4.0)
+    assert steps.decode_factor == 4.0
+    steps.decode = Correction(factor=2.0, ratios=(0.7,) * 8)
+    assert steps.decode_factor == 2.0
+    steps.decode = Correction(factor=2.0, ratios=(0.7,) * 7)
+    assert steps.decode_factor == 4.0

@@ -50,15 +50,32 @@ def test_the_tightest_target_is_that_of_those_present() -> None:
     assert tide.tightest_us(70) == 50
 
 
-def test_the_pace_is_known_after_a_few_tokens_and_forgotten_when_all_have_gone() -> None:
+def test_the_pace_is_known_after_a_while_and_forgotten_when_all_have_gone() -> None:
     tide = Tide()
     tide.came(1, 50, 0)
-    tide.paced(100, 4)
+    tide.paced(100_000, 4, 1)
     assert tide.pace_us == 0
-    tide.paced(300, 5)
-    assert 40 < tide.pace_us < 50
+    tide.paced(100_000, 4, 2)
+    tide.paced(100_000, 2, 3)
+    assert 29_000 < tide.pace_us < 31_000
     tide.went(50)
+    assert (tide.pace_us, tide.last_pace_us) == (0, 0)
+
+
+def test_many_streams_that_are_held_up_at_once_are_one_piece_of_evidence() -> None:
+    tide = Tide()
+    for _ in range(20):
+        tide.paced(100_000, 1, 1)
     assert tide.pace_us == 0
+
+
+def test_until_better_is_seen_the_last_pace_stands() -> None:
+    tide = Tide()
+    tide.paced(300_000, 3, 1)
+    tide.forget_pace()
+    assert (tide.pace_us, tide.last_pace_us) == (0, 100_000)
+    tide.paced(300_000, 10, 2)
+    assert tide.last_pace_us == tide.pace_us == 30_000
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=80))

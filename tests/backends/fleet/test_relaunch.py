@@ -144,9 +144,9 @@ async def test_another_process_asks_through_the_socket(spec: FleetSpec, tmp_path
         ask = FleetSocket(path)
         server = fleet.servers[2]
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert (await ask.servers())[server.url] == "decode"
+        assert (await ask.roles())[server.url] == "decode"
         assert (await ask.relaunch(server.url, Role.PREFILL)).why == ""
-        assert (await ask.servers())[server.url] == "prefill"
+        assert (await ask.roles())[server.url] == "prefill"
         assert "last decode" in (await ask.relaunch(fleet.servers[1].url, Role.PREFILL)).why
         with pytest.raises(FleetError, match="another fleet listens"):
             async with controlled(fleet, path):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import aiohttp
 import openai
 import orjson
+from openai.types import Batch
 from structlog.testing import capture_logs
 
 from gateway.app import Gateway
@@ -21,7 +22,10 @@ from gateway.batch.settings import BatchSettings
 from gateway.clock import LiveClock
 from gateway.config import Config, Key, Server
 
-ENDPOINT = "/v1/chat/completions"
+T = TypeVar("T")
+
+ENDPOINT: Final = "/v1/chat/completions"
+ENDED = ("completed", "failed", "expired", "cancelled")
 
 
 @dataclass
@@ -30,7 +34,6 @@ class Served:
     http: aiohttp.ClientSession
     folder: Path
     stack: AsyncExitStack
-    skew_us: int = 0
 
     @property
     def url(self) -> str:
@@ -50,10 +53,26 @@ class Served:
         """Blobs on the disk."""
         return sorted(path.name for path in (self.folder / "files").iterdir())
 
-    async def until(self, what: str, holds: Callable[[], Any], within_s: float = 10.0) -> None:
+    async def ask(self, method: str, path: str, **more: Any) -> tuple[int, Any]:
+        """The status, and the body as JSON."""
+        async with self.http.request(method, self.url + path, **more) as response:
+            return response.status, orjson.loads(await response.read())
+
+    async def until(self, holds: Callable[[], Awaitable[T | None]], within_s: float = 10.0) -> T:
         async with asyncio.timeout(within_s):
-            while not (await found if asyncio.iscoroutine(found := holds()) else found):
+            while True:
+                if found := await holds():
+                    return found
                 await asyncio.sleep(0.02)
+
+    async def ended(self, client: openai.AsyncOpenAI, batch_id: str) -> Batch:
+        """The batch, once nothing more becomes of it."""
+
+        async def look() -> Batch | None:
+            batch = await client.batches.retrieve(batch_id)
+            return batch if batch.status in ENDED else None
+
+        return await self.until(look)
 
 
 def row(number: int, **more: Any) -> dict[str, Any]:
@@ -81,6 +100,8 @@ async def served(
         stack.enter_context(capture_logs())
         clock = LiveClock(asyncio.get_running_loop())
         gateway = Gateway(config, clock, random.Random(7), tasks, lambda line: None)
+        site = Served(gateway, http, folder, stack)
+        site.service._make_runner = None  # its rows are run by hand
         await gateway.start()
         stack.push_async_callback(gateway.close)
-        yield Served(gateway, http, folder, stack)
+        yield site

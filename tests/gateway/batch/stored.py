@@ -119,3 +119,22 @@ async def run_all(store: Store, room: int = 100) -> list[Row]:
         seen += rows
         await store.finish([result(row) for row in rows])
     return seen
+
+
+def a_row(*, blob: str, number: int, place: tuple[int, int]) -> Row:
+    """One that no store has."""
+    return Row(
+        batch=1,
+        batch_id="batch_1",
+        tenant="a",
+        endpoint="/v1/chat/completions",
+        number=number,
+        custom_id=f"row-{number}",
+        blob=blob,
+        offset=place[0],
+        length=place[1],
+        fence=1,
+        attempts=0,
+        created_us=0,
+        deadline_us=HOUR_US,
+    )

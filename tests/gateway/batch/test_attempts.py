@@ -172,7 +172,7 @@ def limit_in(body: Mapping[str, Any]) -> int:
     return int(settings.get("max_new_tokens", settings.get("max_tokens")))
 
 
-@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("fleet", FLEETS)
 @pytest.mark.parametrize("stop", [None, ["zebra", "x"]], ids=["plain", "stops"])
 @pytest.mark.parametrize("after", [1, 7, 38])
@@ -208,8 +208,8 @@ async def test_a_checkpoint_that_cannot_be_read_is_none() -> None:
 async def test_nothing_is_kept_of_an_answer_that_cannot_go_on() -> None:
     async with standing() as site:
         watched = Watched()
-        body = BODIES["/v1/chat/completions"](40)
-        path = "/v1/chat/completions"
+        path = "/v1/responses"
+        body = BODIES[path](40)
         async with site.meanwhile(attempts(site).answer(path, errand(site, path, body), watched)):
             await site.until("it runs", lambda: watched.visits)
             await asyncio.sleep(0.2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import openai
 import pytest
 
 from tests.gateway.batch.served import ENDPOINT, jsonl, row, served
@@ -39,14 +38,10 @@ async def test_the_whole_life_of_a_batch(tmp_path: Path) -> None:
             pass
         good, bad = [result(rows[0]), result(rows[1], failed=True)]
         await store.finish([good, bad])
-        await site.until("it has ended", lambda: _has_ended(client, made.id))
-        ended = await client.batches.retrieve(made.id)
-        assert ended.output_file_id and ended.error_file_id and ended.request_counts
+        ended = await site.ended(client, made.id)
+        assert ended.output_file_id
+        assert ended.error_file_id
+        assert ended.request_counts
         assert (ended.status, ended.request_counts.completed) == ("completed", 1)
         assert (await client.files.content(ended.output_file_id)).content == good.line + b"\n"
         assert (await client.files.content(ended.error_file_id)).content == bad.line + b"\n"
-
-
-async def _has_ended(client: openai.AsyncOpenAI, batch_id: str) -> bool:
-    status = (await client.batches.retrieve(batch_id)).status
-    return status in ("completed", "failed", "expired", "cancelled")

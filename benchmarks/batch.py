@@ -1,0 +1,422 @@
+"""`python -m benchmarks.batch`: what a large batch costs, and what online requests notice of it.
+
+Ingestion of 50,000 rows, listing and status with a million rows stored, time to first token while
+a 200 MB file uploads and a batch drains, and a batch's throughput beside raw offline requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import random
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+import uvloop
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.batch_site import ROOT, GatewayProcess, config_text, write_rows
+from benchmarks.processes import Watch, all_stopped, kib, start
+from benchmarks.report import Check, Goal, Report, Spread, add_report_options
+from gateway.batch.client import BatchClient
+from gateway.batch.objects import NewBatch, NewRow, Purpose, Quota, Stage, StoredFile
+from gateway.batch.store import Store
+
+CHAT = "/v1/chat/completions"
+HOUR_US = 3_600_000_000
+PLENTY = Quota(stored_bytes=10**15, open_batches=10**9, open_rows=10**12)
+OFFLINE = {"x-slackwater-class": "offline"}
+
+INGEST_S, INGEST_MB = 20.0, 300.0
+ANSWER_MS = 10.0
+TTFT_SHARE, THROUGHPUT_SHARE = 1.10, 0.95
+
+SERVERS = """\
+[[server]]
+name = "prefill"
+role = "prefill"
+pool = "relaxed"
+[[server]]
+name = "strict"
+role = "decode"
+pool = "strict"
+[[server]]
+name = "relaxed"
+role = "decode"
+pool = "relaxed"
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    rows: int = 50_000
+    stored_rows: int = 1_000_000
+    upload_mb: int = 200
+    phase_s: float = 30.0
+    phases: int = 4
+    offline_rows: int = 1500
+    looks: int = 300
+
+
+QUICK = Size(
+    rows=5_000, stored_rows=50_000, upload_mb=20, phase_s=5.0, phases=2, offline_rows=200, looks=50
+)
+
+
+@dataclass(slots=True)
+class Bench:
+    size: Size
+    report: Report
+    tick: Callable[[str], object]
+
+
+@asynccontextmanager
+async def standing(
+    folder: Path, *, servers: str = "", sections: str = ""
+) -> AsyncIterator[GatewayProcess]:
+    """The fleet and the gateway, each a process of its own."""
+    with all_stopped() as started:
+        workers = ""
+        if servers:
+            (folder / "servers.toml").write_text(servers)
+            command = [sys.executable, "-m", "gateway", "emulate", "--config"]
+            fleet = start("fleet", [*command, str(folder / "servers.toml")], cwd=ROOT)
+            started.append(fleet)
+            await _until(lambda: "[[worker]]" in fleet.last_words(10_000))
+            words = fleet.last_words(10_000)
+            workers = words[words.index("[[worker]]") :]
+        config = folder / "config.toml"
+        config.write_text(config_text(workers, sections=sections))
+        gateway = GatewayProcess("gateway", config, started)
+        gateway.start()
+        await gateway.listens()
+        yield gateway
+
+
+async def _until(holds: Callable[[], bool], within_s: float = 30.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not holds():  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.05)
+
+
+async def submitted(client: BatchClient, path: Path) -> str:
+    file = await client.upload(path, lambda _: None)
+    return str((await client.create(file["id"], CHAT, "24h", {}))["id"])
+
+
+async def becomes(
+    client: BatchClient, batch_id: str, statuses: Sequence[str], within_s: float = 900.0
+) -> dict[str, Any]:
+    async with asyncio.timeout(within_s):
+        while (batch := await client.batch(batch_id))["status"] not in statuses:  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.05)
+    return batch
+
+
+def chats(rng: random.Random, tokens: int, words: int = 60) -> Iterator[dict[str, Any]]:
+    while True:
+        text = " ".join(str(rng.randrange(10_000)) for _ in range(words))
+        yield {
+            "model": "emulated",
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": tokens,
+            "ignore_eos": True,
+        }
+
+
+# Ingestion.
+
+
+async def ingestion(bench: Bench, folder: Path) -> None:
+    """Nobody is there to run the rows: what is measured is their way into the database."""
+    rows = bench.size.rows
+    path = folder / "rows.jsonl"
+    write_rows(path, rows, CHAT, chats(random.Random(1), 64))
+    async with (
+        standing(folder) as gateway,
+        BatchClient.connected(gateway.url, "") as client,
+    ):
+        assert gateway.running is not None
+        pid = gateway.running.pid
+        began_s = time.monotonic()
+        batch = await becomes(client, await submitted(client, path), ("in_progress", "failed"))
+        took_s = time.monotonic() - began_s
+        most_mb = kib(pid, "status", "VmHWM") * 1024 / 1e6
+        assert batch["status"] == "in_progress", batch["errors"]
+    size_mb = path.stat().st_size / 1e6
+    for name, value, target, unit in (
+        (f"{rows:,} rows uploaded and validated", took_s, INGEST_S, "s"),
+        ("the gateway's memory meanwhile, at most", most_mb, INGEST_MB, "MB"),
+    ):
+        bench.report.checks.append(Check(name=name, value=value, target=target, unit=unit))
+    bench.report.notes.append(f"{rows:,} rows are {size_mb:.0f} MB; no server runs them meanwhile")
+
+
+# A million rows.
+
+
+async def stored(bench: Bench, folder: Path) -> None:
+    rows, each = bench.size.stored_rows, min(50_000, bench.size.stored_rows)
+    began_s = time.monotonic()
+    await _fill(folder / "batches", rows // each, each)
+    filled_s = time.monotonic() - began_s
+    async with (
+        standing(folder) as gateway,
+        BatchClient.connected(gateway.url, "") as client,
+    ):
+        page = await client.page(100, None)
+        ids = [batch["id"] for batch in page["data"]]
+        rng = random.Random(3)
+        for name, ask in {
+            "status of a batch": lambda: client.batch(rng.choice(ids)),
+            "list of batches": lambda: client.page(20, None),
+        }.items():
+            times_ms = [await _timed_ms(ask) for _ in range(bench.size.looks)]
+            bench.report.spread[f"{name}, ms"] = Spread.of(times_ms)
+            bench.report.checks.append(
+                Check(
+                    name=f"{name} with {rows:,} rows stored, p99",
+                    value=quantile(times_ms, 0.99),
+                    target=ANSWER_MS,
+                    unit="ms",
+                )
+            )
+    bench.report.notes.append(f"{rows:,} rows were stored in {filled_s:.0f} s")
+
+
+async def _fill(folder: Path, batches: int, rows: int) -> None:
+    """Straight into the database, by the store itself."""
+    (folder / "files").mkdir(parents=True)
+    store = await Store.open(
+        f"sqlite+aiosqlite:///{folder / 'batches.sqlite'}",
+        owner="benchmark",
+        now_us=_unix_us,
+        lease_us=HOUR_US,
+        alone=True,
+    )
+    await store.join()
+    for number in range(batches):
+        await store.announce(f"blob-{number}")
+        await store.add_file(_file(number, rows), PLENTY)
+        await store.add_batch(_batch(number), PLENTY)
+        task = await store.take(Stage.VALIDATE)
+        assert task is not None
+        for first in range(0, rows, 5_000):
+            await store.add_rows(task, [_row(n) for n in range(first, min(rows, first + 5_000))])
+        await store.begin(task, model="emulated", total=rows)
+    await store.leave()
+    await store.close()
+
+
+def _unix_us() -> int:
+    return time.time_ns() // 1_000
+
+
+def _file(number: int, rows: int) -> StoredFile:
+    return StoredFile(
+        id=f"file-{number}", tenant="", name="rows.jsonl", purpose=Purpose.INPUT,
+        size_bytes=rows * 200, lines=rows, blob=f"blob-{number}", created_us=_unix_us(),
+    )  # fmt: skip
+
+
+def _batch(number: int) -> NewBatch:
+    return NewBatch(
+        id=f"batch_{number}", tenant="", endpoint=CHAT, window="24h", window_us=24 * HOUR_US,
+        input_file_id=f"file-{number}", metadata={},
+    )  # fmt: skip
+
+
+def _row(number: int) -> NewRow:
+    return NewRow(
+        number=number + 1, custom_id=f"row-{number}", offset=200 * number, length=199, rank=number
+    )
+
+
+async def _timed_ms(ask: Callable[[], Awaitable[Any]]) -> float:
+    began_s = time.perf_counter()
+    await ask()
+    return (time.perf_counter() - began_s) * 1e3
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
+
+
+# What online requests notice.
+
+ONLINE_PER_S = 4.0
+ONLINE_TOKENS, ONLINE_WORDS = 16, 1_000
+
+
+async def beside_online(bench: Bench, folder: Path) -> None:
+    """Phases with and without a batch and an upload take turns, so that both see the same day."""
+    size, rng = bench.size, random.Random(5)
+    rows = folder / "rows.jsonl"
+    write_rows(rows, 20_000, CHAT, chats(random.Random(2), 1_000, words=8))
+    large = folder / "large.jsonl"
+    write_rows(large, size.upload_mb * 100, CHAT, chats(random.Random(4), 8, words=2_000))
+    alone_ms: list[float] = []
+    beside_ms: list[float] = []
+    async with (
+        standing(folder, servers=SERVERS) as gateway,
+        BatchClient.connected(gateway.url, "") as client,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http,
+    ):
+        await _online(http, gateway.url, 3.0, rng)
+        for number in range(size.phases):
+            if number % 2 == 0:
+                alone_ms += await _online(http, gateway.url, size.phase_s, rng)
+                continue
+            batch_id = await submitted(client, rows)
+            await becomes(client, batch_id, ("in_progress",))
+            with all_stopped() as uploads:
+                command = [sys.executable, "-m", "gateway", "batch", "submit", str(large)]
+                uploads.append(start("upload", [*command, "--url", gateway.url], cwd=ROOT))
+                beside_ms += await _online(http, gateway.url, size.phase_s, rng)
+            ran = await client.cancel(batch_id)
+            await becomes(client, batch_id, ("cancelled",))
+            bench.report.notes.append(
+                f"{ran['request_counts']['completed']:,} rows ended in a phase of "
+                f"{size.phase_s:g} s beside online requests"
+            )
+            await _all_cancelled(client)
+    for name, values in (("alone", alone_ms), ("beside a batch", beside_ms)):
+        bench.report.spread[f"online TTFT {name}, ms"] = Spread.of(values)
+    ratio = quantile(beside_ms, 0.99) / quantile(alone_ms, 0.99)
+    bench.report.checks.append(
+        Check(name="online TTFT p99, beside over alone", value=ratio, target=TTFT_SHARE, unit="x")
+    )
+
+
+async def _all_cancelled(client: BatchClient) -> None:
+    for batch in (await client.page(100, None))["data"]:
+        if batch["status"] in ("validating", "in_progress"):
+            await client.cancel(batch["id"])
+            await becomes(client, batch["id"], ("cancelled",))
+
+
+async def _online(
+    http: aiohttp.ClientSession, url: str, seconds: float, rng: random.Random
+) -> list[float]:
+    """Arrivals at random times, whatever becomes of those before."""
+    found: list[float] = []
+
+    async def one(body: dict[str, Any]) -> None:
+        began_s = time.perf_counter()
+        async with http.post(url + CHAT, json=body) as response:
+            assert response.status == 200, await response.text()
+            await response.content.readany()
+            found.append((time.perf_counter() - began_s) * 1e3)
+            await response.read()
+
+    bodies = chats(rng, ONLINE_TOKENS, words=ONLINE_WORDS)
+    until_s = time.monotonic() + seconds
+    async with asyncio.TaskGroup() as group:
+        while time.monotonic() < until_s:
+            group.create_task(one(next(bodies) | {"stream": True}))
+            await asyncio.sleep(rng.expovariate(ONLINE_PER_S))
+    return found
+
+
+# A batch beside raw requests.
+
+
+async def throughput(bench: Bench, folder: Path) -> None:
+    """The same bodies, first as offline requests that are all there at once, then as a batch."""
+    rows = bench.size.offline_rows
+    path = folder / "rows.jsonl"
+    write_rows(path, rows, CHAT, chats(random.Random(6), 100, words=20))
+    async with (
+        standing(folder, servers=SERVERS) as gateway,
+        BatchClient.connected(gateway.url, "") as client,
+    ):
+        await _raw(gateway.url, bodies_of(path)[:20])
+        raw_s = await _raw(gateway.url, bodies_of(path))
+        began = await becomes(client, await submitted(client, path), ("in_progress", "completed"))
+        began_s = time.monotonic()
+        ended = await becomes(client, began["id"], ("finalizing", "completed"))
+        batch_s = time.monotonic() - began_s
+        assert ended["request_counts"]["completed"] == rows, ended
+    bench.report.checks.append(
+        Check(
+            name="throughput of a batch over that of raw offline requests",
+            value=raw_s / batch_s,
+            target=THROUGHPUT_SHARE,
+            unit="x",
+            goal=Goal.AT_LEAST,
+        )
+    )
+    bench.report.notes.append(
+        f"{rows:,} rows of 100 tokens: {raw_s:.1f} s as requests, {batch_s:.1f} s as a batch"
+    )
+
+
+def bodies_of(path: Path) -> list[dict[str, Any]]:
+    return [orjson.loads(line)["body"] for line in path.read_bytes().splitlines()]
+
+
+async def _raw(url: str, bodies: Sequence[dict[str, Any]]) -> float:
+    timeout = aiohttp.ClientTimeout(total=None)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
+
+        async def one(body: dict[str, Any]) -> None:
+            async with http.post(url + CHAT, json=body, headers=OFFLINE) as response:
+                assert response.status == 200, await response.text()
+                await response.read()
+
+        began_s = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            for body in bodies:
+                group.create_task(one(body))
+        return time.monotonic() - began_s
+
+
+# All of it.
+
+PARTS: dict[str, Callable[[Bench, Path], Awaitable[None]]] = {
+    "ingestion": ingestion,
+    "stored": stored,
+    "online": beside_online,
+    "throughput": throughput,
+}
+
+
+async def measure(bench: Bench, names: Sequence[str]) -> None:
+    for name in names:
+        with tempfile.TemporaryDirectory(prefix="slackwater-batch-") as folder:
+            await PARTS[name](bench, Path(folder))
+        bench.tick(name)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.batch", description=__doc__)
+    add_report_options(parser)
+    parser.add_argument("--only", choices=PARTS, help="one part of it")
+    given = parser.parse_args(arguments)
+    names = [given.only] if given.only else list(PARTS)
+    report = Report(title="the Batch API")
+    watch = Watch.begin()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("parts", total=len(names))
+        bench = Bench(QUICK if given.quick else Size(), report, lambda _: progress.advance(task))
+        uvloop.run(measure(bench, names))
+    report.notes.append(watch.note())
+    if given.quick:
+        report.notes.append(f"shortened: {QUICK}")
+    return report.finish(as_json=given.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""How a database comes to be what this gateway knows."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from sqlalchemy import Connection, select, text
+
+from gateway.batch.database import Database
+from gateway.batch.faults import StorageUnavailable, WrongVersion
+from gateway.batch.tables import SCHEMA, VERSION, migrate
+from tests.gateway.batch.conftest import Site
+from tests.gateway.batch.stored import keep, new_file
+
+pytestmark = pytest.mark.real_time
+
+
+async def test_what_is_stored_is_there_when_it_is_opened_again(site: Site) -> None:
+    file = await keep(await site.store(), new_file())
+    assert await (await site.store(alone=True)).file("a", file.id) == file
+
+
+async def test_gateways_may_start_together_on_a_new_database(site: Site) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(4):
+            tasks.create_task(site.store())
+
+
+async def test_an_older_database_is_brought_up_step_by_step(database: str) -> None:
+    def add_column(connection: Connection) -> None:
+        connection.execute(text("ALTER TABLE slackwater_tenants ADD COLUMN more INTEGER"))
+
+    def fill_it(connection: Connection) -> None:
+        connection.execute(text("UPDATE slackwater_tenants SET more = 1"))
+
+    opened = await Database.open(database)
+    steps = {VERSION + 1: add_column, VERSION + 2: fill_it}
+    for _ in range(2):
+        await opened.write(
+            lambda tx: tx.run_sync(lambda c: migrate(c, version=VERSION + 2, steps=steps))
+        )
+    async with opened.reading() as connection:
+        assert await connection.scalar(select(SCHEMA.c.version)) == VERSION + 2
+    await opened.close()
+    with pytest.raises(WrongVersion):
+        await Database.open(database)
+
+
+async def test_a_migration_that_fails_has_changed_nothing(database: str) -> None:
+    def fail(connection: Connection) -> None:
+        connection.execute(text("ALTER TABLE slackwater_tenants ADD COLUMN more INTEGER"))
+        raise StorageUnavailable("half way")
+
+    opened = await Database.open(database)
+    for _ in range(2):
+        with pytest.raises(StorageUnavailable, match="half way"):
+            await opened.write(
+                lambda tx: tx.run_sync(
+                    lambda c: migrate(c, version=VERSION + 1, steps={VERSION + 1: fail})
+                )
+            )
+    await opened.close()
+    await (await Database.open(database)).close()
+
+
+async def test_an_address_that_leads_nowhere_is_a_fault_and_no_traceback(database: str) -> None:
+    nowhere = [
+        "postgresql://nobody:x@127.0.0.1:1/x",
+        "sqlite+aiosqlite:////no/such/folder/x",
+        "nonsense",
+        database.replace("/postgres?", "/nosuchdatabase?").replace("batch.sqlite", "no/x"),
+    ]
+    for url in nowhere:
+        with pytest.raises(StorageUnavailable):
+            await Database.open(url)

@@ -1,0 +1,214 @@
+"""From a file to rows, and from results to files, with the bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+
+import orjson
+import pytest
+
+from gateway.batch.faults import Fenced
+from gateway.batch.files import Blobs, Folder
+from gateway.batch.finalize import finalize
+from gateway.batch.ingest import ingest
+from gateway.batch.lines import answered
+from gateway.batch.objects import Batch, Result, Stage, Status
+from gateway.batch.store import Store
+from gateway.batch.upkeep import Upkeep
+from gateway.batch.validate import Limits
+from gateway.clock import LiveClock
+from tests.gateway.batch.conftest import Site
+from tests.gateway.batch.served import jsonl, row
+from tests.gateway.batch.stored import PLENTY, keep, new_batch, new_file, new_rows, taken
+
+pytestmark = pytest.mark.real_time
+
+
+@dataclass
+class Works:
+    site: Site
+    store: Store
+    blobs: Blobs
+    folder: Path
+    upkeep: Upkeep
+    losses: int = 0
+
+    async def submit(self, data: bytes, window_us: int = 10**12) -> Batch:
+        file = replace(new_file(lines=data.count(b"\n")), size_bytes=len(data))
+        (self.folder / file.blob).write_bytes(data)
+        await keep(self.store, file)
+        return await self.store.add_batch(new_batch(file, window_us=window_us), PLENTY)
+
+    async def answer(self, room: int = 99, *, status: int = 200) -> int:
+        rows = await self.store.claim(room)
+        results = [
+            Result(
+                row=one,
+                failed=status >= 400,
+                line=answered(one, status=status, request_id="r", body=b'{"n":%d}' % one.number),
+            )
+            for one in rows
+        ]
+        return len(await self.store.finish(results))
+
+    async def lines(self, file_id: str | None) -> list[dict[str, object]]:
+        if file_id is None:
+            return []
+        file = await self.store.file("a", file_id)
+        data = (self.folder / file.blob).read_bytes()
+        assert (len(data), data.count(b"\n")) == (file.size_bytes, file.lines)
+        return [orjson.loads(line) for line in data.splitlines()]
+
+    def left(self) -> int:
+        return len(list(self.folder.iterdir()))
+
+
+@pytest.fixture
+async def works(site: Site, store: Store, tmp_path: Path) -> AsyncIterator[Works]:
+    folder = tmp_path / "files"
+    blobs = Blobs(Folder(folder))
+    numbers = count(1)
+    upkeep = Upkeep(
+        store=store,
+        blobs=blobs,
+        clock=LiveClock(asyncio.get_running_loop()),
+        now_us=lambda: site.now_us,
+        new_id=lambda prefix: f"{prefix}made-{next(numbers)}",
+        limits=Limits(max_rows=600),
+        lease_lost=lambda: lost.append(1),
+    )
+    lost: list[int] = []
+    yield Works(site, store, blobs, folder, upkeep)
+    blobs.close()
+
+
+async def test_a_file_goes_all_the_way(works: Works) -> None:
+    """Lines of both files have the order of the input, whatever ended first."""
+    made = await works.submit(jsonl(*(row(n) for n in range(1, 6))))
+    assert await works.upkeep.work(Stage.VALIDATE)
+    await works.answer(1)
+    await works.answer(2, status=400)
+    await works.answer(2)
+    assert await works.upkeep.work(Stage.FINALIZE)
+    ended = await works.store.batch("a", made.id)
+    good, bad = await works.lines(ended.output_file_id), await works.lines(ended.error_file_id)
+    assert [line["custom_id"] for line in good] == ["row-1", "row-4", "row-5"]
+    assert [line["custom_id"] for line in bad] == ["row-2", "row-3"]
+    assert good[0]["response"] == {"status_code": 200, "request_id": "r", "body": {"n": 1}}
+    assert await works.upkeep.work(Stage.PURGE)
+    assert not any([await works.upkeep.work(stage) for stage in Stage])
+
+
+async def test_a_bad_file_fails_and_nothing_of_it_runs(works: Works) -> None:
+    made = await works.submit(jsonl(row(1), row(1)) + b"x\n")
+    await works.upkeep.work(Stage.VALIDATE)
+    failed = await works.store.batch("a", made.id)
+    assert failed.status is Status.FAILED
+    assert [problem.line for problem in failed.problems] == [2, 3]
+    assert await works.store.claim(9) == []
+
+
+async def test_a_validation_that_was_killed_begins_anew(works: Works) -> None:
+    """What it had stored already is in the way of nobody."""
+    await works.submit(jsonl(*(row(n) for n in range(300))))
+    task = await taken(works.store, Stage.VALIDATE)
+    await works.store.add_rows(task, new_rows(40))
+    await works.store.leave()
+    await works.store.join()
+    again = await ingest(
+        works.store, works.blobs, await taken(works.store, Stage.VALIDATE), Limits()
+    )
+    assert (again.status, again.counts.total) == (Status.IN_PROGRESS, 300)
+    assert len(await works.store.claim(999)) == 300
+
+
+async def test_a_file_whose_bytes_are_gone_fails_its_batch(works: Works) -> None:
+    made = await works.submit(jsonl(row(1)))
+    (works.folder / made.input_blob).unlink()
+    await works.upkeep.work(Stage.VALIDATE)
+    failed = await works.store.batch("a", made.id)
+    assert [problem.code for problem in failed.problems] == ["file_not_found"]
+
+
+async def test_what_never_ran_is_told_as_expired(works: Works) -> None:
+    made = await works.submit(jsonl(row(1), row(2), row(3)), window_us=5_000_000)
+    await works.upkeep.work(Stage.VALIDATE)
+    await works.answer(1)
+    works.site.wait(5)
+    await works.upkeep.chores()
+    await works.upkeep.work(Stage.FINALIZE)
+    ended = await works.store.batch("a", made.id)
+    errors = await works.lines(ended.error_file_id)
+    assert (ended.status, ended.counts.failed) == (Status.EXPIRED, 2)
+    assert [line["custom_id"] for line in errors] == ["row-2", "row-3"]
+    assert [line["error"]["code"] for line in errors] == ["batch_expired"] * 2  # type: ignore[index]
+    assert len(await works.lines(ended.output_file_id)) == 1
+
+
+async def test_a_batch_that_was_cancelled_early_has_no_files(works: Works) -> None:
+    made = await works.submit(jsonl(row(1)))
+    await works.store.cancel("a", made.id)
+    await works.upkeep.work(Stage.FINALIZE)
+    ended = await works.store.batch("a", made.id)
+    assert ended.status is Status.CANCELLED
+    assert (ended.output_file_id, ended.error_file_id) == (None, None)
+
+
+async def test_files_of_a_finalising_that_was_killed_are_swept_up(works: Works) -> None:
+    """It is done again under other names, and the batch has one set of files."""
+    made = await works.submit(jsonl(row(1), row(2)))
+    await works.upkeep.work(Stage.VALIDATE)
+    await works.answer()
+    await taken(works.store, Stage.FINALIZE)
+    await works.store.announce("blob-of-the-dead")
+    (works.folder / "blob-of-the-dead").write_bytes(b"half")
+    again = await works.site.store(alone=True)
+    task = await taken(again, Stage.FINALIZE)
+    await finalize(again, works.blobs, task, works.upkeep.new_id, works.upkeep.now_us)
+    await works.upkeep.sweep()
+    ended = await again.batch("a", made.id)
+    assert len(await works.lines(ended.output_file_id)) == 2
+    assert works.left() == 2
+
+
+async def test_a_finaliser_that_was_overtaken_leaves_nothing(works: Works) -> None:
+    made = await works.submit(jsonl(row(1)))
+    await works.upkeep.work(Stage.VALIDATE)
+    await works.answer()
+    stale = await taken(works.store, Stage.FINALIZE)
+    await works.store.put_back(stale)
+    await works.upkeep.work(Stage.FINALIZE)
+    with pytest.raises(Fenced):
+        await finalize(works.store, works.blobs, stale, works.upkeep.new_id, works.upkeep.now_us)
+    await works.upkeep.sweep()
+    ended = await works.store.batch("a", made.id)
+    assert len(await works.lines(ended.output_file_id)) == 1
+    assert works.left() == 2
+
+
+async def test_output_files_expire_as_was_asked_for(works: Works) -> None:
+    file = new_file(lines=1)
+    (works.folder / file.blob).write_bytes(jsonl(row(1)))
+    await keep(works.store, file)
+    wanted = replace(new_batch(file), output_expires_s=3600)
+    made = await works.store.add_batch(wanted, PLENTY)
+    await works.upkeep.work(Stage.VALIDATE)
+    await works.answer()
+    await works.upkeep.work(Stage.FINALIZE)
+    ended = await works.store.batch("a", made.id)
+    assert ended.output_file_id
+    output = await works.store.file("a", ended.output_file_id)
+    assert output.expires_us == works.site.now_us + 3_600_000_000
+
+
+async def test_a_lease_that_was_lost_is_told_of_and_a_new_one_taken(works: Works) -> None:
+    other = await works.site.store()
+    works.site.wait(11)
+    await other.renew()
+    await other.reap()
+    await works.upkeep.renew()
+    await works.store.renew()
