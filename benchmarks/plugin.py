@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -73,6 +74,10 @@ class Course:
     loose: list[list[int]] = field(default_factory=list)
     """Prompts."""
 
+    def say(self, what: str) -> None:
+        """To whoever waits."""
+        sys.stderr.write(f"{time.strftime('%H:%M:%S')} {what}\n")
+
     # (a) Online requests beside offline ones.
 
     async def beside(self, mode: str, target_ms: float, offline: int, **more: Any) -> Beside:
@@ -99,13 +104,15 @@ class Course:
         self.online = [self.site.prompt(ONLINE_PROMPT) for _ in range(ONLINE)]
         self.offline = [self.site.prompt(OFFLINE_PROMPT) for _ in range(OFFLINE)]
         await self.beside("all", 0.0, OFFLINE)  # prompts are in the cache from here on
-        for _ in range(self.runs):
+        for number in range(self.runs):
+            self.say(f"(a) without selection, run {number + 1} of {self.runs}")
             await self._noted("alone", "all", 0.0, 0)
             await self._noted("everyone", "all", 0.0, OFFLINE)
             await self._noted("priority", "all", 0.0, OFFLINE, priority=100)
         alone, everyone = self.found.median("alone online"), self.found.median("everyone online")
         targets = [alone + share * (everyone - alone) for share in self.shares]
-        for _ in range(self.runs):
+        for number in range(self.runs):
+            self.say(f"(a) at {len(targets)} targets, run {number + 1} of {self.runs}")
             for share, target_ms in zip(self.shares, targets, strict=True):
                 kept = int(OFFLINE * share)  # as a step grows with each offline request
                 await self._noted(f"abort {share}", "all", 0.0, kept)
@@ -141,7 +148,8 @@ class Course:
             streams = await self.mixed("all", loose, 1e3, 1e3)
             step_ms = statistics.median(stream.tpot_ms for stream in streams[:TIGHT])
             tight_ms, loose_ms = TIGHT_SHARE * step_ms, LOOSE_SHARE * step_ms
-            for _ in range(self.runs):
+            for number in range(self.runs):
+                self.say(f"(b) {loose} loose ones, run {number + 1} of {self.runs}")
                 for mode in ("all", "slack"):
                     streams = await self.mixed(mode, loose, tight_ms, loose_ms)
                     self._note_mixed(f"{loose} loose {mode}", streams, tight_ms, loose_ms)
@@ -163,7 +171,8 @@ class Course:
     async def displacement(self) -> None:
         site = self.site
         for displace in (0, 1, None):
-            for _ in range(self.runs):
+            for number in range(self.runs):
+                self.say(f"(c) displace {displace}, run {number + 1} of {self.runs}")
                 await site.set("all", displace=displace or 0)
                 long = site.send(site.prompt(LONG_PROMPT), 2, offline=True)
                 urgent: list[Stream] = []
