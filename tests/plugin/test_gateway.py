@@ -25,7 +25,7 @@ async def test_it_is_found_used_and_given_back(trial: Trial) -> None:
     asks = trial.asks(4, tokens=40)
     stock = await trial.stock(asks)
     plugin = PluginSettings(lease_s=LEASE_S)
-    cost = replace(Cost(), model="llama-3.1-8b", device="h100")
+    cost = replace(Cost(), model="Llama-3.1-8B", device="h100")
     async with standing(trial.client, *names, plugin=plugin, cost=cost) as site:
         ledgers = site.gateway.core.ledgers
         assert {name: set(ledger.worker.engine) for name, ledger in ledgers.items()} == {
