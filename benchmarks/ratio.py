@@ -47,7 +47,7 @@ from benchmarks.ratio_worlds import (
     fixed_policies,
     shifting,
 )
-from benchmarks.report import Check, Goal, Report, Spread, add_report_options
+from benchmarks.report import Check, Goal, Report, Spread, command_line, reported
 from gateway.scenario import Plan, PolicyEntry
 from gateway.settings import ConfigError
 from gateway.simulation.figures import Figures
@@ -344,23 +344,13 @@ def _forecast(asked: argparse.Namespace, report: Report) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ratio",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("ratio", __doc__)
     parser.add_argument("--data", type=Path, default=forecast.DATA, help="where traces/ lies")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parts = ("closed", "dynamic", "forecast")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="only these")
-    add_report_options(parser)
     asked = parser.parse_args()
-    try:
-        report = measure(asked)
-    except (ConfigError, OSError) as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    return report.finish(as_json=asked.json)
+    return reported(lambda: measure(asked), ConfigError, OSError, as_json=asked.json)
 
 
 if __name__ == "__main__":
