@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -62,6 +63,9 @@ class Found:
 class Course:
     site: Site
     runs: int
+    shares: tuple[float, ...] = SHARES
+    loads: tuple[int, ...] = LOOSE
+    tokens: int = MIXED_TOKENS
     found: Found = field(default_factory=Found)
     steps: list[SeenStep] = field(default_factory=list)
     online: list[list[int]] = field(default_factory=list)
@@ -69,6 +73,10 @@ class Course:
     tight: list[list[int]] = field(default_factory=list)
     loose: list[list[int]] = field(default_factory=list)
     """Prompts."""
+
+    def say(self, what: str) -> None:
+        """To whoever waits."""
+        sys.stderr.write(f"{time.strftime('%H:%M:%S')} {what}\n")
 
     # (a) Online requests beside offline ones.
 
@@ -96,14 +104,16 @@ class Course:
         self.online = [self.site.prompt(ONLINE_PROMPT) for _ in range(ONLINE)]
         self.offline = [self.site.prompt(OFFLINE_PROMPT) for _ in range(OFFLINE)]
         await self.beside("all", 0.0, OFFLINE)  # prompts are in the cache from here on
-        for _ in range(self.runs):
+        for number in range(self.runs):
+            self.say(f"(a) without selection, run {number + 1} of {self.runs}")
             await self._noted("alone", "all", 0.0, 0)
             await self._noted("everyone", "all", 0.0, OFFLINE)
             await self._noted("priority", "all", 0.0, OFFLINE, priority=100)
         alone, everyone = self.found.median("alone online"), self.found.median("everyone online")
-        targets = [alone + share * (everyone - alone) for share in SHARES]
-        for _ in range(self.runs):
-            for share, target_ms in zip(SHARES, targets, strict=True):
+        targets = [alone + share * (everyone - alone) for share in self.shares]
+        for number in range(self.runs):
+            self.say(f"(a) at {len(targets)} targets, run {number + 1} of {self.runs}")
+            for share, target_ms in zip(self.shares, targets, strict=True):
                 kept = int(OFFLINE * share)  # as a step grows with each offline request
                 await self._noted(f"abort {share}", "all", 0.0, kept)
                 await self._noted(f"select {share}", "online-first", target_ms, OFFLINE)
@@ -125,20 +135,21 @@ class Course:
     async def mixed(self, mode: str, loose: int, tight_ms: float, loose_ms: float) -> list[Stream]:
         site = self.site
         await site.set(mode, hold_steps=HOLD_STEPS, most_parked_us=MOST_PARKED_S * 1e6)
-        long = [site.send(prompt, MIXED_TOKENS, tpot_ms=loose_ms) for prompt in self.loose[:loose]]
-        short = [site.send(prompt, MIXED_TOKENS, tpot_ms=tight_ms) for prompt in self.tight]
+        long = [site.send(prompt, self.tokens, tpot_ms=loose_ms) for prompt in self.loose[:loose]]
+        short = [site.send(prompt, self.tokens, tpot_ms=tight_ms) for prompt in self.tight]
         await site.over([*short, *long])
         return [*short, *long]
 
     async def kairos(self) -> None:
         self.tight = [self.site.prompt(200 + 60 * i) for i in range(TIGHT)]
-        self.loose = [self.site.prompt(2500 + 100 * i) for i in range(max(LOOSE))]
-        await self.mixed("all", max(LOOSE), 1e3, 1e3)
-        for loose in LOOSE:
+        self.loose = [self.site.prompt(2500 + 100 * i) for i in range(max(self.loads))]
+        await self.mixed("all", max(self.loads), 1e3, 1e3)
+        for loose in self.loads:
             streams = await self.mixed("all", loose, 1e3, 1e3)
             step_ms = statistics.median(stream.tpot_ms for stream in streams[:TIGHT])
             tight_ms, loose_ms = TIGHT_SHARE * step_ms, LOOSE_SHARE * step_ms
-            for _ in range(self.runs):
+            for number in range(self.runs):
+                self.say(f"(b) {loose} loose ones, run {number + 1} of {self.runs}")
                 for mode in ("all", "slack"):
                     streams = await self.mixed(mode, loose, tight_ms, loose_ms)
                     self._note_mixed(f"{loose} loose {mode}", streams, tight_ms, loose_ms)
@@ -160,7 +171,8 @@ class Course:
     async def displacement(self) -> None:
         site = self.site
         for displace in (0, 1, None):
-            for _ in range(self.runs):
+            for number in range(self.runs):
+                self.say(f"(c) displace {displace}, run {number + 1} of {self.runs}")
                 await site.set("all", displace=displace or 0)
                 long = site.send(site.prompt(LONG_PROMPT), 2, offline=True)
                 urgent: list[Stream] = []
@@ -176,9 +188,13 @@ class Course:
                     self.found.add(f"{name} urgent", stream.ttft_ms)
 
 
-async def measured(model: str, runs: int) -> tuple[Course, list[float], dict[str, Any]]:
+async def measured(
+    model: str, runs: int, *, quick: bool
+) -> tuple[Course, list[float], dict[str, Any]]:
     async with standing(model, seed=11) as site:
         course = Course(site, runs)
+        if quick:
+            course = Course(site, 1, shares=SHARES[1:2], loads=LOOSE[1:2], tokens=MIXED_TOKENS // 2)
         async with site.listening() as steps:
             targets = await course.colocation()
             await course.kairos()
@@ -203,7 +219,7 @@ def predicted(course: Course, targets: Sequence[float], report: Report) -> None:
     cases = [("everyone", "all", 0.0)]
     cases += [
         (f"select {share}", "online-first", target)
-        for share, target in zip(SHARES, targets, strict=True)
+        for share, target in zip(course.shares, targets, strict=True)
     ]
     table = Table(title="Simulated with the measured steps", title_justify="left")
     for column in ("case", "online TPOT", "real", "error", "offline tok/s", "real", "error"):
@@ -232,12 +248,12 @@ def checked(course: Course, targets: Sequence[float], state: dict[str, Any]) -> 
     found = course.found
     for name, values in found.values.items():
         report.spread[name] = Spread.of(values)
-    report.tables.append(_colocation_table(found, targets))
-    for share in SHARES:
+    report.tables.append(_colocation_table(found, course.shares, targets))
+    for share in course.shares:
         ratio = found.median(f"select {share} of target")
         name = f"(a) online TPOT over its target, target at {share:.0%}"
         report.checks.append(Check(name=name, value=ratio, target=1.05, unit=""))
-    for loose in LOOSE:
+    for loose in course.loads:
         stock, slack = f"{loose} loose all", f"{loose} loose slack"
         gain = found.median(f"{slack} met") - found.median(f"{stock} met")
         speed = found.median(f"{slack} per s") / found.median(f"{stock} per s")
@@ -273,7 +289,7 @@ def _least(name: str, value: float, target: float, unit: str) -> Check:
     return Check(name=name, value=value, target=target, unit=unit, goal=Goal.AT_LEAST)
 
 
-def _colocation_table(found: Found, targets: Sequence[float]) -> Table:
+def _colocation_table(found: Found, shares: Sequence[float], targets: Sequence[float]) -> Table:
     table = Table(title="8 online and 8 offline, one decode server", title_justify="left")
     for column in ("how", "target ms", "online TPOT ms", "offline tok/s"):
         table.add_column(column, justify="left" if column == "how" else "right")
@@ -282,7 +298,7 @@ def _colocation_table(found: Found, targets: Sequence[float]) -> Table:
         ("everyone steps", "", "everyone"),
         ("--enable-priority-scheduling", "", "priority"),
     ]
-    for share, target in zip(SHARES, targets, strict=True):
+    for share, target in zip(shares, targets, strict=True):
         rows.append(("admission and abort from outside", f"{target:.1f}", f"abort {share}"))
         rows.append(("selection", f"{target:.1f}", f"select {share}"))
     for how, target_told, name in rows:
@@ -298,15 +314,16 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=5, help="of each case (5)")
     parser.add_argument("--model", default="tiny", help="as slackwater fleet takes it (tiny)")
     arguments = parser.parse_args()
-    runs = 1 if arguments.quick else arguments.runs
     try:
-        course, targets, state = asyncio.run(measured(arguments.model, runs))
+        course, targets, state = asyncio.run(
+            measured(arguments.model, arguments.runs, quick=arguments.quick)
+        )
     except FleetError as error:
         sys.stderr.write(f"benchmarks.plugin: {error}\n")
         return 2
     report = checked(course, targets, state)
     if arguments.quick:
-        report.notes.append("quick: one run of each case, no spread")
+        report.notes.append("quick: one run, one target and one load, half the tokens")
     return report.finish(as_json=arguments.json)
 
 

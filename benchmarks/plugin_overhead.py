@@ -52,7 +52,7 @@ class _Heard:
 
 
 def resting_us(steps: int = STEPS) -> float:
-    """CPU time of one step: the least of five rounds, because the machine has other things to do."""
+    """CPU time of one step; the least of five rounds, because others use the machine."""
     return min(_round_us(steps // 5) for _ in range(5))
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from gateway.accounts import Accounts
 from gateway.agenda import Agenda, passed
-from gateway.books import Lane, Ticket
-from gateway.choice import is_worth_a_wait, predicted_wait_us, unserved
+from gateway.books import Ticket
 from gateway.lanes import Lanes
 from gateway.lifecycle import State, Step
 from gateway.preemption import Preemptor
@@ -50,7 +49,7 @@ from policies.events import (
 from policies.ledger import Ledger
 from policies.preempt import AbortBudget
 from policies.retry import RetryBudget, continued
-from policies.types import Job, Kind, Pool, Role, Worker
+from policies.types import Kind, Pool, Role, Worker
 
 __all__ = ["Core", "Rules"]
 
@@ -194,33 +193,13 @@ class Core:
             is_first = lane.would_be_first(ticket.job, self._rules.order)
             if is_first and self._sender.goes_at_once(ticket, lane, now_us):
                 self._budget.earn(ticket.job)
-            elif (refusal := self._refusal(ticket.job, lane, now_us)) is not None:
+            elif (refusal := self._lanes.refusal(ticket.job, lane, now_us)) is not None:
                 ticket.step(Step.REFUSED)
                 self._out.append(refusal)
                 del self._tickets[ticket.job.id]
             else:
                 self._budget.earn(ticket.job)
                 self._sender.enqueue(ticket, lane, now_us)
-
-    def _refusal(self, job: Job, lane: Lane, now_us: int) -> Reject | None:
-        """What can be answered at once, before the job costs anything."""
-        kind, candidates = job.kind, self._lanes.candidates(lane, job.kind, now_us)
-        if not is_worth_a_wait(job, candidates, self._rules.admit, now_us):
-            refusal = unserved(job, candidates, self._rules, now_us)
-            if refusal is not None:
-                return refusal
-        if not (queued := lane.queued(kind)):
-            return None
-        if queued >= self._rules.max_queued:
-            wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
-            return Reject(job, Reason.QUEUE_FULL, wait_us)
-        if kind is _OFFLINE or not lane.is_last(job, self._rules.order):
-            return None
-        wait_us = predicted_wait_us(
-            candidates, lane.tokens_before(kind), now_us, takes_back=self._rules.takes_back
-        )
-        late_us = now_us + wait_us - job.give_up_us
-        return Reject(job, Reason.HOPELESS, late_us) if late_us > 0 else None
 
     def _left(self, event: Left, now_us: int) -> None:
         ticket = self._tickets.get(event.job_id)

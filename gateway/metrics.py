@@ -221,6 +221,15 @@ class _CoreGauges(Collector):
                 age_s = (now_us - ledger.load.seen_us) / 1e6
                 gauges["load_age_seconds"].add_metric([name], age_s)
         yield from gauges.values()
+        engine = GaugeMetricFamily(
+            "slackwater_worker_engine",
+            "1 for each feature of the plug-in that is in use there",
+            labels=["worker", "feature"],
+        )
+        for name, ledger in self._core.ledgers.items():
+            for feature in sorted(ledger.worker.engine):
+                engine.add_metric([name, feature], 1)
+        yield engine
         yield from self._corrections(now_us)
 
     def _corrections(self, now_us: int) -> Iterable[Metric]:

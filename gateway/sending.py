@@ -59,12 +59,12 @@ class Sender:
         if kind is _OFFLINE and self._lanes.online_waits_beside(lane):
             return False
         candidates = self._lanes.candidates(lane, kind, now_us)
-        if self.rules.gather.holds and self._holds(ticket.job, lane, candidates, now_us):
+        if self.rules.gather.holds and self._lanes.holds(ticket.job, lane, self._agenda, now_us):
             return False
         pair = self._choose(ticket, candidates, now_us)
         if pair is None:
             return False
-        self._open_bucket(lane, kind, now_us)
+        lane.open_bucket(kind, self._agenda, now_us)
         self._place(ticket, *pair, now_us)
         return True
 
@@ -109,12 +109,12 @@ class Sender:
         while (job_id := lane.first(kind, order, outlook)) is not None:
             ticket = self._tickets[job_id]
             job = ticket.job
-            if self.rules.gather.holds and self._holds(job, lane, candidates, now_us):
+            if self.rules.gather.holds and self._lanes.holds(job, lane, self._agenda, now_us):
                 return
             pair = self._choose(ticket, free, now_us)
             if pair is not None:
                 lane.take(job)
-                self._open_bucket(lane, kind, now_us)
+                lane.open_bucket(kind, self._agenda, now_us)
                 self._agenda.give_up.discard(job_id)
                 self._place(ticket, *pair, now_us)
             elif ticket.stands_aside and len(held) < _MOST_HELD:
@@ -170,21 +170,6 @@ class Sender:
         if self.rules.displace.parts:
             return self.slicing.choose(ticket, candidates, self.rules, now_us)
         return choose(job, candidates, self.rules, now_us)
-
-    def _holds(self, job: Job, lane: Lane, candidates: Candidates, now_us: int) -> bool:
-        """The first of a queue, for others to come with it."""
-        kind = job.kind
-        tokens = max(lane.waiting_tokens[kind], job.prompt_tokens)
-        bucket, prefills = lane.buckets[kind], candidates.prefills
-        due_us = self.rules.gather.due_us(job, bucket, tokens, prefills, now_us)
-        if due_us:
-            self._agenda.put(self._agenda.held, f"{kind}/{lane.model}", due_us)
-        return due_us > 0
-
-    def _open_bucket(self, lane: Lane, kind: Kind, now_us: int) -> None:
-        if self.rules.gather.holds:
-            lane.buckets[kind].open(now_us)
-            self._agenda.held.discard(f"{kind}/{lane.model}")
 
     def _place(self, ticket: Ticket, prefill: Ledger, decode: Ledger, now_us: int) -> None:
         """Booked in the step that decides, so that the next decision sees it."""

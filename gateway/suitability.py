@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from backends.engine_words import states_of
 from gateway.facts import Facts
 from gateway.trial import Trial
 from policies.types import Kind, Pool, Role
@@ -115,6 +116,20 @@ def of_server(facts: Facts) -> Iterator[Finding]:
         text = f"its bootstrap server does not answer from here: {facts.bootstrap_error}"
         yield Finding(level=Level.WARNING, subject=name, text=text)
     yield from _of_levers(facts)
+    yield from _of_plugin(facts)
+
+
+def _of_plugin(facts: Facts) -> Iterator[Finding]:
+    """Where there is none, nothing is missing: stock levers do."""
+    if (heard := states_of(facts.info)) is None:
+        return
+    on = ", ".join(sorted(heard.features)) or "nothing"
+    text = f"it has the plug-in: {on}; mode {heard.mode}"
+    yield Finding(level=Level.NOTE, subject=facts.name, text=text)
+    for feature, why in heard.why_off.items():
+        text = f"the plug-in's {feature} is off: {why}"
+        level = Level.WARNING if heard.faults else Level.NOTE
+        yield Finding(level=level, subject=facts.name, text=text)
 
 
 def levers_of(facts: Facts) -> dict[str, bool | None]:

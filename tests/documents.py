@@ -12,13 +12,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from gateway import actuation
+from gateway import actuation, plugin_settings
 from gateway import config as settings
 from gateway.batch import settings as batch_settings
 from gateway.config import Config
 
 ROOT = Path(__file__).parent.parent
-_MODULES = (settings, actuation, batch_settings)
+_MODULES = (settings, actuation, batch_settings, plugin_settings)
 README = ROOT / "README.md"
 CONFIG = ROOT / "config.toml"
 
@@ -51,6 +51,7 @@ _SECTIONS = {
     "classes.online": "A person waits: the first token is due, and then each further one.",
     "classes.offline": "Nobody waits: it fills what online work leaves free.",
     "colocation": "Offline work beside online work, under policies.pools = latency.",
+    "plugin": "Servers that have the plug-in: docs/engine-plugin.md. Others go on without.",
     "admission": "How much work a server is given at once.",
     "limits": "What one client, and all of them together, may ask for.",
     "chat": "Offline chats that can go on elsewhere: docs/operations.md.",

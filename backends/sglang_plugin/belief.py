@@ -19,7 +19,7 @@ class Belief:
     __slots__ = ("_fit_at", "_given", "_seen", "_steps", "line", "table")
 
     def __init__(self) -> None:
-        self._steps: deque[SeenStep] = deque(maxlen=REMEMBERED)
+        self._steps: deque[tuple[int, int, float]] = deque(maxlen=REMEMBERED)
         self._given: StepLine | None = None
         self._seen, self._fit_at = 0, FEWEST_STEPS
         self.line: StepLine | None = None
@@ -33,7 +33,7 @@ class Belief:
         self._fit_at = max(FEWEST_STEPS, self._seen)
 
     def saw(self, count: int, context_tokens: int, took_us: float) -> None:
-        self._steps.append(SeenStep(count, context_tokens, took_us))
+        self._steps.append((count, context_tokens, took_us))
         self._seen += 1
 
     def learnt(self, count: int, context_tokens: int, took_us: float) -> None:
@@ -44,7 +44,7 @@ class Belief:
         """Whether anything can be said of a step; fits what has been seen where that is due."""
         if self._given is None and self._seen >= self._fit_at:
             self._fit_at = 2 * self._seen
-            self._begin(fitted(list(self._steps)))
+            self._begin(fitted([SeenStep(*step) for step in self._steps]))
         return self.table is not None
 
     def step_us(self, count: int, context_tokens: int, longest_tokens: int) -> float:

@@ -29,6 +29,7 @@ class Options:
     features: frozenset[Feature] = frozenset(Feature)
     untested: bool = False
     drill: bool = False
+    """Modes for tests, and a line of steps that is taken as it was told."""
     reports: str = ""
     """Where to publish; empty: a free port at the server's own address."""
 
@@ -88,7 +89,7 @@ class Plugin:
     def _saw(self, count: int, context_tokens: int, took_us: float) -> None:
         belief = self.gate.belief
         belief.saw(count, context_tokens, took_us)
-        if not self.gate.rests:
+        if not self.gate.rests and not self._options.drill:
             belief.learnt(count, context_tokens, took_us)
 
     # Decode selection.
@@ -158,7 +159,7 @@ class Plugin:
         reporter = self.reporter
         if self._met is None:
             self.meet(engine)
-        if not reporter.faults.over:
+        if not reporter.faults.why_off:
             try:
                 reporter.ended(batch)
             except Exception as error:  # noqa: BLE001  # nobody waits for a report

@@ -10,16 +10,20 @@ import pytest
 from tests.conformance.under_test import Leg
 from tests.plugin.ground import CHUNK_TOKENS, Ask, Trial
 
-pytestmark = [pytest.mark.real_time, pytest.mark.timeout(120, func_only=True)]
+pytestmark = [
+    pytest.mark.real_time,
+    pytest.mark.timeout(120, func_only=True),
+    pytest.mark.parametrize("ground", ["unified", "overlapping", "pair"], indirect=True),
+]
 LONG_TOKENS = 20 * CHUNK_TOKENS
-CHUNK_S = 0.08
+CHUNK_S = 0.12
 """The floor of a prefill step, so that a test can look at what is going on."""
 
 
-async def under_way(trial: Trial, ask: Ask, rid: str) -> Leg:
+async def under_way(trial: Trial, ask: Ask, rid: str = "") -> Leg:
     """Some of its chunks are computed."""
     steps = (await trial.state(trial.ground.prefill))["steps"]
-    leg = trial.send(ask, rid=rid)
+    leg = trial.send(ask, rid=rid or trial.client.rid())
     await trial.until("steps", steps + 2, trial.ground.prefill)
     return leg
 
@@ -33,11 +37,12 @@ async def test_an_online_prompt_goes_first_and_both_get_their_tokens(
     prefill = trial.ground.prefill
     await trial.slow(CHUNK_S)
     before = await trial.state(prefill)
-    first = await under_way(trial, long, "0a" * 16)
+    first = await under_way(trial, long)
     second = trial.send(short)
     await second.begun.wait()
     assert not first.begun.is_set()
     await asyncio.gather(first.task, second.task)
+    assert [leg.finish["type"] for leg in (first, second)] == ["length", "length"]
     after = await trial.state(prefill)
     assert after["displaced"] == before["displaced"] + 1
     assert after["resumed"] == before["resumed"] + 1
@@ -55,7 +60,7 @@ async def test_an_online_prompt_displaces_no_other_online_one(trial: Trial) -> N
     long, short = Ask(trial.client.prompt(LONG_TOKENS), 3), Ask(trial.client.prompt(20), 3)
     before = await trial.state(trial.ground.prefill)
     await trial.slow(CHUNK_S)
-    legs = [await under_way(trial, long, "0b" * 16), trial.send(short)]
+    legs = [await under_way(trial, long), trial.send(short)]
     await asyncio.gather(*(leg.task for leg in legs))
     assert (await trial.state(trial.ground.prefill))["displaced"] == before["displaced"]
 
@@ -69,14 +74,14 @@ async def test_switched_off_it_displaces_nobody(trial: Trial) -> None:
     before = await trial.state(prefill)
     await trial.set(url=prefill, displace=0)
     await trial.slow(CHUNK_S)
-    legs = [await under_way(trial, long, "0c" * 16), trial.send(short)]
+    legs = [await under_way(trial, long), trial.send(short)]
     await asyncio.gather(*(leg.task for leg in legs))
     assert (await trial.state(prefill))["displaced"] == before["displaced"]
 
 
 async def test_a_prompt_put_aside_can_be_aborted_and_leaves_nothing(trial: Trial) -> None:
     long = Ask(trial.client.prompt(LONG_TOKENS), 6, offline=True)
-    prefill, rid = trial.ground.prefill, "0d" * 16
+    prefill, rid = trial.ground.prefill, trial.client.rid()
     await trial.slow(CHUNK_S)
     first = await under_way(trial, long, rid)
     online = [trial.send(Ask(trial.client.prompt(6 * CHUNK_TOKENS), 2)) for _ in range(2)]
@@ -98,7 +103,7 @@ async def test_a_pause_with_a_prompt_aside_loses_nothing(trial: Trial) -> None:
     online = replace(long, ids=trial.client.prompt(5 * CHUNK_TOKENS), offline=False)
     prefill = trial.ground.prefill
     await trial.slow(CHUNK_S)
-    first = await under_way(trial, long, "0e" * 16)
+    first = await under_way(trial, long)
     second = trial.send(online)
     await trial.until("aside", 1, prefill)
     await trial.client.post(prefill + "/pause_generation", {"mode": how})

@@ -147,6 +147,7 @@ async def test_selection_that_fails_three_times_is_off_and_the_server_serves(tri
     await trial.same(asks, stock)
 
 
+@pytest.mark.parametrize("ground", ["overlapping"], indirect=True)
 async def test_what_a_gateway_set_ends_with_its_lease(trial: Trial) -> None:
     await trial.set("slack", lease_s=0.05, **LINE)
     assert (await trial.state())["mode"] == "slack"
@@ -156,6 +157,7 @@ async def test_what_a_gateway_set_ends_with_its_lease(trial: Trial) -> None:
     assert (await trial.state())["mode"] == "all"
 
 
+@pytest.mark.parametrize("ground", ["overlapping"], indirect=True)
 async def test_nonsense_about_a_request_counts_as_untold(trial: Trial) -> None:
     nonsense = {"slackwater_class": "x", "slackwater_tpot_ms": "soon"}
     asks = [replace(ask, sampling={"custom_params": nonsense}) for ask in trial.asks(4, tokens=30)]
@@ -165,6 +167,7 @@ async def test_nonsense_about_a_request_counts_as_untold(trial: Trial) -> None:
     assert (await trial.state())["features"]["decode"]["on"]
 
 
+@pytest.mark.parametrize("ground", ["overlapping"], indirect=True)
 async def test_unknown_settings_are_refused_as_a_whole(trial: Trial) -> None:
     for told in ({"slackwater_speed": 1}, {"slackwater_mode": 7}, {"slackwater_hold_steps": 0}):
         body = {"server_args": {"slackwater_mode": 2, **told}}

@@ -1,0 +1,151 @@
+"""Servers with the plug-in do by themselves what they took on, and are counted on for no more."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from backends.http import Upstream
+from backends.sglang import Server
+from gateway.core import Core
+from gateway.engine_link import EngineLink
+from gateway.plugin_settings import PluginSettings
+from gateway.rules import Rules
+from policies.events import Event
+from policies.types import Role, Worker
+
+ON = {"on": True, "why_off": "", "faults": 0}
+
+
+def state(**features: dict[str, Any]) -> dict[str, Any]:
+    """Of a server whose plug-in reports nothing, unless told otherwise."""
+    told = {"decode": ON, "prefill": ON, "reports": {**ON, "on": False}}
+    told |= features
+    return {"internal_states": [{"slackwater": {"features": told, "mode": "all", "reports": ""}}]}
+
+
+class Engine:
+    """Answers as a server's control pages do."""
+
+    def __init__(self) -> None:
+        self.info = state()
+        self.pushed: list[dict[str, float]] = []
+        self.takes: object = [True]
+        self.status = 200
+
+    async def set(self, request: web.Request) -> web.Response:
+        self.pushed.append((await request.json())["server_args"])
+        return web.json_response(self.takes, status=self.status)
+
+    async def tell(self, request: web.Request) -> web.Response:
+        return web.json_response(self.info)
+
+
+class Site:
+    def __init__(self, engine: Engine, server: Server, link: EngineLink) -> None:
+        self.engine, self.server, self.link = engine, server, link
+
+    async def met(self) -> list[str]:
+        return sorted(await self.link.meet(self.server, self.engine.info))
+
+
+@asynccontextmanager
+async def standing(**settings: Any) -> AsyncIterator[Site]:
+    engine = Engine()
+    app = web.Application()
+    app.router.add_post("/set_internal_state", engine.set)
+    app.router.add_get("/server_info", engine.tell)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    worker = Worker(name="w", url=f"http://127.0.0.1:{runner.addresses[0][1]}", role=Role.UNIFIED)
+    events: list[Event] = []
+    server = Server(worker, Upstream(worker.url, connect_timeout_s=1.0))
+    async with asyncio.TaskGroup() as tasks:
+        clock = asyncio.get_running_loop()
+        link = EngineLink(events.append, Core(Rules()), clock, tasks, 100_000.0)
+        link.settings = replace(PluginSettings(), **settings)
+        server.is_known = True
+        yield Site(engine, server, link)
+        link.close()
+        server.upstream.close()
+    await runner.cleanup()
+
+
+async def test_an_engine_takes_on_what_it_has_and_what_is_wanted() -> None:
+    async with standing() as site:
+        assert await site.met() == ["decode", "prefill"]
+        told = site.engine.pushed[0]
+        assert (told["slackwater_mode"], told["slackwater_displace"]) == (1, 1)
+        assert told["slackwater_lease_s"] == 30.0
+
+
+async def test_a_feature_that_is_off_there_is_not_counted_on() -> None:
+    async with standing() as site:
+        site.engine.info = state(decode={"on": False, "why_off": "tensor parallel", "faults": 0})
+        assert await site.met() == ["prefill"]
+        assert site.engine.pushed[0]["slackwater_mode"] == 0
+
+
+async def test_what_is_not_wanted_is_switched_off() -> None:
+    async with standing(decode="off", displace=False) as site:
+        assert await site.met() == []
+        assert site.engine.pushed[0]["slackwater_mode"] == 0
+
+
+async def test_a_stock_server_is_asked_for_nothing() -> None:
+    async with standing() as site:
+        site.engine.info = {"internal_states": [{}]}
+        assert await site.met() == []
+        assert site.engine.pushed == []
+
+
+@pytest.mark.parametrize(("status", "takes"), [(401, {"error": "key"}), (200, [False]), (200, {})])
+async def test_a_server_that_takes_no_settings_is_used_as_a_stock_one(
+    status: int, takes: object
+) -> None:
+    async with standing() as site:
+        site.engine.status, site.engine.takes = status, takes
+        assert await site.met() == []
+
+
+async def test_the_lease_is_renewed_before_it_ends() -> None:
+    async with standing() as site:
+        await site.met()
+        await asyncio.sleep(25)
+        assert len(site.engine.pushed) == 3
+        assert site.server.is_known
+
+
+async def test_a_feature_that_shuts_itself_off_has_its_server_asked_anew() -> None:
+    async with standing() as site:
+        await site.met()
+        site.engine.info = state(decode={"on": False, "why_off": "3 faults", "faults": 3})
+        await asyncio.sleep(11)
+        assert not site.server.is_known
+        assert await site.met() == ["prefill"]
+
+
+async def test_a_server_that_is_taken_off_the_list_is_told_nothing_more() -> None:
+    async with standing() as site:
+        await site.met()
+        site.link.forget("w")
+        await asyncio.sleep(60)
+        assert len(site.engine.pushed) == 1
+        assert site.link.heard == {}
+
+
+async def test_settings_are_numbers() -> None:
+    async with standing(decode="slack", hold_steps=8, most_parked_ms=500.0) as site:
+        await site.met()
+        told = site.engine.pushed[0]
+        assert json.loads(json.dumps(told)) == told
+        assert (told["slackwater_mode"], told["slackwater_hold_steps"]) == (2, 8)
+        assert told["slackwater_most_parked_us"] == 500_000
