@@ -55,6 +55,8 @@ def known_ids(exchange: Exchange) -> Ids | None:
 
 def question(exchange: Exchange) -> bytes | None:
     """For /v1/tokenize; none where its answer would not be what the server makes of the prompt."""
+    if exchange.asks is not None:
+        return orjson.dumps(exchange.asks)
     body = exchange.body
     if any(body.get(name) is not None for name in _UNCUT):
         return None

@@ -76,6 +76,8 @@ class FittedStepTimes:
     """Of one sequence without context."""
     decode_context_token_s: float
     decode_sequence_s: float = 0.0
+    prefill_base_s: float = 0.0
+    """Of each chunk, whatever is in it."""
     decode_experts_s: float = 0.0
     """What a step takes longer once every expert is met."""
     experts: int = 256
@@ -84,7 +86,7 @@ class FittedStepTimes:
     def prefill_s(self, chunks: Sequence[tuple[int, int]]) -> float:
         tokens = sum(new for new, _ in chunks)
         pairs = sum(new * (cached + new / 2) for new, cached in chunks)
-        return self.prefill_token_s * tokens + self.prefill_pair_s * pairs
+        return self.prefill_base_s + self.prefill_token_s * tokens + self.prefill_pair_s * pairs
 
     def decode_s(self, batch: int, context_tokens: int) -> float:
         return (

@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from backends.workload import Ask, Trace, read_trace
 from gateway.config import Admission, Cost, Policies, RatioSettings
 from gateway.planning import Mode
 from gateway.scenario import (
+    FitEntry,
     FleetEntry,
+    GatewayEntry,
     Plan,
     PolicyEntry,
     Scenario,
@@ -29,9 +30,71 @@ TABLE = "profiles/aiconfigurator/step_times_sglang_bf16.csv.gz"
 GPUS = 8
 TTFT_MS, TPOT_MS = 2000.0, 25.0
 """Of the dynamic loads."""
-CLOSED_MODEL, CLOSED_TP, CLOSED_SERVERS = "Llama-3.1-70B", 4, 6
+CLOSED_SERVERS = 6
 CLOSED_TTFT_MS, CLOSED_TPOT_MS = 1500.0, 50.0
-"""Model size and targets are the paper's."""
+"""The targets are the paper's."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Closed:
+    """Where the closed loop runs."""
+
+    title: str
+    model: str
+    device: str
+    tp: int = 1
+    fit: FitEntry = dataclasses.field(default_factory=FitEntry)
+    context_tokens: int = 131_072
+    input_max: int = 8192
+    output_max: int = 2048
+    clients: tuple[int, ...]
+    quick: tuple[int, ...]
+
+    def fleet(self, name: str, entries: Iterable[ServerEntry]) -> FleetEntry:
+        servers = tuple(
+            dataclasses.replace(it, context_tokens=self.context_tokens) for it in entries
+        )
+        plain = fleet(name, servers, self.model, self.tp)
+        return dataclasses.replace(plain, fit=self.fit, device=self.device)
+
+    def split(self, prefills: int, decodes: int) -> FleetEntry:
+        entries = (
+            servers(Role.PREFILL, prefills, SWITCH_S),
+            servers(Role.DECODE, decodes, SWITCH_S),
+        )
+        return self.fleet(f"{prefills}P{decodes}D", entries)
+
+
+PROMPT_HEAVY = Closed(
+    title="70B, tp 4 on H100",
+    model="Llama-3.1-70B",
+    device=DEVICE,
+    tp=4,
+    clients=(8, 64, 128, 192, 256, 320, 392, 448, 512),
+    quick=(256, 392),
+)
+"""The size of the paper's Llama: prompts are what takes time, and memory is plenty."""
+ANSWER_HEAVY = Closed(
+    title="OPT-13B on A100",
+    model="Llama-2-13b",
+    device="a100",
+    fit=FitEntry(
+        prefill_ms=18.10,
+        prefill_token_us=101.9,
+        prefill_pair_ns=14.24,
+        decode_ms=19.97,
+        decode_token_us=0.627,
+        decode_sequence_us=38.5,
+    ),
+    context_tokens=2048,
+    input_max=1500,
+    output_max=512,
+    clients=(8, 32, 64, 96, 128, 160, 192, 256, 320, 392),
+    quick=(96, 128, 160),
+)
+"""DOPD was measured against DistServe on OPT models, whose KV cache is 6 times as large a token:
+few sequences fit, and answers are what takes time. Steps are DistServe's own fit of its engine;
+Llama-2-13b has the same layers, heads and size."""
 SWITCH_S, RELAUNCH_S = 5.0, 45.0
 PAPER_INTERVAL_S = 10.0
 """At which DOPD's authors ran their own and Dynamo's planners."""
@@ -60,15 +123,13 @@ def fleet(name: str, entries: Iterable[ServerEntry], model: str = MODEL, tp: int
     )
 
 
-def split(
-    prefills: int, decodes: int, switch_s: float = SWITCH_S, model: str = MODEL, tp: int = 1
-) -> FleetEntry:
+def split(prefills: int, decodes: int, switch_s: float = SWITCH_S) -> FleetEntry:
     """All of them run all the time."""
     entries = (
         servers(Role.PREFILL, prefills, switch_s),
         servers(Role.DECODE, decodes, switch_s),
     )
-    return fleet(f"{prefills}P{decodes}D", entries, model, tp)
+    return fleet(f"{prefills}P{decodes}D", entries)
 
 
 def elastic(switch_s: float) -> FleetEntry:
@@ -82,25 +143,36 @@ def elastic(switch_s: float) -> FleetEntry:
     return fleet("elastic", entries)
 
 
-def controlled(name: str, fleet_name: str, policy: str, cost: Cost) -> PolicyEntry:
-    settings: dict[str, Any] = (
-        {"attained": 0.997} if policy == "dopd+" else {"interval_s": PAPER_INTERVAL_S}
+OURS = "dopd+"
+"""With the order that keeps most targets while a change has not taken effect; theirs come first,
+first served, as in Dynamo and DistServe."""
+
+
+def controlled(
+    name: str, fleet_name: str, policy: str, cost: Cost, *, order: str = "", headroom: float = 1.0
+) -> PolicyEntry:
+    ratio = RatioSettings(policy=policy, mode=Mode.ACT, headroom=headroom)
+    if policy != OURS:
+        ratio = dataclasses.replace(ratio, interval_s=PAPER_INTERVAL_S)
+    order = order or ("salvage" if policy == OURS else "fcfs")
+    return PolicyEntry(
+        name=name, fleet=fleet_name, policies=Policies(order=order), ratio=ratio, cost=cost
     )
-    ratio = RatioSettings(policy=policy, mode=Mode.ACT, **settings)
-    return PolicyEntry(name=name, fleet=fleet_name, ratio=ratio, cost=cost)
 
 
 # (i) The closed loop.
 
 
-def closed_plan(data: Path, clients: Sequence[int], duration_s: float, warm_up_s: float) -> Plan:
-    count, model, tp = CLOSED_SERVERS, CLOSED_MODEL, CLOSED_TP
+def closed_plan(
+    data: Path, world: Closed, clients: Sequence[int], duration_s: float, warm_up_s: float
+) -> Plan:
+    count = CLOSED_SERVERS
     unified = ServerEntry(role=Role.UNIFIED, count=count)
-    splits = [split(n, count - n, model=model, tp=tp) for n in range(2, count)]
+    splits = [world.split(n, count - n) for n in range(1, count)]
     middle = f"{count // 2}P{count - count // 2}D"
     plain = Policies(order="fcfs", place="round-robin", pools="none")
     at_once = Admission(prefill_chunks=1_000_000, prefill_cap_tokens=10**9)
-    cost = Cost(model=model, device=DEVICE, tp=tp)
+    cost = Cost(model=world.model, device=world.device, tp=world.tp)
     policies = [
         PolicyEntry(name="unified", fleet="unified", cost=cost),
         PolicyEntry(
@@ -116,11 +188,11 @@ def closed_plan(data: Path, clients: Sequence[int], duration_s: float, warm_up_s
         clients=1,
         input_median=900.0,
         input_sigma=0.5,
-        input_max=8192,
+        input_max=world.input_max,
         output_median=200.0,
         output_sigma=0.64,
-        output_max=2048,
-        max_tokens=2048,
+        output_max=world.output_max,
+        max_tokens=world.output_max,
         ttft_ms=CLOSED_TTFT_MS,
         tpot_ms=CLOSED_TPOT_MS,
         patience=40.0,
@@ -131,7 +203,7 @@ def closed_plan(data: Path, clients: Sequence[int], duration_s: float, warm_up_s
         warm_up_s=warm_up_s,
         duration_s=duration_s,
         drain_s=60.0,
-        fleet=(fleet("unified", [unified], model, tp), *splits),
+        fleet=(world.fleet("unified", [unified]), *splits),
         workload=(workload,),
         policy=tuple(policies),
         sweep=Sweep(values=tuple(float(count) for count in clients)),
@@ -165,8 +237,11 @@ def _phase(name: str, trace: Trace) -> Source:
     return Source(entry, trace)
 
 
-def shifting(data: Path, phase_s: float) -> list[Source]:
-    """Bursty code, then reasoning, then chat: the best split is another one each time."""
+def shifting(data: Path, phase_s: float, seed: int) -> list[Source]:
+    """Bursty code, then reasoning, then chat: the best split is another one each time.
+
+    The times are those that were recorded, whatever the seed.
+    """
     folder = data / "traces"
     phases = (
         ("code", "azure_2023_code.csv.gz", 2.85),
@@ -187,7 +262,7 @@ BURSTS = (("short prompts", 8.0, 400.0, 600.0), ("long prompts", 8.0, 4000.0, 60
 """Requests a second, median prompt, median answer."""
 
 
-def bursting(phase_s: float, seed: int) -> list[Source]:
+def bursting(data: Path, phase_s: float, seed: int) -> list[Source]:
     """BurstGPT-like arrivals whose lengths shift from phase to phase."""
     found = []
     for number, (name, rate, prompt, answer) in enumerate(BURSTS):
@@ -206,22 +281,58 @@ def bursting(phase_s: float, seed: int) -> list[Source]:
     return found
 
 
+RIVALS = ("dyn-load", "dyn-sla", "dopd")
+MORE_HEADROOM = {"dyn-load": (2.0, 4.0), "dyn-sla": (1.5, 2.0, 3.0)}
+"""How much more than Dynamo's planners want they would have to be given to keep the targets."""
+
+
+def fixed_policies() -> list[PolicyEntry]:
+    """That do not depend on how long a switch takes."""
+    cost = Cost(model=MODEL, device=DEVICE)
+    names = [f"{count}P{GPUS - count}D" for count in (2, 4, 6)]
+    return [PolicyEntry(name=f"static {name}", fleet=name, cost=cost) for name in names]
+
+
+def acting_policies() -> list[PolicyEntry]:
+    cost = Cost(model=MODEL, device=DEVICE)
+    return [controlled(name, "elastic", name, cost) for name in (*RIVALS, OURS)]
+
+
+def compared_policies() -> list[PolicyEntry]:
+    """What makes the difference: the order, and how much is held in hand."""
+    cost, order = Cost(model=MODEL, device=DEVICE), "salvage"
+    return [
+        controlled(f"{OURS}, fcfs", "elastic", OURS, cost, order="fcfs"),
+        *(
+            controlled(f"{name}, {order}", "elastic", name, cost, order=order)
+            for name in MORE_HEADROOM
+        ),
+        *(
+            controlled(
+                f"{name}, {order}, x{times:g}", "elastic", name, cost, order=order, headroom=times
+            )
+            for name, many in MORE_HEADROOM.items()
+            for times in many
+        ),
+    ]
+
+
 def dynamic_plan(
-    data: Path, sources: Sequence[Source], duration_s: float, switch_s: float, seeds: Sequence[int]
+    data: Path,
+    sources: Sequence[Source],
+    duration_s: float,
+    switch_s: float,
+    seeds: Sequence[int],
+    policies: Sequence[PolicyEntry],
 ) -> Plan:
     fixed = [split(n, GPUS - n, switch_s) for n in (2, 4, 6)]
-    cost = Cost(model=MODEL, device=DEVICE)
-    names = ("dyn-load", "dyn-sla", "dopd", "dopd+")
-    policies = [
-        *(PolicyEntry(name=f"static {it.name}", fleet=it.name, cost=cost) for it in fixed),
-        *(controlled(name, "elastic", name, cost) for name in names),
-    ]
     scenario = Scenario(
         name="shifting load",
         seeds=tuple(seeds),
         warm_up_s=0.0,
         duration_s=duration_s,
         drain_s=120.0,
+        gateway=GatewayEntry(tick_ms=250.0),
         fleet=(elastic(switch_s), *fixed),
         workload=tuple(
             dataclasses.replace(it.entry, arrivals="poisson", trace="") for it in sources

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gateway.agenda import Agenda
 from gateway.lifecycle import State, Step, advance
 from gateway.servers import Candidates
 from policies.breaker import Breaker
@@ -268,6 +269,11 @@ class Lane:
         """Prompt tokens that wait before one more job of this kind, if it is the last."""
         online = self.waiting_tokens[Kind.ONLINE]
         return online if kind is Kind.ONLINE else online + self.waiting_tokens[Kind.OFFLINE]
+
+    def open_bucket(self, kind: Kind, agenda: Agenda, now_us: int) -> None:
+        """Somebody goes: who is next may go with it."""
+        self.buckets[kind].open(now_us)
+        agenda.held.discard(f"{kind}/{self.model}")
 
     def put(self, job: Job, order: Order, outlook: Outlook) -> None:
         kind = job.kind

@@ -92,15 +92,14 @@ class Chats:
     def as_ids(self, exchange: Exchange, job: Job, turn: Turn) -> Job:
         """Turns the exchange of a chat into one of /generate, which can be resumed."""
         client, is_stream = exchange.client, exchange.stream
-        transcript = Transcript.of(turn.body)
         exchange.path, exchange.dialect = b"/generate", Dialect.GENERATE.value
         exchange.body, exchange.asks = turn.body, turn.asks
         exchange.stream, exchange.assembles = True, not is_stream
-        exchange.transcript = transcript
+        exchange.transcript = Transcript.of(turn.body)
         exchange.client = ChatAnswer(
             turn,
-            transcript,
             client,
+            increments=lambda: _streams_increments(exchange),
             named=bool(exchange.client_rid),
             created=int(datetime.now(UTC).timestamp()),
             consult=lambda path, body, then: self._backend.consult(exchange, path, body, then),
@@ -112,6 +111,11 @@ class Chats:
         return job._replace(resume=Resume.EXACT)
 
 
+def _streams_increments(exchange: Exchange) -> bool:
+    """What its client is told, whichever server tells it."""
+    return exchange.transcript is not None and exchange.transcript.kind is Stream.INCREMENTAL
+
+
 class ChatAnswer:
     """Stands between the data path, which sees /generate, and the client, who asked for a chat.
 
@@ -121,9 +125,9 @@ class ChatAnswer:
     def __init__(
         self,
         turn: Turn,
-        transcript: Transcript,
         client: Client,
         *,
+        increments: Callable[[], bool],
         named: bool,
         created: int,
         consult: Consult,
@@ -131,7 +135,7 @@ class ChatAnswer:
         give_up: Callable[[Trouble], None],
     ) -> None:
         self._turn = turn
-        self._transcript = transcript
+        self._increments = increments
         self._client = client
         self._named = named
         self._created = created
@@ -178,7 +182,7 @@ class ChatAnswer:
 
     def _chunks(self, event: dict[str, Any]) -> bytes:
         text = event.get("text", "")
-        if self._transcript.kind is not Stream.INCREMENTAL:
+        if not self._increments():
             text = text[self._chars :]
         self._chars += len(text)
         self._texts.append(text)

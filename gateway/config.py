@@ -29,6 +29,7 @@ from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
 from policies.colocation import Colocated
 from policies.demand import Targets
+from policies.planners import DynLoad, DynSla
 from policies.pools import ByLatency, Pools, WithoutRelaxed
 from policies.preempt import AbortRule, ForSlack, GiveWay, Stay
 from policies.ratio import DopdPlus
@@ -282,8 +283,10 @@ class RatioSettings:
     """The share of online requests that is to keep each target."""
     band: float = bounded(0.2, low=0, high=2)
     """`dopd+`: what another fleet must be better by."""
-    dwell_s: float = bounded(180.0, low=0)
+    dwell_s: float = bounded(60.0, low=0)
     """`dopd+`: fewer servers must have been enough for so long."""
+    headroom: float = bounded(1.0, low=0.1, high=100)
+    """`dyn-sla`, `dyn-load`: they plan for so many times the load. 1: as Dynamo does."""
     hand_over_s: float = bounded(5.0, low=0)
     """Online requests that still run then on a server that is to switch go on elsewhere."""
     hand_over_offline_s: float = bounded(0.0, low=0)
@@ -455,6 +458,8 @@ def control_of(ratio: RatioSettings, targets: Targets) -> Control | None:
     policy = RATIO[ratio.policy]()
     if isinstance(policy, DopdPlus):
         policy = DopdPlus(band=ratio.band, dwell_s=ratio.dwell_s)
+    elif isinstance(policy, DynLoad | DynSla):
+        policy = replace(policy, headroom=ratio.headroom)
     return Control(
         policy=policy,
         mode=ratio.mode,

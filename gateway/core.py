@@ -7,29 +7,18 @@ from typing import Any
 
 from gateway.accounts import Accounts
 from gateway.agenda import Agenda, passed
-from gateway.books import Lane, Ticket
-from gateway.choice import (
-    choose,
-    fits_ever,
-    is_worth_a_wait,
-    predicted_wait_us,
-    unserved,
-    without_failed,
-)
+from gateway.books import Ticket
 from gateway.lanes import Lanes
 from gateway.lifecycle import State, Step
 from gateway.preemption import Preemptor
 from gateway.rules import Rules
-from gateway.servers import Candidates, Fleet
-from gateway.slicing import Slicing
+from gateway.sending import Sender
+from gateway.servers import Fleet
 from gateway.switching import Switching
-from gateway.underway import Underway
-from gateway.unshown import Unshown
 from policies.events import (
     Arrived,
     Cancel,
     Decision,
-    Dispatch,
     Event,
     Fail,
     Failed,
@@ -58,22 +47,19 @@ from policies.events import (
     WorkerUp,
 )
 from policies.ledger import Ledger
-from policies.order import NO_OUTLOOK
 from policies.preempt import AbortBudget
 from policies.retry import RetryBudget, continued
-from policies.types import Job, Kind, Pool, Role, Worker
+from policies.types import Kind, Pool, Role, Worker
 
 __all__ = ["Core", "Rules"]
 
 _REPORT_LAG_US = 500_000
 """What was sent this long before a report must be in it."""
-_MOST_HELD = 4
-"""Parts of prompts that others may overtake at one look: the bound on its work."""
 # CPython 3.11 looks an enum's member up in Python, which costs as much as a call.
 _ONLINE, _OFFLINE = Kind.ONLINE, Kind.OFFLINE
 _QUEUED, _PREFILL, _CANCELLED = State.QUEUED, State.PREFILL, State.CANCELLED
-_DISPATCHED, _FIRST_TOKEN, _LAST_TOKEN = Step.DISPATCHED, Step.FIRST_TOKEN, Step.LAST_TOKEN
-_LEAST_WORK, _ENDED_UNPLACED = Reason.LEAST_WORK, (State.REJECTED, State.CANCELLED)
+_FIRST_TOKEN, _LAST_TOKEN = Step.FIRST_TOKEN, Step.LAST_TOKEN
+_ENDED_UNPLACED = (State.REJECTED, State.CANCELLED)
 
 
 class Core:
@@ -85,14 +71,21 @@ class Core:
         self._budget = RetryBudget(rules.retry)
         self._tickets: dict[str, Ticket] = {}
         self._agenda = Agenda()
-        self._underway = Underway()
-        self._unshown = Unshown()
-        self._slicing = Slicing()
         self._fresh: list[Ticket] = []
         self._out: list[Decision] = []
         self._lanes = Lanes(rules, self._fleet, lambda job_id: self._tickets[job_id].job)
         self.accounts = Accounts()
         self._preemptor = Preemptor(rules.give_way, rules.aborts, self._take_off)
+        self._sender = Sender(
+            rules,
+            self._tickets,
+            self._lanes,
+            self._agenda,
+            self._preemptor,
+            self.accounts,
+            self._say,
+            self._reject,
+        )
         self.switching = Switching(
             self._fleet,
             rules.switch,
@@ -139,7 +132,7 @@ class Core:
             if now_us >= agenda.alarm_us:
                 self._pass_time(now_us)
             if self._lanes.look:
-                self._dispatch(now_us)
+                self._sender.dispatch(now_us)
             if now_us >= agenda.alarm_us and agenda.give_up.entries:
                 self._set_alarm(now_us)
         decisions, self._out = self._out, []
@@ -176,6 +169,7 @@ class Core:
         self._budget.adopt(rules.retry)
         self._preemptor.adopt(rules.give_way, rules.aborts)
         self.switching.rule = rules.switch
+        self._sender.rules = rules
         self._lanes.adopt(rules)
 
     # Jobs.
@@ -184,7 +178,7 @@ class Core:
         self._tickets[event.job.id] = ticket = Ticket(event.job)
         self._fresh.append(ticket)
         if event.job.kind is _ONLINE and self._rules.displace.parts:
-            self._slicing.came(now_us)
+            self._sender.slicing.came(now_us)
 
     def _take_in(self, now_us: int) -> None:
         """Those of one instant in their order. Who would be first in the queue is spared it."""
@@ -197,64 +191,15 @@ class Core:
                 continue
             lane = self._lanes.of(ticket.job.model)
             is_first = lane.would_be_first(ticket.job, self._rules.order)
-            if is_first and self._goes_at_once(ticket, lane, now_us):
+            if is_first and self._sender.goes_at_once(ticket, lane, now_us):
                 self._budget.earn(ticket.job)
-            elif (refusal := self._refusal(ticket.job, lane, now_us)) is not None:
+            elif (refusal := self._lanes.refusal(ticket.job, lane, now_us)) is not None:
                 ticket.step(Step.REFUSED)
                 self._out.append(refusal)
                 del self._tickets[ticket.job.id]
             else:
                 self._budget.earn(ticket.job)
-                self._enqueue(ticket, lane, now_us)
-
-    def _goes_at_once(self, ticket: Ticket, lane: Lane, now_us: int) -> bool:
-        kind = ticket.job.kind
-        if kind is _OFFLINE and self._lanes.online_waits_beside(lane):
-            return False
-        candidates = self._lanes.candidates(lane, kind, now_us)
-        if self._rules.gather.holds and self._holds(ticket.job, lane, candidates, now_us):
-            return False
-        pair = self._choose(ticket, candidates, now_us)
-        if pair is None:
-            return False
-        self._open_bucket(lane, kind, now_us)
-        self._place(ticket, *pair, now_us)
-        return True
-
-    def _holds(self, job: Job, lane: Lane, candidates: Candidates, now_us: int) -> bool:
-        """The first of a queue, for others to come with it."""
-        kind = job.kind
-        tokens = max(lane.waiting_tokens[kind], job.prompt_tokens)
-        bucket, prefills = lane.buckets[kind], candidates.prefills
-        due_us = self._rules.gather.due_us(job, bucket, tokens, prefills, now_us)
-        if due_us:
-            self._agenda.put(self._agenda.held, f"{kind}/{lane.model}", due_us)
-        return due_us > 0
-
-    def _open_bucket(self, lane: Lane, kind: Kind, now_us: int) -> None:
-        if self._rules.gather.holds:
-            lane.buckets[kind].open(now_us)
-            self._agenda.held.discard(f"{kind}/{lane.model}")
-
-    def _refusal(self, job: Job, lane: Lane, now_us: int) -> Reject | None:
-        """What can be answered at once, before the job costs anything."""
-        kind, candidates = job.kind, self._lanes.candidates(lane, job.kind, now_us)
-        if not is_worth_a_wait(job, candidates, self._rules.admit, now_us):
-            refusal = unserved(job, candidates, self._rules, now_us)
-            if refusal is not None:
-                return refusal
-        if not (queued := lane.queued(kind)):
-            return None
-        if queued >= self._rules.max_queued:
-            wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
-            return Reject(job, Reason.QUEUE_FULL, wait_us)
-        if kind is _OFFLINE or not lane.is_last(job, self._rules.order):
-            return None
-        wait_us = predicted_wait_us(
-            candidates, lane.tokens_before(kind), now_us, takes_back=self._rules.takes_back
-        )
-        late_us = now_us + wait_us - job.give_up_us
-        return Reject(job, Reason.HOPELESS, late_us) if late_us > 0 else None
+                self._sender.enqueue(ticket, lane, now_us)
 
     def _left(self, event: Left, now_us: int) -> None:
         ticket = self._tickets.get(event.job_id)
@@ -345,7 +290,7 @@ class Core:
             self._agenda.put(self._agenda.later, job.id, now_us + delay_us)
             self._agenda.put(self._agenda.give_up, job.id, job.give_up_us)
         else:
-            self._enqueue(ticket, self._lanes.of(job.model), now_us)
+            self._sender.enqueue(ticket, self._lanes.of(job.model), now_us)
 
     def _freed(self, event: Freed, now_us: int) -> None:
         if (ticket := self._tickets.get(event.job_id)) is not None:
@@ -372,7 +317,7 @@ class Core:
             self.accounts.returned(ticket, event)
             ticket.returned(event.generated, now_us)
             self._lanes.touch_all()
-            self._enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
+            self._sender.enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
 
     def _part_done(self, event: PartDone, now_us: int) -> None:
         """A part of a prompt is computed. The end that a client asked for is on its way."""
@@ -380,7 +325,7 @@ class Core:
         if ticket is None or ticket.state is _CANCELLED:
             return
         if event.is_cut:
-            self._slicing.computed(ticket, now_us)
+            self._sender.slicing.computed(ticket, now_us)
             for ledger in (ticket.prefill, ticket.decode):
                 if ledger is not None:
                     self._succeeded(ledger)
@@ -388,7 +333,7 @@ class Core:
         self._end_trials(ticket)
         ticket.part_done(is_cut=event.is_cut, counted_tokens=event.prompt_tokens)
         self._lanes.touch_all()
-        self._enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
+        self._sender.enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
 
     def _end_trials(self, ticket: Ticket) -> None:
         if ticket.trials:
@@ -424,7 +369,7 @@ class Core:
         """A whole answer of a unified server shows no first token; that nothing waits shows it."""
         if load.waiting or load.waiting_uncached_tokens:
             return
-        for ticket in self._unshown.computed(ledger, load.seen_us - _REPORT_LAG_US):
+        for ticket in self._sender.unshown.computed(ledger, load.seen_us - _REPORT_LAG_US):
             ticket.free_prefill()
 
     def _worker_up(self, event: WorkerUp, now_us: int) -> None:
@@ -466,7 +411,7 @@ class Core:
             self._look_again()
         for job_id in passed(self._agenda.later, now_us):
             ticket = self._tickets[job_id]
-            self._enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
+            self._sender.enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
         for _ in passed(self._agenda.held, now_us):
             self._lanes.touch_all()
         for job_id in passed(self._agenda.give_up, now_us):
@@ -476,137 +421,6 @@ class Core:
     def _set_alarm(self, now_us: int) -> None:
         """Asks to be woken for the next moment at which a job that waits may go or must end."""
         self._out.append(WakeAt(self._agenda.next_alarm(self._fleet.changes_us(now_us))))
-
-    # Dispatch.
-
-    def _dispatch(self, now_us: int) -> None:
-        """Online first, over all models; offline work goes where no online job is left waiting."""
-        lanes = self._lanes.taken()
-        for lane in lanes:
-            if lane.online.entries:
-                self._fill(lane, _ONLINE, now_us)
-        for lane in lanes:
-            if lane.offline.entries and not self._lanes.online_waits_beside(lane):
-                self._fill(lane, _OFFLINE, now_us)
-
-    def _fill(self, lane: Lane, kind: Kind, now_us: int) -> None:
-        held: list[Job] = []
-        self._send_first(lane, kind, held, now_us)
-        for job in held:
-            outlook = self._lanes.outlook(lane, kind, now_us)
-            lane.put(job, self._rules.order, outlook)
-
-    def _send_first(self, lane: Lane, kind: Kind, held: list[Job], now_us: int) -> None:
-        """Until the first job has to wait for what runs; the order is kept.
-
-        One that waits for a turn of its own is held, and others are looked at.
-        """
-        order = self._rules.order
-        candidates, outlook = self._lanes.candidates(lane, kind, now_us), NO_OUTLOOK
-        free = candidates
-        if order.moves:
-            outlook = self._lanes.outlook(lane, kind, now_us)
-            lane.rekey(kind, order, outlook)
-        while (job_id := lane.first(kind, order, outlook)) is not None:
-            ticket = self._tickets[job_id]
-            job = ticket.job
-            if self._rules.gather.holds and self._holds(job, lane, candidates, now_us):
-                return
-            pair = self._choose(ticket, free, now_us)
-            if pair is not None:
-                lane.take(job)
-                self._open_bucket(lane, kind, now_us)
-                self._agenda.give_up.discard(job_id)
-                self._place(ticket, *pair, now_us)
-            elif ticket.stands_aside and len(held) < _MOST_HELD:
-                lane.take(job)
-                held.append(job)
-                free = free.without_prefill(ticket.waits_for)
-            elif not self._passes_over(ticket, lane, candidates, now_us):
-                return
-
-    def _passes_over(self, ticket: Ticket, lane: Lane, candidates: Candidates, now_us: int) -> bool:
-        """Whether the next one may be looked at: this one waits for no server that is there."""
-        job, admit = ticket.job, self._rules.admit
-        if is_worth_a_wait(job, candidates, admit, now_us):
-            if job.kind is _ONLINE:
-                self._make_room(ticket, lane, candidates, now_us)
-            return False
-        if not candidates.can_serve and self._rules.holds(job.kind):
-            return False
-        if not candidates.can_serve:
-            self._reject(ticket, Reason.NO_WORKER, now_us)
-        elif not fits_ever(job, candidates, admit):
-            self._reject(ticket, Reason.TOO_LARGE, now_us)
-        elif candidates.in_rotation(now_us).can_serve:
-            lane.set_aside(job)
-        else:
-            return False
-        return True
-
-    def _make_room(self, ticket: Ticket, lane: Lane, candidates: Candidates, now_us: int) -> None:
-        """The first of the queue has to wait: for offline work, or for a long prompt behind it."""
-        rules = self._rules
-        self._preemptor.make_room(ticket, candidates, rules.admit, now_us)
-        if not rules.displace.least_chunks:
-            return
-        outlook = self._lanes.outlook(lane, _ONLINE, now_us)
-        found = self._underway.victim(ticket.job, candidates, rules.displace, rules.order, outlook)
-        if found is not None:
-            victim, job = found
-            worker = self.accounts.took(victim, victim.prefill, Reason.DISPLACED)
-            victim.makes_way(job)
-            self._out.append(Preempt(job, Reason.DISPLACED, worker))
-
-    def _choose(
-        self, ticket: Ticket, candidates: Candidates, now_us: int
-    ) -> tuple[Ledger, Ledger] | None:
-        job = ticket.job
-        ticket.upto, ticket.waits_for, ticket.stands_aside = 0, "", False
-        if ticket.avoid:
-            admit = self._rules.admit
-            candidates = without_failed(job, candidates, ticket.avoid, admit, now_us)
-        if ticket.leaves:
-            others = candidates.without((ticket.leaves,))
-            if pair := choose(job, others, self._rules, now_us):
-                return pair
-        if self._rules.displace.parts:
-            return self._slicing.choose(ticket, candidates, self._rules, now_us)
-        return choose(job, candidates, self._rules, now_us)
-
-    def _place(self, ticket: Ticket, prefill: Ledger, decode: Ledger, now_us: int) -> None:
-        """Booked in the step that decides, so that the next decision sees it."""
-        ticket.step(_DISPATCHED)
-        ticket.book(prefill, decode, self._rules.admit.reserved(ticket.sent_job), now_us)
-        if ticket.upto:
-            self._slicing.sent(ticket)
-        if least_chunks := self._rules.displace.least_chunks:
-            self._underway.sent(ticket, prefill, least_chunks)
-        if prefill is decode:
-            self._unshown.sent(ticket, prefill)
-        ticket.attempt += 1
-        reason = _LEAST_WORK
-        if ticket.attempt > 1 or ticket.preemptions:
-            reason = ticket.why_again
-        elif ticket.parts:
-            reason = Reason.NEXT_PART
-        computes = None if prefill is decode else prefill.worker.name
-        name, attempt = decode.worker.name, ticket.attempt
-        self._out.append(Dispatch(ticket.job, computes, name, attempt, reason, ticket.upto))
-        if ticket.job.kind is _OFFLINE:
-            self._preemptor.placed(ticket)
-        elif prefill.offline.prefills or decode.offline.decodes:
-            self._preemptor.make_way(ticket, now_us)
-
-    def _enqueue(self, ticket: Ticket, lane: Lane, now_us: int) -> None:
-        job, agenda, order = ticket.job, self._agenda, self._rules.order
-        outlook = self._lanes.outlook(lane, job.kind, now_us) if order.moves else NO_OUTLOOK
-        lane.put(job, order, outlook)
-        agenda.put(agenda.give_up, job.id, job.give_up_us)
-        if lane.waiting[job.kind].peek() == job.id or self._rules.gather.holds:
-            # Behind another it changes nothing: whoever is first was looked at already. Unless
-            # that one waits for company.
-            self._lanes.touch(lane)
 
     # Small questions.
 

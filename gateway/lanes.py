@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+from gateway.agenda import Agenda
 from gateway.books import Lane
-from gateway.choice import outlook_of, predicted_wait_us
+from gateway.choice import is_worth_a_wait, outlook_of, predicted_wait_us, unserved
 from gateway.rules import Rules
 from gateway.servers import Candidates, Fleet
+from policies.events import Reason, Reject
 from policies.order import NO_OUTLOOK, Outlook
 from policies.types import Job, Kind
 
@@ -120,6 +122,37 @@ class Lanes:
         """What lies before the first of the queue; online work lies before all offline work."""
         before = lane.waiting_tokens[_ONLINE] if kind is _OFFLINE else 0
         return outlook_of(self.candidates(lane, kind, now_us), before, now_us)
+
+    def refusal(self, job: Job, lane: Lane, now_us: int) -> Reject | None:
+        """What can be answered at once, before the job costs anything."""
+        rules, kind = self._rules, job.kind
+        candidates = self.candidates(lane, kind, now_us)
+        if not is_worth_a_wait(job, candidates, rules.admit, now_us):
+            refusal = unserved(job, candidates, rules, now_us)
+            if refusal is not None:
+                return refusal
+        if not (queued := lane.queued(kind)):
+            return None
+        if queued >= rules.max_queued:
+            wait_us = predicted_wait_us(candidates, lane.tokens_before(kind), now_us)
+            return Reject(job, Reason.QUEUE_FULL, wait_us)
+        if kind is _OFFLINE or not lane.is_last(job, rules.order):
+            return None
+        wait_us = predicted_wait_us(
+            candidates, lane.tokens_before(kind), now_us, takes_back=rules.takes_back
+        )
+        late_us = now_us + wait_us - job.give_up_us
+        return Reject(job, Reason.HOPELESS, late_us) if late_us > 0 else None
+
+    def holds(self, job: Job, lane: Lane, agenda: Agenda, now_us: int) -> bool:
+        """The first of a queue, for others to go with it; until the agenda says."""
+        kind = job.kind
+        tokens = max(lane.waiting_tokens[kind], job.prompt_tokens)
+        prefills = self.candidates(lane, kind, now_us).prefills
+        due_us = self._rules.gather.due_us(job, lane.buckets[kind], tokens, prefills, now_us)
+        if due_us:
+            agenda.put(agenda.held, f"{kind}/{lane.model}", due_us)
+        return due_us > 0
 
     def wait_us(self, lane: Lane, kind: Kind, now_us: int) -> int:
         """For one more job of this kind, if it is the last."""

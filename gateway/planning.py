@@ -11,7 +11,16 @@ from gateway.core import Core
 from gateway.ingress import Ingress
 from policies.clock import Clock
 from policies.demand import Demand, Fleet, Flow, Site, Targets
-from policies.events import Decision, Event, Fail, LoadReport, Reject, RoleSwitched, SwitchWanted
+from policies.events import (
+    Decision,
+    Event,
+    Fail,
+    LoadReport,
+    Reject,
+    RoleSwitched,
+    SwitchWanted,
+    WorkerGone,
+)
 from policies.forecast import Outlook, Prediction
 from policies.ledger import Ledger
 from policies.monitor import Seen
@@ -84,6 +93,8 @@ class Planner:
         self._memory = Memory()
         self._sites: dict[Role, Site] = {}
         self._rates = {kind: Outlook(quantile=control.quantile) for kind in Kind}
+        self._lasting = Outlook(quantile=control.quantile)
+        """Of online requests, over as long as one of them stays."""
         self._looked_us = self._now_us()
         self._flows: dict[Kind, Flow] = {}
         self.ingress = Ingress(self._looked_us)
@@ -97,7 +108,7 @@ class Planner:
         """Other rules from here on; what was seen of the load stays."""
         if control.policy != self.control.policy:
             self._memory = Memory()
-        for outlook in self._rates.values():
+        for outlook in (*self._rates.values(), self._lasting):
             outlook.quantile = control.quantile
         self.control = control
 
@@ -108,6 +119,8 @@ class Planner:
                 if by_another:
                     self._stand_back(now_us)
                 self._roles[name] = role
+            case WorkerGone(name):
+                self._roles.pop(name, None)  # it may come back as something else
             case LoadReport(name):
                 self._watch(name, now_us)
             case _:
@@ -149,14 +162,16 @@ class Planner:
             flow = self.ingress.look(kind, self.control.interval_s, now_us)
             self._rates[kind].observe(flow.rate_per_s)
             self._flows[kind] = flow
+        stay_s = self._flows[Kind.ONLINE].answer.mean * self.control.targets.tpot_s
+        span_us = round(max(self.control.interval_s, stay_s) * 1e6)
+        self._lasting.observe(self.ingress.monitor.rate_per_s(Kind.ONLINE, span_us, now_us))
         self._looked_us = now_us
 
     def _is_urgent(self, now_us: int) -> bool:
         policy = self.control.policy
         if not isinstance(policy, DopdPlus) or self.last is None or not self._flows:
             return False
-        urgent = policy.is_urgent(self._demand(now_us))
-        return urgent and not self._moving
+        return policy.is_urgent(self._demand(now_us))
 
     def _look(self, now_us: int) -> None:
         fleet = self._fleet()
@@ -193,6 +208,7 @@ class Planner:
         waiting = ingress.waiting - len(self._serving(Role.PREFILL))
         return Demand(
             online=replace(online, rate_per_s=forecasts[Kind.ONLINE].upper),
+            lasting_per_s=max(expected.rate_per_s, self._lasting.predict().upper),
             expected=expected,
             offline=replace(offline, rate_per_s=forecasts[Kind.OFFLINE].point),
             targets=self.control.targets,

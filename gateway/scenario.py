@@ -118,6 +118,8 @@ class ServerEntry:
 class FitEntry:
     """Constants of step times, where somebody has fitted them."""
 
+    prefill_ms: float = bounded(0.0, low=0)
+    """Of each chunk, whatever is in it."""
     prefill_token_us: float = bounded(0.0, low=0)
     """0: there are none; a table or the cost model is used."""
     prefill_pair_ns: float = bounded(0.0, low=0)

@@ -48,6 +48,9 @@ class Demand:
 
     online: Flow = field(default_factory=Flow)
     """As many as the controller wants to be ready for: the forecast's upper quantile."""
+    lasting_per_s: float = 0.0
+    """The same rate over as long as a request may stay: decode servers feel no shorter burst. 0:
+    not known."""
     expected: Flow = field(default_factory=Flow)
     """The same at the forecast itself."""
     offline: Flow = field(default_factory=Flow)

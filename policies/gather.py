@@ -110,16 +110,11 @@ class ByLength:
         return due_us if due_us > now_us else 0
 
     def servers(self, job: Job, free: list[Ledger], now_us: int) -> list[Ledger]:
-        joined = [e for e in free if e.sent_us == now_us and self._has_room(e, job)]
-        return joined or [e for e in free if not e.prefills or self._awaits_next(e, now_us)]
+        joined = [e for e in free if e.has_open_batch(now_us) and self._has_room(e, job)]
+        return joined or [e for e in free if not e.prefills or not e.has_open_batch(now_us)]
 
     def batch_tokens(self, ledger: Ledger) -> int:
         return self.cap_tokens if ledger.steps is None else ledger.steps.knee_tokens
 
     def _has_room(self, ledger: Ledger, job: Job) -> bool:
         return ledger.batch_tokens + ledger.uncached(job) <= self.batch_tokens(ledger)
-
-    @staticmethod
-    def _awaits_next(ledger: Ledger, now_us: int) -> bool:
-        """The last batch has begun, as far as one can tell: all before it is done."""
-        return ledger.sent_us < now_us and ledger.prefill_tokens <= ledger.batch_tokens

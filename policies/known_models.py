@@ -62,6 +62,7 @@ _DEEPSEEK_V3: dict[str, Any] = {
 
 KNOWN_CONFIGS: dict[str, Mapping[str, Any]] = {
     "Llama-2-7b": _dense("Llama", (32, 4096, 11008, 32, 32), 32000),
+    "Llama-2-13b": _dense("Llama", (40, 5120, 13824, 40, 40), 32000),
     "Llama-2-70b": _dense("Llama", (80, 8192, 28672, 64, 8), 32000),
     "Llama-3.1-8B": _dense("Llama", (32, 4096, 14336, 32, 8), 128256),
     "Llama-3.1-70B": _dense("Llama", (80, 8192, 28672, 64, 8), 128256),

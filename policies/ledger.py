@@ -138,7 +138,7 @@ class Ledger:
         self.sent_us = -1
         """When the last prompt went there."""
         self.batch_tokens = 0
-        """Of the prompts that went there together with it."""
+        """Of the prompts that the server may compute together with it."""
         self.prefill_rate = PrefillRate()
         self.decodes = 0
         self.context_tokens = 0
@@ -238,10 +238,14 @@ class Ledger:
     def add_prefill(self, tokens: int, now_us: int) -> None:
         if not self.prefills:
             self.prefill_rate.begin(now_us)
+        self.batch_tokens = tokens + (self.batch_tokens if self.has_open_batch(now_us) else 0)
         self.prefills += 1
         self.prefill_tokens += tokens
-        self.batch_tokens = tokens + (self.batch_tokens if self.sent_us == now_us else 0)
         self.sent_us = now_us
+
+    def has_open_batch(self, now_us: int) -> bool:
+        """What was sent last has just gone, or waits there behind something else."""
+        return self.sent_us == now_us or self.prefill_tokens > self.batch_tokens
 
     def prefilled(self, tokens: int, now_us: int) -> None:
         """The prompt is computed: what that took tells how fast the server is."""

@@ -104,14 +104,17 @@ class Monitor:
     def idle_us(self, now_us: int) -> int:
         return now_us - max(self._last_us.values(), default=self._began_us)
 
+    def rate_per_s(self, kind: Kind, span_us: int, now_us: int) -> float:
+        arrivals = self.sum(kind, Seen.PROMPT, span_us, now_us)
+        return arrivals.count * 1e6 / self._covered_us(span_us, now_us)
+
     def flow(self, kind: Kind, now_us: int, *, rate_us: int, lengths_us: int) -> Flow:
         """Rate and burstiness over one span, lengths over another."""
-        arrivals = self.sum(kind, Seen.PROMPT, rate_us, now_us)
         prompts = self.sum(kind, Seen.PROMPT, lengths_us, now_us)
         cached = self.sum(kind, Seen.CACHED, lengths_us, now_us)
         gaps = self.sum(kind, Seen.GAP, lengths_us, now_us)
         return Flow(
-            rate_per_s=arrivals.count * 1e6 / self._covered_us(rate_us, now_us),
+            rate_per_s=self.rate_per_s(kind, rate_us, now_us),
             burstiness=_burstiness(gaps),
             prompt=prompts.lengths,
             answer=self.sum(kind, Seen.ANSWER, lengths_us, now_us).lengths,

@@ -31,12 +31,15 @@ class DynLoad:
     kv_high: float = 0.9
     waiting_kv: float = 0.02
     """What each prompt that waits adds to the use of memory."""
+    headroom: float = 1.0
+    """Loads are taken to be so many times what they are; not Dynamo's."""
 
     def next(
         self, memory: Memory, demand: Demand, fleet: Fleet, now_us: int
     ) -> tuple[Memory, Plan]:
-        queue = demand.waiting / max(1, fleet.prefills)
+        queue = self.headroom * demand.waiting / max(1, fleet.prefills)
         kv_use = demand.kv_use + self.waiting_kv * demand.waiting / max(1, fleet.decodes)
+        kv_use *= self.headroom
         series = (*memory.series, (queue, kv_use))[-AHEAD:]
         grace = max(0, memory.grace - 1)
         prefills = fleet.prefills + self._prefill_step(series, queue)
@@ -73,9 +76,12 @@ class DynLoad:
         return Plan(prefills=prefills, decodes=decodes, why=Why.TREND, terms=terms)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DynSla:
     """Throughput of a profile at the forecast load, corrected by what was seen."""
+
+    headroom: float = 1.0
+    """It plans for so many times the load; not Dynamo's."""
 
     def next(
         self, memory: Memory, demand: Demand, fleet: Fleet, now_us: int
@@ -93,7 +99,8 @@ class DynSla:
         count = max(1, min(limit.count, fleet.decode.max_running))
         step_time_s = fleet.decode.cost.decode(count, count * context).seconds
         decode_each = count / step_time_s / fleet.decode.gpus
-        prompts, answers = flow.rate_per_s * isl * min(1.0, late), flow.rate_per_s * osl
+        rate = flow.rate_per_s * self.headroom
+        prompts, answers = rate * isl * min(1.0, late), rate * osl
         terms = {
             "prefill_tokens_per_s_per_gpu": prefill_each,
             "decode_tokens_per_s_per_gpu": decode_each,

@@ -57,12 +57,10 @@ class Plan:
 class Memory:
     """What a policy keeps between two looks."""
 
-    changed_us: int | None = None
-    """When it last wanted another fleet."""
-    calm_since_us: int | None = None
-    """Since when fewer servers would have been enough."""
-    calm: tuple[int, int] = (0, 0)
-    """The most servers of each role that were needed in that time."""
+    needed: tuple[tuple[int, int, int], ...] = ()
+    """When, how many prefill and how many decode servers would have been enough with some room."""
+    grew_us: tuple[int | None, int | None] = (None, None)
+    """When more prefill servers were wanted, and when more decode servers."""
     seen: tuple[int, int] = (0, 0)
     """The fleet at the last look."""
     series: tuple[tuple[float, float], ...] = ()
@@ -187,7 +185,7 @@ class DopdPlus:
     """What another fleet must be better by."""
     ahead: float = 0.05
     """What is added bears so much more than is missing, so that noise does not add one by one."""
-    dwell_s: float = 180.0
+    dwell_s: float = 60.0
     """For so long fewer servers must have been enough."""
     fullest_kv: float = 0.95
     """Decode is short at once from here on."""
@@ -197,16 +195,32 @@ class DopdPlus:
     def next(
         self, memory: Memory, demand: Demand, fleet: Fleet, now_us: int
     ) -> tuple[Memory, Plan]:
-        need = self.need(demand, fleet)
-        if need is None:
-            return replace(memory, calm_since_us=None), holds(fleet, Why.UNKNOWN)
+        need, roomy = self.need(demand, fleet), self.need(demand, fleet, 1.0 + self.band)
+        if need is None or roomy is None:
+            return replace(memory, needed=()), holds(fleet, Why.UNKNOWN)
+        memory = self._remembering(memory, roomy, now_us)
         if fleet.moving:
-            return replace(memory, calm_since_us=None), holds(fleet, Why.MOVING, need.terms)
-        memory, calm = self._calm(memory, demand, fleet, now_us)
-        plan = self._plan(memory, need, calm, demand, fleet, now_us)
-        if (plan.prefills, plan.decodes) != (fleet.prefills, fleet.decodes):
-            memory = replace(memory, changed_us=now_us, calm_since_us=None)
-        return memory, plan
+            return memory, self._meanwhile(need, fleet)
+        plan = self._plan(memory, need, roomy, demand, fleet, now_us)
+        plan = self._without_return(plan, memory, fleet, now_us)
+        grew_p, grew_d = memory.grew_us
+        grew_p = now_us if plan.prefills > fleet.prefills else grew_p
+        grew_d = now_us if plan.decodes > fleet.decodes else grew_d
+        return replace(memory, grew_us=(grew_p, grew_d)), plan
+
+    def _without_return(self, plan: Plan, memory: Memory, fleet: Fleet, now_us: int) -> Plan:
+        """What a role was given it keeps for `dwell_s`: what waits meanwhile is not the rule."""
+        dwells = [
+            since_us is not None and now_us - since_us < self.dwell_s * 1e6
+            for since_us in memory.grew_us
+        ]
+        prefills = max(plan.prefills, fleet.prefills) if dwells[0] else plan.prefills
+        decodes = max(plan.decodes, fleet.decodes) if dwells[1] else plan.decodes
+        if (prefills, decodes) == (plan.prefills, plan.decodes):
+            return plan
+        if prefills * fleet.prefill.gpus + decodes * fleet.decode.gpus > fleet.limit_gpus:
+            return holds(fleet, Why.DWELL, plan.terms)
+        return replace(plan, prefills=prefills, decodes=decodes)
 
     def is_urgent(self, demand: Demand) -> bool:
         """Whether to look again before the period is over."""
@@ -219,6 +233,7 @@ class DopdPlus:
         if not flow.prompt.mean or not flow.answer.mean:
             return None
         rate = demand.online.rate_per_s * more
+        lasting = (demand.lasting_per_s or demand.online.rate_per_s) * more
         targets = demand.targets
         prefilling = Prefilling.of(fleet.prefill, flow, targets)
         decode_each = decode_rate(1, fleet.decode, flow, targets)
@@ -230,7 +245,7 @@ class DopdPlus:
             ),
             most,
         )
-        wanted = rate / decode_each
+        wanted = lasting / decode_each
         if demand.offline.rate_per_s:
             wanted += demand.offline.rate_per_s / decode_rate(
                 1, fleet.decode, demand.offline, targets
@@ -265,26 +280,31 @@ class DopdPlus:
             busy += demand.offline.rate_per_s * prefill_share_s(fleet.prefill, demand.offline)
         return busy
 
-    def _calm(
-        self, memory: Memory, demand: Demand, fleet: Fleet, now_us: int
-    ) -> tuple[Memory, Need | None]:
-        """What would be enough for `band` more, and since when that has been less than there is."""
-        calm = self.need(demand, fleet, 1.0 + self.band)
-        if calm is None:
-            return memory, None
-        most = (calm.prefills, calm.decodes)
-        if memory.calm_since_us is not None:
-            most = (max(most[0], memory.calm[0]), max(most[1], memory.calm[1]))
-        if most[0] >= fleet.prefills and most[1] >= fleet.decodes:
-            return replace(memory, calm_since_us=None, calm=(0, 0)), calm
-        since_us = now_us if memory.calm_since_us is None else memory.calm_since_us
-        return replace(memory, calm_since_us=since_us, calm=most), calm
+    def _remembering(self, memory: Memory, roomy: Need, now_us: int) -> Memory:
+        """What was needed in the last `dwell_s`, and once before that."""
+        kept = [*memory.needed, (now_us, roomy.prefills, roomy.decodes)]
+        while len(kept) > 1 and kept[1][0] <= now_us - self.dwell_s * 1e6:
+            del kept[0]
+        return replace(memory, needed=tuple(kept))
+
+    @staticmethod
+    def _meanwhile(need: Need, fleet: Fleet) -> Plan:
+        """While servers move, those that are missing all the same are started at once."""
+        more = holds(fleet, Why.MOVING, need.terms)
+        if not fleet.is_elastic:
+            return more
+        prefills, decodes = max(need.prefills, fleet.prefills), max(need.decodes, fleet.decodes)
+        room = fleet.limit_gpus - fleet.gpus
+        adds_p = min(prefills - fleet.prefills, room // fleet.prefill.gpus)
+        room -= adds_p * fleet.prefill.gpus
+        adds_d = min(decodes - fleet.decodes, room // fleet.decode.gpus)
+        return replace(more, prefills=more.prefills + adds_p, decodes=more.decodes + adds_d)
 
     def _plan(
         self,
         memory: Memory,
         need: Need,
-        calm: Need | None,
+        roomy: Need,
         demand: Demand,
         fleet: Fleet,
         now_us: int,
@@ -298,10 +318,10 @@ class DopdPlus:
         prefills = fleet.prefills if short_p <= 0 else need.prefills
         decodes = fleet.decodes if short_d <= 0 else need.decodes
         short_p, short_d = prefills - fleet.prefills, decodes - fleet.decodes
-        if calm is not None and short_d <= 0:
-            decodes -= min(short_p, max(0, fleet.decodes - calm.decodes))
-        if calm is not None and short_p <= 0:
-            prefills -= min(short_d, max(0, fleet.prefills - calm.prefills))
+        if short_d <= 0:
+            decodes -= min(short_p, max(0, fleet.decodes - roomy.decodes))
+        if short_p <= 0:
+            prefills -= min(short_d, max(0, fleet.prefills - roomy.prefills))
         wanted = prefills * fleet.prefill.gpus + decodes * fleet.decode.gpus
         if wanted <= fleet.limit_gpus:
             return Plan(prefills=max(1, prefills), decodes=max(1, decodes), why=why,
@@ -309,14 +329,15 @@ class DopdPlus:
         return self._best_split(need, demand, fleet, why)
 
     def _without_spare(self, memory: Memory, need: Need, fleet: Fleet, now_us: int) -> Plan:
-        since_us = memory.calm_since_us
-        if not fleet.is_elastic or since_us is None:
+        prefills = max(each[1] for each in memory.needed)
+        decodes = max(each[2] for each in memory.needed)
+        if not fleet.is_elastic or (prefills >= fleet.prefills and decodes >= fleet.decodes):
             return holds(fleet, Why.HOLDS, need.terms)
-        if now_us - since_us < self.dwell_s * 1e6:
+        if now_us - memory.needed[0][0] < self.dwell_s * 1e6:
             return holds(fleet, Why.DWELL, need.terms)
         return Plan(
-            prefills=max(1, min(fleet.prefills, memory.calm[0])),
-            decodes=max(1, min(fleet.decodes, memory.calm[1])),
+            prefills=max(1, min(fleet.prefills, prefills)),
+            decodes=max(1, min(fleet.decodes, decodes)),
             why=Why.SPARE,
             terms=need.terms,
         )
@@ -344,13 +365,14 @@ class DopdPlus:
         """The load of the fuller role beside what it bears; above 1 targets are missed."""
         flow, targets = demand.online, demand.targets
         rate = max(flow.rate_per_s, 1e-9)
+        lasting = demand.lasting_per_s or rate
         lead_s = max(1.0, fleet.switch_s)
         waiting = demand.waiting_tokens / max(1.0, flow.prompt.mean) / lead_s
         for_prefill, for_decode = (0.0, waiting) if demand.decode_is_full else (waiting, 0.0)
         bears_p = prefill_rate(prefills, fleet.prefill, flow, targets)
         bears_d = decode_rate(decodes, fleet.decode, flow, targets)
         return max(
-            (rate + for_prefill) / max(bears_p, 1e-9), (rate + for_decode) / max(bears_d, 1e-9)
+            (rate + for_prefill) / max(bears_p, 1e-9), (lasting + for_decode) / max(bears_d, 1e-9)
         )
 
 

@@ -85,7 +85,7 @@ def saturation_batch(cost: CostModel) -> int:
     return min(LARGEST_BATCH, greatest(memory_bound, 1, LARGEST_BATCH) + 1)
 
 
-KNEE_SHARE = 0.95
+KNEE_SHARE = 0.99
 SHORT_TOKENS = 256
 """Of the prompts that share a batch, by which its attention is reckoned."""
 

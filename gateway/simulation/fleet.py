@@ -154,6 +154,7 @@ def _plan(fleet: FleetEntry, entry: ServerEntry, data: Path) -> ServerPlan:
 def fitted(fit: FitEntry, *, error: float = 1.0) -> FittedStepTimes:
     """With `error`, fixed costs are that factor too small and those of tokens too large."""
     return FittedStepTimes(
+        prefill_base_s=fit.prefill_ms * 1e-3 / error,
         prefill_token_s=fit.prefill_token_us * 1e-6 * error,
         prefill_pair_s=fit.prefill_pair_ns * 1e-9 / error,
         decode_base_s=fit.decode_ms * 1e-3 / error,

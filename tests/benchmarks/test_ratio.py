@@ -6,17 +6,23 @@ from pathlib import Path
 import pytest
 
 from benchmarks.ratio import (
-    OURS,
+    LISTED,
     Held,
     Point,
     at_rate,
     closed_checks,
     dynamic_checks,
+    equal_check,
     goodput,
     held,
+    mean,
 )
 from benchmarks.ratio_worlds import (
+    ANSWER_HEAVY,
     GPUS,
+    OURS,
+    PROMPT_HEAVY,
+    acting_policies,
     bursting,
     closed_plan,
     dynamic_plan,
@@ -69,17 +75,20 @@ def test_goodput_is_the_highest_rate_at_which_both_targets_are_kept() -> None:
     assert goodput([point(8, 10, 1600, 8)]) == 0.0
     assert at_rate(curve, 29.0).clients == 32
     assert at_rate(curve, 1.0).clients == 8
+    assert at_rate(curve, 99.0).clients == 64
 
 
 def test_the_checks_of_the_closed_loop_compare_at_the_same_rate() -> None:
     slow = [point(8, 10, 200, 10), point(16, 20, 2000, 100)]
     fast = [point(8, 10, 50, 5), point(16, 20, 100, 10)]
-    systems = ("unified", "DistServe-like", "static 2P4D", "static 3P3D")
-    found = dict.fromkeys(systems, slow) | {OURS: fast}
-    checks = {check.name: check.value for check in closed_checks(found)}
-    assert checks["goodput beside unified servers"] == 2.0
-    assert checks["P90 TTFT beside DistServe-like at 20/s"] == pytest.approx(-95.0)
-    assert checks["P90 TPOT beside DistServe-like at 20/s"] == pytest.approx(-90.0)
+    found = dict.fromkeys(("unified", "DistServe-like", *LISTED), slow)
+    found |= {"static 2P4D": fast, OURS: fast}
+    checks = {check.name: check.value for check in closed_checks("x", found)}
+    assert checks["x: goodput beside unified servers"] == 2.0
+    assert checks["x: goodput beside 1P1D, 2P1D and 3P1D"] == 2.0
+    assert checks["x: goodput beside the best of all static splits"] == 1.0
+    assert checks["x: P90 TTFT beside DistServe-like at 20/s"] == pytest.approx(-95.0)
+    assert checks["x: P90 TPOT beside DistServe-like at 20/s"] == pytest.approx(-90.0)
 
 
 def run_of(attained: float, gpu_s: float) -> Held:
@@ -91,24 +100,33 @@ def test_a_planner_that_fails_cheaply_is_shown_as_cheaper() -> None:
         OURS: run_of(99.9, 1000.0),
         "dyn-load": run_of(80.0, 500.0),
         "dyn-sla": run_of(90.0, 1500.0),
-        "static": run_of(100.0, 2000.0),
+        "dyn-sla, x2": run_of(99.5, 2000.0),
     }
-    attained, above, planners, others = dynamic_checks("load", found)
-    assert (attained.ok, above.ok, planners.ok, others.ok) == (True, True, False, True)
-    assert (planners.value, others.value) == (2.0, 0.5)
+    attained, above, load, sla = dynamic_checks("load", found)
+    assert (attained.ok, above.ok, load.ok, sla.ok) == (True, True, False, True)
+    others = {name: it for name, it in found.items() if name != OURS}
+    equal = equal_check("load", found[OURS], others)
+    assert (load.value, equal.value) == (2.0, 0.5)
+    assert equal.name.endswith("dyn-sla, x2")
+
+
+def test_several_seeds_are_shown_as_their_mean() -> None:
+    both = mean([run_of(99.0, 1000.0), run_of(100.0, 2000.0)])
+    assert (both.attained, both.gpu_s) == (99.5, 1500.0)
 
 
 def test_every_system_of_the_closed_loop_has_the_same_gpus() -> None:
-    scenario = closed_plan(NOWHERE, (8,), 10.0, 1.0).scenario
-    sizes = {sum(server.count for server in it.server) for it in scenario.fleet}
-    assert len(sizes) == 1
+    for world in (PROMPT_HEAVY, ANSWER_HEAVY):
+        scenario = closed_plan(NOWHERE, world, (8,), 10.0, 1.0).scenario
+        sizes = {sum(server.count for server in it.server) for it in scenario.fleet}
+        assert len(sizes) == 1
     assert sum(server.count for server in elastic(5.0).server) == GPUS
     assert [server.role for server in split(1, 3).server] == [Role.PREFILL, Role.DECODE]
 
 
 def test_a_shifting_load_is_served_and_paid_for_by_every_policy() -> None:
-    sources = bursting(20.0, seed=3)
-    plan = dynamic_plan(NOWHERE, sources, 60.0, 5.0, (1,))
+    sources = bursting(NOWHERE, 20.0, seed=3)
+    plan = dynamic_plan(NOWHERE, sources, 60.0, 5.0, (1,), acting_policies())
     [case] = [it for it in cases_of(plan) if it.policy.name == OURS]
     quick = replace(case.policy, ratio=replace(case.policy.ratio, dwell_s=10.0, interval_s=5.0))
     found = held(run_case(plan, replace(case, policy=quick), with_records=False)[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 from aiohttp import web
 
 from backends.emulator import EmulatedFleet
+from backends.emulator.fleet import listening_socket
 from policies.types import Role
 
 NAMESPACE = "inference"
@@ -88,7 +90,25 @@ class ScriptedCluster:
     scaled: list[tuple[str, int]] = field(default_factory=list)
     spares: list[str] = field(default_factory=list)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _plugs: dict[str, list[socket.socket]] = field(default_factory=dict)
     _version: int = 0
+
+    async def _kill(self, name: str) -> None:
+        """Its ports are kept meanwhile: nobody else on this machine may be given them."""
+        assert self.fleet is not None
+        server = self.fleet[name]
+        await self.fleet.kill(name)
+        ports = (server.port, server.bootstrap_port)
+        self._plugs[name] = [listening_socket(port) for port in ports]
+
+    async def _revive(self, name: str) -> None:
+        assert self.fleet is not None
+        await self.fleet[name].restart()
+        self._unplug(name)
+
+    def _unplug(self, name: str) -> None:
+        for plug in self._plugs.pop(name, []):
+            plug.close()
 
     # What runs.
 
@@ -100,7 +120,7 @@ class ScriptedCluster:
                 pod = FakePod(name, running[name], server.port, server.bootstrap_port, ready=True)
                 self.pods[name] = pod
             else:
-                await fleet.kill(name)
+                await self._kill(name)
                 self.spares.append(name)
         for role in NAMES:
             self.replicas[role] = sum(it is role for it in running.values())
@@ -132,7 +152,7 @@ class ScriptedCluster:
         assert self.fleet is not None
         if pod.ready:
             await asyncio.sleep(self.end_s)
-            await self.fleet.kill(pod.name)
+            await self._kill(pod.name)
         del self.pods[pod.name]
         self.spares.append(pod.name)
         self.settle()
@@ -146,7 +166,7 @@ class ScriptedCluster:
         if role in self.crashes:
             pod.waits = "CrashLoopBackOff"
         elif not pod.leaving:
-            await server.restart()
+            await self._revive(name)
             other = Role.DECODE if role is Role.PREFILL else Role.PREFILL
             server.engine.machine.take_role(other if role in self.wrong else role)
             pod.ready = True
@@ -154,6 +174,8 @@ class ScriptedCluster:
     async def close(self) -> None:
         for task in list(self._tasks):
             task.cancel()
+        for name in list(self._plugs):
+            self._unplug(name)
 
     # What is asked.
 

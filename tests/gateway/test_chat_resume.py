@@ -13,7 +13,6 @@ from structlog.testing import capture_logs
 from backends.chat import ChatRoute, Parsing, Turn, route_of, turn_of
 from backends.emulator import FaultKind
 from backends.sse import DONE
-from backends.transcript import Transcript
 from backends.trouble import Trouble
 from gateway.chats import ChatAnswer, sampling_in
 from gateway.config import Chat, ConfigError
@@ -254,8 +253,8 @@ def answering(heard: Heard, parsing: Parsing) -> ChatAnswer:
     turn = Turn(asks={}, body={}, parsing=parsing, model="m", usage=False, tells_cached=False)
     return ChatAnswer(
         turn,
-        Transcript(),
         heard,
+        increments=lambda: False,
         named=False,
         created=1,
         consult=heard.consult,

@@ -304,7 +304,7 @@ def test_servers_that_come_and_go_under_new_names_are_forgotten() -> None:
         talk.arrive(offline("a", LONG), offline("b", LONG))
         talk.say(Finished("a", 1), Finished("b", 1), WorkerGone(name))
     assert len(talk.core._preemptor._residents) < 5
-    assert len(talk.core._underway._tickets) < 5
+    assert len(talk.core._sender._underway._tickets) < 5
 
 
 def test_the_accounts_say_what_it_cost() -> None:

@@ -2,11 +2,18 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from gateway.core import Core, Rules
+from gateway.planning import Control, Planner
 from gateway.ratio_control import RatioControl
 from policies.clock import VirtualClock
-from policies.events import Outcome, SwitchOver
+from policies.events import Event, LoadReport, Outcome, SwitchOver, WorkerGone, WorkerUp
+from policies.ratio import Static
+from policies.steps import Costs
 from policies.types import Role
+from tests.gateway.talk import decode, load, prefill
+from tests.policies.sites import COST
 
 SECOND = 1_000_000
 
@@ -23,3 +30,35 @@ def test_a_switch_that_hangs_and_then_ends_was_out_of_rotation_once() -> None:
     assert values["slackwater_role_switches_total", "hangs"] == 1
     assert values["slackwater_role_switch_seconds_total", "drain"] == 1
     assert values["slackwater_role_switch_seconds_total", "switch"] == 149
+
+
+class Planned:
+    """A planner beside its core; it looks every ten seconds."""
+
+    def __init__(self) -> None:
+        workers = [prefill("a"), prefill("b"), decode("c")]
+        self.core = Core(Rules(costs=Costs(default=COST)), workers)
+        self.clock = VirtualClock()
+        self.planner = Planner(self.core, self.clock, lambda _: None, Control(policy=Static()))
+
+    def hear(self, *events: Event) -> None:
+        now_us = round(self.clock.time() * 1e6)
+        self.core.handle(events, now_us)
+        for event in events:
+            self.planner.hear(now_us, event)
+
+    def is_held(self) -> bool:
+        self.clock.run(self.clock.time() + 10)
+        self.planner.tick()
+        assert self.planner.last is not None
+        return self.planner.last.is_held
+
+
+@pytest.mark.parametrize("goes", [True, False])
+def test_a_server_that_was_started_anew_has_not_been_switched_by_another(goes: bool) -> None:  # noqa: FBT001
+    planned = Planned()
+    planned.hear(LoadReport("b", load()))
+    if goes:
+        planned.hear(WorkerGone("b"))
+    planned.hear(WorkerUp(decode("b")), LoadReport("b", load()))
+    assert planned.is_held() is not goes

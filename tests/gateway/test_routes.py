@@ -121,6 +121,8 @@ async def test_text_becomes_tokens_and_text_again(prefix: str) -> None:
 @pytest.mark.parametrize("path", ["/parse_function_call", "/separate_reasoning"])
 async def test_a_page_that_servers_do_not_have_is_a_stable_code(path: str) -> None:
     async with standing() as site:
+        for server in ("p1", "d1"):
+            site.hurt(server, FaultKind.ERROR_STATUS, path=path, status=404, body='{"detail": ""}')
         told = await site.ask(path, {"text": "x"})
         assert (told.status, told.code) == (404, "not_found")
         assert told.body["error"]["message"].endswith(f"has no page {path}")

@@ -268,9 +268,49 @@ def test_a_busy_moment_within_the_dwell_begins_it_anew() -> None:
     assert Why.SPARE not in whys
 
 
-def test_nothing_is_decided_while_servers_are_on_the_move() -> None:
+def test_while_servers_move_nobody_else_is_moved() -> None:
+    for of in (fleet(1, 1, moving=1), fleet(3, 3, budget=16, moving=1)):
+        for rate in (0.1, 5.0):
+            plan = asked(DopdPlus(), demand(CHAT, rate), of)
+            assert (split(plan), plan.why) == ((of.prefills, of.decodes), Why.MOVING)
+
+
+def test_while_servers_move_what_is_missing_all_the_same_is_started_within_the_budget() -> None:
     plan = asked(DopdPlus(), demand(CHAT, 500.0), fleet(1, 1, budget=16, moving=1))
-    assert (split(plan), plan.why) == ((1, 1), Why.MOVING)
+    assert plan.prefills > 1
+    assert plan.prefills + plan.decodes == 16
+
+
+def test_a_server_is_not_given_back_at_once_for_what_waited_while_it_switched() -> None:
+    policy, memory = DopdPlus(dwell_s=60.0), Memory()
+    memory, plan = policy.next(memory, demand(REASONING, 20.0), fleet(3, 3), 0)
+    assert plan.decodes > 3
+    behind = demand(CODE, 20.0, waiting=900, waiting_tokens=2_000_000)
+    of = fleet(plan.prefills, plan.decodes)
+    memory, held = policy.next(memory, behind, of, 6 * S)
+    assert (split(held), held.why) == (split(plan), Why.DWELL)
+    _, later = policy.next(memory, behind, of, 61 * S)
+    assert later.prefills > plan.prefills
+
+
+def test_decode_servers_are_not_added_for_bursts_shorter_than_an_answer() -> None:
+    burst, of = demand(REASONING, 8.0), fleet(1, 1, budget=16)
+    lasting = replace(burst, lasting_per_s=3.0)
+    plans = [asked(DopdPlus(), it, of) for it in (burst, lasting)]
+    assert plans[1].decodes < plans[0].decodes
+    assert plans[1].prefills == plans[0].prefills
+
+
+@pytest.mark.parametrize("planner", [DynLoad, DynSla])
+def test_a_planner_with_headroom_wants_no_fewer_servers(
+    planner: type[DynLoad] | type[DynSla],
+) -> None:
+    busy = demand(CHAT, 60.0, waiting=8, kv_use=0.7)
+    plain, roomy = (
+        asked(planner(headroom=times), busy, fleet(1, 1, budget=16)) for times in (1.0, 3.0)
+    )
+    assert roomy.prefills >= plain.prefills
+    assert sum(split(roomy)) > sum(split(plain))
 
 
 def test_a_backlog_asks_for_more_prefill_servers_until_it_is_gone() -> None:

@@ -216,6 +216,25 @@ async def test_nothing_is_kept_of_an_answer_that_cannot_go_on() -> None:
             assert watched.visits[0].checkpoint() is None
 
 
+async def test_a_chat_goes_on_from_its_checkpoint() -> None:
+    path = "/v1/chat/completions"
+    body = BODIES[path](40)
+    async with standing() as site:
+        undisturbed = await attempts(site).answer(path, errand(site, path, body), Watched())
+        watched = Watched()
+        async with site.meanwhile(attempts(site).answer(path, errand(site, path, body), watched)):
+            await site.until("it runs", lambda: watched.visits and watched.visits[0].checkpoint())
+            taken = watched.visits[0].checkpoint()
+        assert taken is not None
+        outcome = await run(site, path, body, earlier=taken)
+        assert isinstance(outcome, Answered)
+        assert isinstance(undisturbed, Answered)
+        told, alone = json.loads(outcome.body), json.loads(undisturbed.body)
+        assert [told[name] for name in ("choices", "usage")] == [
+            alone[name] for name in ("choices", "usage")
+        ]
+
+
 async def test_embeddings_go_to_a_unified_server() -> None:
     body = {"input": "a", "model": "emulated"}
     async with standing((*TWO_PAIRS, *UNIFIED)) as site:
