@@ -52,6 +52,7 @@ from gateway.scenario import Plan, PolicyEntry
 from gateway.settings import ConfigError
 from gateway.simulation.figures import Figures
 from gateway.simulation.runs import Outcome, run_all
+from gateway.simulation.summary import notes_of
 
 LOAD, SLA = "dyn-load", "dyn-sla"
 ATTAINED = 99.4
@@ -276,7 +277,9 @@ def _closed(world: Closed, asked: argparse.Namespace, report: Report) -> None:
     if asked.quick:
         clients, lasts_s, warm_up_s = world.quick, 75.0, 45.0
     plan = closed_plan(asked.data, world, clients, duration_s=lasts_s, warm_up_s=warm_up_s)
-    found = curves(simulated(plan, asked.processes, f"closed loop, {world.title}"))
+    outcomes = simulated(plan, asked.processes, f"closed loop, {world.title}")
+    report.notes += (f"{world.title}: {note}" for note in notes_of(outcomes))
+    found = curves(outcomes)
     report.tables.append(closed_table(world.title, found))
     for name, curve in found.items():
         report.spread[f"{world.title}, goodput, {name}, req/s"] = Spread.of([goodput(curve)])
