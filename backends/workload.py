@@ -78,7 +78,7 @@ def _read(path: Path, columns: Sequence[str], *, skip_bad: bool) -> Trace:
 def _lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, str | None]]]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", newline="", encoding="utf-8") as lines:
+        with opener(path, "rt", newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines)
             if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
                 raise WorkloadError(
@@ -92,6 +92,9 @@ def _lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Mapping[st
 
 
 def _ask(row: Mapping[str, str | None], line: int, last_s: float, *, timed: bool) -> Ask:
+    wanted = (*(TIMED if timed else LENGTHS), CACHED)
+    if short := [name for name in wanted if name in row and row[name] is None]:
+        raise ValueError(f"too few fields: the row ends before {short[0]}")
     arrival_s = _number(row, "timestamp") if timed else 0.0
     if arrival_s < 0:
         raise ValueError(f"timestamp {arrival_s:g} is negative")

@@ -426,6 +426,27 @@ def check(scenario: Scenario) -> None:
         _check_policy(policy, fleets, f"policy[{i}]")
     for i, fleet in enumerate(scenario.fleet):
         _check_roles(fleet, f"fleet[{i}]")
+    for i, workload in enumerate(scenario.workload):
+        _check_lengths(workload, f"workload[{i}]")
+    _check_runs(scenario)
+
+
+def _check_lengths(entry: WorkloadEntry, where: str) -> None:
+    drawn = not (entry.trace or entry.lengths)
+    if drawn and entry.input_median > entry.input_max:
+        raise ConfigError(
+            f"{where}.input_median {entry.input_median:g} is above its input_max "
+            f"{entry.input_max}: more than half of the prompts would be as long as that"
+        )
+
+
+def _check_runs(scenario: Scenario) -> None:
+    seeds = scenario.seeds
+    if doubled := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+        raise ConfigError(f"seeds has {doubled[0]} twice: the same run would be made again")
+    kinds = {entry.kind for entry in scenario.workload}
+    if scenario.sweep.of is Swept.OFFLINE and Kind.OFFLINE not in kinds:
+        raise ConfigError('sweep.of = "offline" needs a [[workload]] with kind = "offline"')
 
 
 def _distinct(names: Sequence[str], what: str) -> None:
@@ -461,13 +482,22 @@ def _source(entry: WorkloadEntry, where: str, data: Path) -> Source:
         return Source(entry)
     key, name = ("trace", entry.trace) if entry.trace else ("lengths", entry.lengths)
     path = data / name
+    if path.is_dir():
+        raise ConfigError(f"{where}.{key}: {path} is a directory, and a CSV is needed")
     if not path.is_file():
         raise ConfigError(f"{where}.{key}: {path} is not there. {_wanted(key, name)}")
     read = read_trace if entry.trace else read_lengths
     try:
-        return Source(entry, read(path, skip_bad=entry.bad_rows is BadRows.SKIP))
+        found = read(path, skip_bad=entry.bad_rows is BadRows.SKIP)
     except WorkloadError as error:
         raise ConfigError(f"{where}.{key}: {error}") from error
+    last_s = found.rows[-1].arrival_s
+    if entry.trace and entry.from_s > last_s:
+        raise ConfigError(
+            f"{where}.from_s {entry.from_s:g} is past the end of {path}: "
+            f"its last row comes at {last_s:g} s"
+        )
+    return Source(entry, found)
 
 
 def _wanted(key: str, name: str) -> str:

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log", type=Path, metavar="FOLDER", help="write every request: "
                         "requests.csv, runs.csv")  # fmt: skip
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report with plots")
-    parser.add_argument("--processes", type=int, default=0, help="runs at the same time "
+    parser.add_argument("--processes", type=int, help="runs at the same time "
                         "(default: one for each core)")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_simulate(given: argparse.Namespace, console: Console | None = None) -> int:
     out = console or terminal.console()
     try:
+        if given.processes is not None and given.processes < 1:
+            raise ConfigError(f"--processes must be at least 1, got {given.processes}")
         plan = load(given.scenario, given.data)
         if given.html is not None and not given.html.parent.is_dir():
             raise ConfigError(f"--html: there is no folder {given.html.parent}")
@@ -83,7 +85,7 @@ def _run(given: argparse.Namespace, plan: Plan) -> list[Outcome]:
     first = cases_of(plan)[0]
     prepared(plan, first.load, first.seed)  # what is wrong with the workload is said at once
     log = LogWriter(given.log) if given.log is not None else None
-    processes = given.processes or os.cpu_count() or 1
+    processes = os.cpu_count() or 1 if given.processes is None else given.processes
     columns = (TextColumn("simulating"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     quiet = given.quiet or given.json
     with Progress(

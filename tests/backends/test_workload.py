@@ -64,7 +64,7 @@ def test_a_gzipped_trace_with_cached_tokens_and_other_columns_is_read(tmp_path: 
         ("3,10,0", "output_tokens '0'"),
         ("3,10.5,1", "whole number"),
         ("3,ten,1", "'ten' is not a number"),
-        ("3,10", "output_tokens None"),
+        ("3,10", "too few fields: .*output_tokens"),
         ("nan,10,5", "finite"),
         (",10,5", "timestamp '' is not a number"),
     ],
@@ -104,6 +104,17 @@ def test_a_broken_archive_is_an_error_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv.gz"
     path.write_bytes(gzip.compress(HEADER.encode() * 100)[:40])
     with pytest.raises(WorkloadError, match="cannot be read"):
+        read_trace(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    path = written(tmp_path, "0,10,5", header="\ufeff" + HEADER)
+    assert [row.input_tokens for row in read_trace(path).rows] == [10]
+
+
+def test_a_row_that_ends_early_says_so_by_its_line(tmp_path: Path) -> None:
+    path = written(tmp_path, "0,10,5", "1,10")
+    with pytest.raises(WorkloadError, match="line 3: too few fields: the row ends before output"):
         read_trace(path)
 
 

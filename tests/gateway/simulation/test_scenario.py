@@ -74,6 +74,8 @@ SECOND_FLEET = '[[fleet]]\nname = "b"\nserver = [{ role = "prefill" }]\n'
         ('[sweep]\nof = "speed"', "sweep.of must be one of ['rate', 'offline']"),
         (SECOND_WORKLOAD + 'arrivals = "weekly"', "workload[1].arrivals must be one of"),
         (SECOND_WORKLOAD + 'arrivals = "trace"', 'workload[1]: arrivals = "trace"'),
+        ('[sweep]\nof = "offline"', 'sweep.of = "offline" needs a [[workload]]'),
+        (SECOND_WORKLOAD + "input_max = 1000", "workload[1].input_median 1024 is above its"),
         (SECOND_WORKLOAD + "rate = 0", "workload[1].rate must be at least"),
         (SECOND_FLEET, "fleet[1] can serve nothing"),
         (SECOND_FLEET + 'mode = "magic"', "fleet[1].mode must be one of ['patched', 'stock']"),
@@ -86,6 +88,20 @@ def test_a_mistake_is_named_with_what_would_be_right(tmp_path: Path, text: str, 
 @pytest.mark.parametrize("text", ["", "[[workload]]\nname = 'x'", "duration_s = 'long'", "= 3"])
 def test_a_scenario_needs_a_fleet_and_a_workload(tmp_path: Path, text: str) -> None:
     assert refused(tmp_path, text)
+
+
+def test_the_same_seed_twice_is_refused(tmp_path: Path) -> None:
+    assert "seeds has 2 twice" in refused(tmp_path, "seeds = [1, 2, 2]" + SMALL)
+
+
+def test_a_directory_is_no_trace(tmp_path: Path) -> None:
+    text = SMALL + '\n[[workload]]\nname = "b"\narrivals = "trace"\ntrace = "."\n'
+    assert "is a directory" in refused(tmp_path, text)
+
+
+def test_a_beginning_past_the_end_of_the_trace_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"workload\[0\]\.from_s 7 is past the end"):
+        load(traced(tmp_path, "0,10,5\n6,10,5", "from_s = 7"))
 
 
 def test_a_warm_up_must_leave_something_to_count(tmp_path: Path) -> None:

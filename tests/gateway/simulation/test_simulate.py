@@ -151,6 +151,11 @@ def test_a_report_that_could_not_be_written_is_refused_before_anything_runs(
     assert "file exists" in capsys.readouterr().err
 
 
+def test_runs_need_a_process(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", str(folder / "any.toml"), "--processes", "0"]) == 2
+    assert "--processes must be at least 1, got 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("points", [[], [(1.0, 0.5)], [(0.0, 0.0), (1.0, 1.0), (2.0, 0.2)]])
 def test_a_plot_is_well_formed_whatever_is_in_it(points: list[tuple[float, float]]) -> None:
     xs = [x for x, _ in points]
