@@ -11,7 +11,6 @@ from typing import Any
 
 import orjson
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from backends.words import in_words
 from gateway import terminal
@@ -19,10 +18,11 @@ from gateway.scenario import Plan, load
 from gateway.settings import ConfigError
 from gateway.simulation.asks import prepared
 from gateway.simulation.page import page
-from gateway.simulation.records import LogWriter
+from gateway.simulation.progress import shown
 from gateway.simulation.runs import Outcome, cases_of, run_all
 from gateway.simulation.show import show_outcome
 from gateway.simulation.summary import Row, left_out, notes_of, rows_of
+from gateway.simulation.targets import RequestLog, check_page, write_page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,21 +44,23 @@ def run_simulate(given: argparse.Namespace, console: Console | None = None) -> i
         if given.processes is not None and given.processes < 1:
             raise ConfigError(f"--processes must be at least 1, got {given.processes}")
         plan = load(given.scenario, given.data)
-        if given.html is not None and not given.html.parent.is_dir():
-            raise ConfigError(f"--html: there is no folder {given.html.parent}")
-        outcomes = _run(given, plan)
+        if given.html is not None:
+            check_page(given.html)
+        outcomes, trouble = _run(given, plan)
     except (ConfigError, OSError) as error:
         return _refuse(in_words(error), 2)
     except BrokenProcessPool:
         return _refuse("a process ended in the middle of its run; is there enough memory?", 1)
     rows, notes = rows_of(outcomes), notes_of(outcomes)
-    if given.html is not None:
-        given.html.write_text(page(plan, rows, outcomes, notes), encoding="utf-8")
     if given.json:
         out.file.write(orjson.dumps(answer(plan, rows, outcomes, notes)).decode() + "\n")
     else:
         show_outcome(out, rows, notes)
-    return 0
+    out.file.flush()
+    if given.html is not None:
+        trouble.append(write_page(given.html, page(plan, rows, outcomes, notes)))
+    told = "; ".join(filter(None, trouble))
+    return _refuse(told, 2) if told else 0
 
 
 def answer(
@@ -81,27 +83,20 @@ def answer(
     }
 
 
-def _run(given: argparse.Namespace, plan: Plan) -> list[Outcome]:
+def _run(given: argparse.Namespace, plan: Plan) -> tuple[list[Outcome], list[str]]:
+    """With what went wrong beside the runs."""
     first = cases_of(plan)[0]
     prepared(plan, first.load, first.seed)  # what is wrong with the workload is said at once
-    log = LogWriter(given.log) if given.log is not None else None
+    log = RequestLog(given.log) if given.log is not None else None
     processes = os.cpu_count() or 1 if given.processes is None else given.processes
-    columns = (TextColumn("simulating"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    quiet = given.quiet or given.json
-    with Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True, disable=quiet
-    ) as progress:
-        task = progress.add_task("", total=1.0)
+    with shown(Console(stderr=True), quiet=given.quiet or given.json) as tick:
         try:
-            return run_all(
-                plan,
-                processes=processes,
-                keep=None if log is None else log.write,
-                tick=lambda share: progress.update(task, completed=share),
-            )
+            keep = None if log is None else log.write
+            outcomes = run_all(plan, processes=processes, keep=keep, tick=tick)
         finally:
             if log is not None:
                 log.close()
+    return outcomes, [] if log is None else [log.trouble]
 
 
 def _refuse(why: str, status: int) -> int:

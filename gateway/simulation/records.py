@@ -190,8 +190,10 @@ class LogWriter:
 
     def close(self) -> list[Path]:
         """The files; a Parquet copy is among them where pyarrow is there to write it."""
-        self._requests.close()
-        self._runs.close()
+        try:
+            self._requests.close()
+        finally:
+            self._runs.close()
         files = [self._folder / REQUESTS, self._folder / RUNS]
         if find_spec("pyarrow") is not None:
             tables = importlib.import_module("pyarrow.csv")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from multiprocessing import active_children, get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from gateway.scenario import Plan
 from gateway.simulation.figures import (
@@ -17,11 +20,14 @@ from gateway.simulation.figures import (
     distributions_of,
     figures_of,
 )
+from gateway.simulation.progress import Shares, write_share
 from gateway.simulation.records import Record, RunFacts
 from gateway.simulation.world import Case, Tick, Timeline, World
 
 Keep = Callable[[RunFacts, Sequence[Record]], object]
 """Takes the requests of a run, which are forgotten after it."""
+LOOK_S = 0.5
+"""How often it is asked how far runs in other processes are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +55,7 @@ def run_all(plan: Plan, *, processes: int, keep: Keep | None, tick: Tick) -> lis
     """`tick` hears what share of all is done."""
     cases = cases_of(plan)
     if processes > 1 and len(cases) > 1:
-        found = _beside(plan, cases, min(processes, len(cases)), with_records=keep is not None)
+        found = _beside(plan, cases, processes, tick, with_records=keep is not None)
     else:
         found = _one_by_one(plan, cases, tick, with_records=keep is not None)
     outcomes = []
@@ -58,7 +64,7 @@ def run_all(plan: Plan, *, processes: int, keep: Keep | None, tick: Tick) -> lis
             if keep is not None:
                 keep(outcome.facts, records)
             outcomes.append(outcome)
-            tick(len(outcomes) / len(cases))
+    tick(1.0)
     return outcomes
 
 
@@ -88,19 +94,28 @@ def _one_by_one(
 
 
 def _beside(
-    plan: Plan, cases: Sequence[Case], processes: int, *, with_records: bool
+    plan: Plan, cases: Sequence[Case], processes: int, tick: Tick, *, with_records: bool
 ) -> Generator[tuple[Outcome, list[Record]], None, None]:
     """No more runs are begun than are soon taken: their requests would fill the memory."""
-    waiting, others = iter(cases), set(active_children())
-    context = get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_leave_interrupts) as pool:
+    waiting, others = iter(enumerate(cases)), set(active_children())
+    context, processes = get_context("spawn"), min(processes, len(cases))
+    with (
+        TemporaryDirectory(prefix="slackwater-simulate-") as folder,
+        ProcessPoolExecutor(processes, context, initializer=_leave_interrupts) as pool,
+    ):
+        path = Path(folder) / "shares"
+        shares = Shares(path, len(cases))
 
-        def begin(case: Case) -> Future[tuple[Outcome, list[Record]]]:
-            return pool.submit(run_case, plan, case, with_records=with_records)
+        def begin(numbered: tuple[int, Case]) -> Future[tuple[Outcome, list[Record]]]:
+            number, case = numbered
+            told = partial(write_share, path, number)
+            return pool.submit(run_case, plan, case, with_records=with_records, tick=told)
 
         running = [begin(case) for case in islice(waiting, processes + 1)]
         try:
             while running:
+                while not wait(running[:1], timeout=LOOK_S).done:
+                    tick(shares.of_all())
                 yield running[0].result()
                 del running[0]
                 running += [begin(case) for case in islice(waiting, 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from rich.console import Console
 
 from gateway.__main__ import main, parsed
 from gateway.simulate import run_simulate
+from gateway.simulation.progress import Shares, write_share
+from gateway.simulation.runs import run_all
 from gateway.simulation.summary import METRICS
 from gateway.simulation.svg import Axis, Line, axis, bars, log_axis, plot
+from tests.gateway.simulation.scenarios import CHAT, plan
 
 SCENARIO = """
 name = "a <small> day"
@@ -154,6 +158,61 @@ def test_a_report_that_could_not_be_written_is_refused_before_anything_runs(
 def test_runs_need_a_process(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", str(folder / "any.toml"), "--processes", "0"]) == 2
     assert "--processes must be at least 1, got 0" in capsys.readouterr().err
+
+
+ONE = SCENARIO.replace("[1.0, 2.0]", "[1.0]").replace("[1, 2]", "[1]")
+
+
+def test_a_page_that_is_a_directory_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "scenario.toml"
+    path.write_text(ONE)
+    assert main(["simulate", str(path), "--processes", "1", "--html", str(tmp_path)]) == 2
+    told = capsys.readouterr()
+    assert f"--html: {tmp_path}: is a directory" in told.err.replace("\n", "")
+    assert "simulating" not in told.err
+
+
+def test_a_full_disk_costs_the_page_and_the_log_but_not_the_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, log = tmp_path / "scenario.toml", tmp_path / "log"
+    path.write_text(ONE)
+    log.mkdir()
+    (log / "requests.csv").symlink_to("/dev/full")
+    options = ["--processes", "1", "--html", "/dev/full", "--log", str(log)]
+    assert main(["simulate", str(path), *options]) == 2
+    told = capsys.readouterr()
+    assert "TTFT kept" in told.out
+    assert f"--log {log}: no space left" in told.err
+    assert "--html /dev/full: no space left" in told.err
+
+
+def test_a_pipe_hears_of_each_tenth_and_of_parts_of_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "scenario.toml"
+    path.write_text(ONE)
+    assert main(["simulate", str(path), "--processes", "1"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "simulating" in line]
+    assert lines[-1] == "simulating: 100%"
+    assert len(lines) > 2  # than there are runs
+
+
+def test_what_runs_beside_each_other_have_done_adds_up(tmp_path: Path) -> None:
+    shares = Shares(tmp_path / "shares", 4)
+    write_share(tmp_path / "shares", 1, 0.5)
+    write_share(tmp_path / "shares", 3, 1.0)
+    assert shares.of_all() == pytest.approx(0.375)
+
+
+def test_the_bar_hears_of_runs_in_other_processes_before_they_end() -> None:
+    heard: list[float] = []
+    of = plan(replace(CHAT, rate=2.0), seeds=(1, 2), duration_s=300.0)
+    run_all(of, processes=2, keep=None, tick=heard.append)
+    assert any(0 < share < 0.5 for share in heard)
+    assert heard[-1] == 1.0
 
 
 @pytest.mark.parametrize("points", [[], [(1.0, 0.5)], [(0.0, 0.0), (1.0, 1.0), (2.0, 0.2)]])
