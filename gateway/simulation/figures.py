@@ -52,7 +52,9 @@ class Figures:
     ttft_ms: Quantiles
     tpot_ms: Quantiles
     goodput_per_s: float
-    """Requests that attained, per second of arrivals."""
+    """Online: requests that attained, per second of arrivals after the warm-up. Offline: those
+    that ended in time before arrivals end, per second from the start; a backlog that is done
+    earlier, per second until then."""
     tokens_per_s: float
     """Of answers, while requests arrive; those of requests from before count too."""
     wasted_tokens: int
@@ -118,13 +120,25 @@ def _figures(facts: RunFacts, records: Sequence[Record]) -> Figures:
         attained=_share(attained, len(counted)),
         ttft_ms=Quantiles.of(_ttft_ms(counted)),
         tpot_ms=Quantiles.of(_tpot_ms(counted)),
-        goodput_per_s=attained / seconds,
+        goodput_per_s=_offline_goodput(facts, records)
+        if records[0].kind is Kind.OFFLINE
+        else attained / seconds,
         tokens_per_s=tokens / seconds,
         wasted_tokens=sum(it.wasted_tokens for it in counted),
         retries=sum(max(0, it.attempts - 1) for it in counted),
         gpu_s=facts.gpu_s,
         parts_ms=_parts_ms(counted),
     )
+
+
+def _offline_goodput(facts: RunFacts, records: Sequence[Record]) -> float:
+    """What the fleet got done while it was loaded, not what somebody had put into the queue."""
+    last_us = [it.last_us for it in records if it.last_us is not None and it.keeps_all]
+    inside = [us for us in last_us if us <= facts.until_us]
+    is_backlog = all(it.arrival_us == 0 for it in records)
+    is_done = len(inside) == len(records)
+    seconds = (max(inside) if is_backlog and is_done else facts.until_us) / 1e6
+    return len(inside) / seconds
 
 
 def _counted(facts: RunFacts, records: Iterable[Record]) -> list[Record]:

@@ -9,7 +9,7 @@ from gateway.scenario import Plan, Swept
 from gateway.simulation.figures import SHARES, Distributions
 from gateway.simulation.records import PARTS
 from gateway.simulation.runs import Outcome
-from gateway.simulation.show import COLUMNS, Show, number
+from gateway.simulation.show import COLUMNS, MEASURED, Show, number
 from gateway.simulation.summary import Row, Spread
 from gateway.simulation.svg import Axis, Line, axis, bars, log_axis, plot
 from policies.types import Kind
@@ -62,7 +62,8 @@ def _definitions(plan: Plan) -> str:
     return (
         f"<p class=soft>Targets: {escape(targets)}. TTFT: from arrival to the first token. "
         "TPOT: (last - first) / (tokens - 1). Kept: the share of all submitted requests; what was "
-        "rejected, failed or did not end has missed. Online requests of the first "
+        "refused, failed or did not end has missed. "
+        f"{MEASURED}. Online requests of the first "
         f"{scenario.warm_up_s:g} s are served and not counted. Medians of {len(scenario.seeds)} "
         "seeds, with the least and the most.</p>"
     )
@@ -127,7 +128,7 @@ def _by_policy(rows: Sequence[Row], key: str) -> list[Line]:
 
 def _latencies(outcomes: Sequence[Outcome]) -> list[str]:
     """The first seed of every policy, at the lowest and the highest load."""
-    share = Axis(label="share of requests", low=0.0, high=1.0, percent=True)
+    share = Axis(label="share of those measured", low=0.0, high=1.0, percent=True)
     plots = []
     loads = sorted({it.facts.load for it in outcomes})
     for load in dict.fromkeys((loads[0], loads[-1])):

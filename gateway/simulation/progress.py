@@ -55,7 +55,7 @@ class Shares:
         path.write_bytes(SHARE.pack(0.0) * runs)
 
     def of_all(self) -> float:
-        shares = [share for (share,) in SHARE.iter_unpack(self._path.read_bytes())]
+        shares: list[float] = [share for (share,) in SHARE.iter_unpack(self._path.read_bytes())]
         return sum(shares) / len(shares)
 
 

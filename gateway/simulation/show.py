@@ -25,15 +25,22 @@ def number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
+MEASURED = (
+    "TTFT percentiles: of requests that had a first token; TPOT percentiles: of answers that "
+    "ended. Refused, failed and not ended ones are in neither, and have missed their targets"
+)
+"""Said wherever there are percentiles."""
+
 COLUMNS: tuple[tuple[str, str, Show], ...] = (
+    ("submitted", "submitted", number),
+    ("refused", "rejected", number),
+    ("failed", "failed", number),
+    ("not ended", "unfinished", number),
     ("TTFT kept", "ttft_attained", percent),
     ("TPOT kept", "tpot_attained", percent),
     ("both kept", "attained", percent),
     ("goodput/s", "goodput_per_s", number),
     ("tokens/s", "tokens_per_s", number),
-    ("rejected", "rejected", number),
-    ("failed", "failed", number),
-    ("not ended", "unfinished", number),
     ("wasted tok", "wasted_tokens", number),
     ("GPU-s", "gpu_s", number),
 )
@@ -81,5 +88,6 @@ def _table(load: float, rows: Sequence[Row]) -> Table:
 def show_outcome(console: Console, rows: Sequence[Row], notes: Sequence[str]) -> None:
     for table in tables(rows):
         console.print(table)
+    console.print(f"Note: {MEASURED}", highlight=False)
     for note in notes:
         console.print(f"Note: {escape(note)}", highlight=False)

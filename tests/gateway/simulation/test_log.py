@@ -132,6 +132,23 @@ def test_attainment_is_a_share_of_all_that_were_submitted_after_the_warm_up() ->
     assert figures.goodput_per_s == pytest.approx(0.1)
 
 
+def backlog(*ends_us: int) -> list[Record]:
+    queued = {"kind": Kind.OFFLINE, "arrival_us": 0, "first_us": 100_000, "window_us": 10**9}
+    return [record(**queued, last_us=end_us) for end_us in ends_us]
+
+
+@pytest.mark.parametrize(
+    ("ends_s", "per_s"),
+    [((3, 4, 5), 3 / 5), ((5, 10, 40), 2 / 10.5), ((20, 30, 40), 0.0)],
+)
+def test_the_goodput_of_a_backlog_is_what_ended_while_requests_came(
+    ends_s: tuple[int, ...], per_s: float
+) -> None:
+    (figures,) = figures_of(FACTS, backlog(*(end_s * 1_000_000 for end_s in ends_s)))
+    assert figures.goodput_per_s == pytest.approx(per_s)
+    assert figures.attained == 1.0
+
+
 def test_nothing_that_counts_is_no_share_at_all() -> None:
     (figures,) = figures_of(FACTS, [record(arrival_us=0)])
     assert (figures.submitted, figures.attained, figures.ttft_ms.p50) == (0, None, None)

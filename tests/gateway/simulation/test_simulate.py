@@ -17,6 +17,7 @@ from gateway.__main__ import main, parsed
 from gateway.simulate import run_simulate
 from gateway.simulation.progress import Shares, write_share
 from gateway.simulation.runs import run_all
+from gateway.simulation.show import MEASURED
 from gateway.simulation.summary import METRICS
 from gateway.simulation.svg import Axis, Line, axis, bars, log_axis, plot
 from tests.gateway.simulation.scenarios import CHAT, plan
@@ -129,7 +130,7 @@ def test_tables_name_policies_and_workloads(folder: Path) -> None:
     out = io.StringIO()
     given = parsed(["simulate", str(path), "--processes", "1", "--quiet"])
     assert run_simulate(given, Console(file=out, width=220)) == 0
-    for word in ("edf", "fcfs & friends", "batch", "TTFT kept", "wasted tok", "step times"):
+    for word in ("edf", "fcfs & friends", "batch", "TTFT kept", "refused", "step times"):
         assert word in out.getvalue()
 
 
@@ -213,6 +214,19 @@ def test_the_bar_hears_of_runs_in_other_processes_before_they_end() -> None:
     run_all(of, processes=2, keep=None, tick=heard.append)
     assert any(0 < share < 0.5 for share in heard)
     assert heard[-1] == 1.0
+
+
+def test_whoever_shows_percentiles_says_whom_they_leave_out(
+    told: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    path, out = tmp_path / "scenario.toml", io.StringIO()
+    path.write_text(ONE)
+    given = parsed(["simulate", str(path), "--processes", "1", "--quiet"])
+    assert run_simulate(given, Console(file=out, width=400)) == 0
+    for text in (out.getvalue(), (folder / "r.html").read_text()):
+        assert MEASURED in text
+        assert all(word in text for word in ("submitted", "refused", "failed", "not ended"))
+    assert {"submitted", "rejected", "failed", "unfinished"} <= told["summary"][0]["metrics"].keys()
 
 
 @pytest.mark.parametrize("points", [[], [(1.0, 0.5)], [(0.0, 0.0), (1.0, 1.0), (2.0, 0.2)]])
