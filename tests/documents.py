@@ -16,11 +16,14 @@ from gateway import actuation, plugin_settings
 from gateway import config as settings
 from gateway.batch import settings as batch_settings
 from gateway.config import Config
+from gateway.scenario import PolicyEntry, Scenario
+from gateway.simulation.budget import BudgetEntry
 
 ROOT = Path(__file__).parent.parent
 _MODULES = (settings, actuation, batch_settings, plugin_settings)
 README = ROOT / "README.md"
 CONFIG = ROOT / "config.toml"
+SIMULATOR = ROOT / "docs" / "simulator.md"
 
 # Fields whose name says it all have no docstring; an operator still gets a line for each.
 _PLAIN = {
@@ -168,6 +171,8 @@ def _allowed(kind: Any, metadata: Any) -> str:
 
 
 def toml_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
@@ -181,6 +186,29 @@ def options_table() -> str:
         required = option.default is dataclasses.MISSING
         default = "" if required else f"`{toml_value(option.default)}`"
         rows.append(f"| `{option.key}` | {default} | {option.allowed} | {option.meaning} |")
+    return "\n".join(rows)
+
+
+def scenario_keys(cls: type[Any] = Scenario, prefix: str = "") -> Iterator[Option]:
+    """Every key of a scenario but those that a policy has in common with config.toml."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind, key = hints[field.name], prefix + field.name
+        is_list = get_origin(kind) is tuple
+        kind = get_args(kind)[0] if is_list else kind
+        if not dataclasses.is_dataclass(kind):
+            allowed = _allowed(kind, field.metadata)
+            yield Option(key, field.default, "list" if is_list else allowed, "")
+        elif cls is not PolicyEntry or kind is BudgetEntry:
+            yield from scenario_keys(kind, f"{key}.")  # type: ignore[arg-type]  # a class
+
+
+def scenario_table() -> str:
+    rows = ["| key | default | allowed |", "|---|---|---|"]
+    for option in scenario_keys():
+        required = option.default is dataclasses.MISSING
+        default = "required" if required else f"`{toml_value(option.default)}`"
+        rows.append(f"| `{option.key}` | {default} | {option.allowed} |")
     return "\n".join(rows)
 
 
@@ -224,10 +252,14 @@ def rows(table: str) -> list[list[str]]:
 
 def main() -> None:
     CONFIG.write_text(config_text())
-    text = README.read_text()
-    before, mark, rest = text.partition("<!-- options -->\n")
-    _, end, after = rest.partition("<!-- /options -->")
-    README.write_text(f"{before}{mark}{options_table()}\n{end}{after}")
+    _renew(README, "options", options_table())
+    _renew(SIMULATOR, "keys", scenario_table())
+
+
+def _renew(path: Path, name: str, table: str) -> None:
+    before, mark, rest = path.read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    path.write_text(f"{before}{mark}{table}\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from gateway.settings import ConfigError, decode
 from gateway.simulation.asks import prepared
 from gateway.simulation.fleet import ENGINES, servers_of
 from policies.types import Role
+from tests.documents import between, scenario_table
 from tests.gateway.simulation.scenarios import CHAT, UNIFIED, fleet, plan
 
 SHIPPED = sorted((Path(__file__).parents[3] / "benchmarks" / "scenarios").glob("*.toml"))
@@ -243,11 +244,16 @@ def test_a_shipped_scenario_says_something(path: Path) -> None:
 
 def test_the_documentation_names_every_key() -> None:
     text = DOCUMENTATION.read_text()
+    text = text.replace(between(text, "keys"), "")  # a default alone does not say what it is
     named = set(re.findall(r"`([a-z_.]+)`", text)) | set(re.findall(r"^\[*([a-z_]+)", text, re.M))
     named = {part for it in named for part in it.split(".")}
     for cls in (Scenario, Sweep, GatewayEntry, FleetEntry, ServerEntry, WorkloadEntry, PolicyEntry):
         missing = {field.name for field in fields(cls)} - named
         assert missing <= {"server", "fleet", "workload", "policy", "gateway"}, cls
+
+
+def test_the_defaults_of_the_documentation_are_those_of_the_code() -> None:
+    assert between(DOCUMENTATION.read_text(), "keys") == scenario_table(), "run: make documents"
 
 
 def test_every_mode_has_its_engine() -> None:
