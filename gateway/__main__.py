@@ -7,14 +7,17 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from backends.emulator import command as emulator
-from backends.fleet import command as fleet
-from backends.fleet.spec import FleetError
-from backends.words import in_words
-from gateway import calibrate, check, predict, serve, simulate
-from gateway.batch import cli
-from gateway.clock import LiveClock
-from gateway.settings import ConfigError
+try:
+    from backends.emulator import command as emulator
+    from backends.fleet import command as fleet
+    from backends.fleet.spec import FleetError
+    from backends.words import in_words
+    from gateway import calibrate, check, predict, serve, simulate
+    from gateway.batch import cli
+    from gateway.clock import LiveClock
+    from gateway.settings import ConfigError
+except KeyboardInterrupt:  # they take a second in which somebody may think better of it
+    sys.exit(130)
 
 Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
 

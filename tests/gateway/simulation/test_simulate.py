@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -20,6 +22,7 @@ from gateway.simulation.runs import run_all
 from gateway.simulation.show import MEASURED
 from gateway.simulation.summary import METRICS
 from gateway.simulation.svg import Axis, Line, axis, bars, log_axis, plot
+from tests.documents import ROOT
 from tests.gateway.simulation.scenarios import CHAT, plan
 
 SCENARIO = """
@@ -227,6 +230,24 @@ def test_whoever_shows_percentiles_says_whom_they_leave_out(
         assert MEASURED in text
         assert all(word in text for word in ("submitted", "refused", "failed", "not ended"))
     assert {"submitted", "rejected", "failed", "unfinished"} <= told["summary"][0]["metrics"].keys()
+
+
+INTERRUPTED = """
+import runpy, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "gateway.simulate":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module("gateway", run_name="__main__")
+"""
+
+
+def test_an_interrupt_during_start_up_ends_without_a_traceback() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (130, b"")
 
 
 @pytest.mark.parametrize("points", [[], [(1.0, 0.5)], [(0.0, 0.0), (1.0, 1.0), (2.0, 0.2)]])
