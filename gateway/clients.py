@@ -18,6 +18,10 @@ _REJECTED = {
     Reason.HOPELESS: (Code.DEADLINE_HOPELESS, "the queue is too long for this request's target"),
     Reason.EXPIRED: (Code.DEADLINE_PASSED, "no server was free in time"),
     Reason.NO_WORKER: (Code.NO_WORKER, "no server is configured that could serve this request"),
+    Reason.NO_RELAXED: (
+        Code.NO_WORKER,
+        'no relaxed server is in rotation, and colocation.without_relaxed is "reject"',
+    ),
     Reason.UNAVAILABLE: (Code.WORKERS_UNAVAILABLE, "no server that could serve this is available"),
     Reason.TOO_LARGE: (
         Code.CONTEXT_LENGTH_EXCEEDED,
