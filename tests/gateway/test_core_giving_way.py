@@ -393,4 +393,12 @@ def test_the_accounts_say_what_it_cost() -> None:
     accounts = talk.core.accounts
     assert accounts.preemptions == {(Kind.OFFLINE, "d", Reason.ONLINE_DECODE): 1}
     assert accounts.lost_tokens == {Kind.OFFLINE: 2}
-    assert accounts.recomputed_tokens == {Kind.OFFLINE: 103}
+    assert accounts.resent_tokens == {Kind.OFFLINE: 103}
+
+
+def test_a_prompt_that_was_taken_off_before_it_was_computed_is_in_the_accounts() -> None:
+    talk = Talk(fleet(), RULES)
+    talk.arrive(offline("a", LONG))
+    assert talk.arrive(online("b")) == [("preempt", "a", "online_prefill")]
+    talk.say(Preempted("a"))
+    assert talk.core.accounts.resent_tokens == {Kind.OFFLINE: LONG}
