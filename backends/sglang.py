@@ -447,9 +447,11 @@ class Sglang:
 
 
 def _note(decision: Preempt, exchange: Exchange, lost: int) -> None:
-    job = decision.job
+    job, rid = decision.job, exchange.client_rid
     log.info(
         "preempted",
+        request_id=exchange.request_id,
+        **({"rid": rid} if rid else {}),
         **{"class": job.kind.value},
         job=job.id,
         reason=decision.reason.value,

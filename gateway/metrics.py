@@ -182,7 +182,7 @@ class _CoreGauges(Collector):
         )
         for kind in Kind:
             lost.add_metric([kind.value], accounts.lost_tokens[kind])
-            again.add_metric([kind.value], accounts.recomputed_tokens[kind])
+            again.add_metric([kind.value], accounts.resent_tokens[kind])
         left = GaugeMetricFamily("slackwater_abort_budget", "Preemptions that may be made at once")
         left.add_metric([], budget.left(self._now_us()))
         shut = CounterMetricFamily("slackwater_abort_budget_spent", "Times that it was used up")

@@ -56,7 +56,9 @@ class Sender:
 
     def goes_at_once(self, ticket: Ticket, lane: Lane, now_us: int) -> bool:
         kind = ticket.job.kind
-        if kind is _OFFLINE and self._lanes.online_waits_beside(lane):
+        if kind is _OFFLINE and (
+            self._lanes.shut_out(lane, kind, now_us) or self._lanes.online_waits_beside(lane)
+        ):
             return False
         candidates = self._lanes.candidates(lane, kind, now_us)
         if self.rules.gather.holds and self._lanes.holds(ticket.job, lane, self._agenda, now_us):
@@ -85,8 +87,16 @@ class Sender:
             if lane.online.entries:
                 self._fill(lane, _ONLINE, now_us)
         for lane in lanes:
+            if lane.queued(_OFFLINE):
+                self._turn_away(lane, now_us)
             if lane.offline.entries and not self._lanes.online_waits_beside(lane):
                 self._fill(lane, _OFFLINE, now_us)
+
+    def _turn_away(self, lane: Lane, now_us: int) -> None:
+        """All offline work that waits, also where online work would go first."""
+        if (reason := self._lanes.shut_out(lane, _OFFLINE, now_us)) is not None:
+            for job_id in lane.jobs(_OFFLINE):
+                self._reject(self._tickets[job_id], reason, now_us)
 
     def _fill(self, lane: Lane, kind: Kind, now_us: int) -> None:
         held: list[Job] = []

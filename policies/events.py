@@ -50,6 +50,8 @@ class Reason(StrEnum):
     """A more urgent prompt has its prefill server."""
     QUEUE_FULL = "queue_full"
     NO_WORKER = "no_worker"
+    NO_RELAXED = "no_relaxed_worker"
+    """No server of its pool is in rotation, and it is not to wait for one."""
     UNAVAILABLE = "workers_unavailable"
     HOPELESS = "deadline_hopeless"
     EXPIRED = "deadline_passed"

@@ -105,6 +105,7 @@ RULES += [
     replace(COLOCATED, gather=ByLength(wait_share=1.0)),
     replace(COLOCATED, costs=Costs(), give_way=ForSlack(by_bottleneck=True, pulls=True)),
     replace(COLOCATED, pools=ByLatency(lends=True, without_relaxed=WithoutRelaxed.HOLD)),
+    replace(COLOCATED, pools=ByLatency(lends=True, without_relaxed=WithoutRelaxed.REJECT)),
 ]
 WORKERS = {
     "p1": server("p1", Role.PREFILL),
