@@ -226,7 +226,9 @@ class Ticket:
         else:
             self.told_us = 0  # what comes until it is told again is not in its tokens
         self.booked_context += fresh
-        decode.paces.told(self, decode.running.values(), now_us)
+        paces = decode.paces
+        if paces.watched is self or paces.watched is None:
+            paces.told(self, decode.running.values(), now_us)
         outgrown = self.booked_context - self.booked_reserved
         if outgrown <= 0:
             decode.grow_decode(fresh, 0)

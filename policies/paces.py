@@ -67,19 +67,19 @@ class PaceLine(NamedTuple):
 class Paces:
     """One answer at a time is watched; it stands for all, because all take the same steps."""
 
-    __slots__ = ("_dirty", "_generated", "_line", "_samples", "_since_us", "_watched")
+    __slots__ = ("_dirty", "_generated", "_line", "_samples", "_since_us", "watched")
 
     def __init__(self) -> None:
         self._samples: deque[tuple[Contexts, float]] = deque(maxlen=SAMPLES)
-        self._watched: Stream | None = None
+        self.watched: Stream | None = None
         self._since_us = self._generated = 0
         self._line: PaceLine | None = None
         self._dirty = 0
 
     def told(self, stream: Stream, streams: Collection[Stream], now_us: int) -> None:
         """A job of this server has got tokens."""
-        if stream is not self._watched:
-            if self._watched is None:
+        if stream is not self.watched:
+            if self.watched is None:
                 self._watch(stream, now_us)
             return
         took_us = now_us - self._since_us
@@ -92,11 +92,11 @@ class Paces:
         self._watch(stream, now_us)
 
     def _watch(self, stream: Stream, now_us: int) -> None:
-        self._watched, self._since_us, self._generated = stream, now_us, stream.generated
+        self.watched, self._since_us, self._generated = stream, now_us, stream.generated
 
     def left(self, stream: Stream) -> None:
-        if stream is self._watched:
-            self._watched = None
+        if stream is self.watched:
+            self.watched = None
 
     @property
     def line(self) -> PaceLine | None:
