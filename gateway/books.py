@@ -29,7 +29,9 @@ class Ticket:
         "booked_reserved",
         "decode",
         "displaced",
+        "first_us",
         "generated",
+        "grown_us",
         "job",
         "leaves",
         "looked_us",
@@ -87,12 +89,18 @@ class Ticket:
         self.sent_us = self.told_us = self.looked_us = 0
         self.trials: tuple[tuple[Breaker, int], ...] = ()
         self.generated = 0
+        self.first_us = self.grown_us = 0
+        """When the first token of this attempt came, and when the latest was told."""
         self.booked_prefill = 0
         self.booked_context = 0
         self.booked_reserved = 0
 
     def step(self, step: Step) -> None:
         self.state = advance(self.state, step)
+
+    @property
+    def tpot_us(self) -> int:
+        return self.job.tpot_us
 
     @property
     def is_placed(self) -> bool:
@@ -167,13 +175,14 @@ class Ticket:
         self.part_on = prefill.worker.name if self.upto else ""
         self.booked_prefill = prefill.uncached(job)
         self.booked_context, self.booked_reserved = job.prompt_tokens, reserved
-        self.generated = self.told_us = 0
+        self.generated = self.told_us = self.first_us = self.grown_us = 0
         self.leaves = ""
         prefill.add_prefill(self.booked_prefill, now_us)
         self.ahead_tokens = prefill.prefill_tokens
         if job.prefixes:
             prefill.prefixes.add(job.prefixes)
         decode.add_decode(self.booked_context, reserved)
+        decode.running[job.id] = self
         if job.kind is _OFFLINE:
             prefill.offline.add_prefill(self.booked_prefill)
             decode.offline.add(self.booked_context, reserved)
@@ -208,7 +217,7 @@ class Ticket:
         decode, fresh = self.decode, generated - self.generated
         if decode is None or fresh <= 0:
             return
-        self.generated = generated
+        self.generated, self.grown_us = generated, now_us
         watched = decode.offline.decodes or decode.online.last_pace_us
         if watched and self.job.kind is not _OFFLINE:
             if self.told_us:
@@ -217,6 +226,9 @@ class Ticket:
         else:
             self.told_us = 0  # what comes until it is told again is not in its tokens
         self.booked_context += fresh
+        paces = decode.paces
+        if paces.watched is self or paces.watched is None:
+            paces.told(self, decode.running.values(), now_us)
         outgrown = self.booked_context - self.booked_reserved
         if outgrown <= 0:
             decode.grow_decode(fresh, 0)
@@ -242,6 +254,8 @@ class Ticket:
         self.upto, self.part_on = 0, ""
         if self.decode is not None:
             self.decode.end_decode(self.booked_context, self.booked_reserved)
+            self.decode.running.pop(self.job.id, None)
+            self.decode.paces.left(self)
             if self.job.kind is _OFFLINE:
                 self.decode.offline.end(self.booked_context, self.booked_reserved)
             else:

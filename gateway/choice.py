@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 from operator import itemgetter
 
@@ -9,6 +10,7 @@ from gateway.rules import Rules
 from gateway.servers import Candidates
 from policies.admit import Admit
 from policies.events import Reason, Reject
+from policies.hold import Never, held_until_us
 from policies.ledger import Ledger
 from policies.order import Outlook
 from policies.place import Place
@@ -44,13 +46,34 @@ def _pair(job: Job, candidates: Candidates, rules: Rules, now_us: int) -> Pair |
         free = rules.gather.servers(job, free, now_us)
     if not free or not candidates.decodes:
         return None
-    decode = _decode(job, candidates.decodes, admit, place, now_us)
+    decodes = candidates.decodes
+    if rules.hold.holds:
+        first_us = _first_us(job, free, now_us)
+        decodes = [e for e in decodes if rules.hold.bears(job, e, first_us, now_us)]
+        if not decodes:
+            return None
+    decode = _decode(job, decodes, admit, place, now_us)
     if decode is None:
         return None
     if len(free) == 1:
         return free[0], decode
     ranks = place.prefill(job, free)
     return free[ranks.index(min(ranks))], decode
+
+
+def _first_us(job: Job, free: list[Ledger], now_us: int) -> float:
+    """When its prompt would be computed if it went now, as far as anybody can say."""
+    return now_us + min(
+        (e.prefill_tokens + e.uncached(job)) / rate if (rate := e.prefill_tokens_per_us) else 0.0
+        for e in free
+    )
+
+
+def is_held(job: Job, candidates: Candidates, rules: Rules, now_us: int) -> bool:
+    """Whether it would go if nobody had to bear it."""
+    if not rules.hold.holds or now_us >= held_until_us(job):
+        return False
+    return choose(job, candidates, replace(rules, hold=Never()), now_us) is not None
 
 
 def _decode(

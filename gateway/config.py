@@ -29,11 +29,13 @@ from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
 from policies.colocation import Colocated
 from policies.demand import Targets
+from policies.hold import ForSlack as HoldForSlack
+from policies.hold import Hold
 from policies.planners import DynLoad, DynSla
 from policies.pools import ByLatency, Pools, WithoutRelaxed
 from policies.preempt import AbortRule, ForSlack, GiveWay, Stay
 from policies.ratio import DopdPlus
-from policies.registry import DISPLACE, GATHER, ORDER, PLACE, POOLS, PREEMPT, RATIO
+from policies.registry import DISPLACE, GATHER, HOLD, ORDER, PLACE, POOLS, PREEMPT, RATIO
 from policies.retry import RetryRule
 from policies.steps import Costs
 from policies.types import Kind, Pool, Role, Worker
@@ -97,6 +99,8 @@ class Policies:
     """How a long prompt is kept from blocking its server: it makes way, or goes out in parts."""
     gather: str = one_of("none", GATHER)
     """Whether short prompts are sent to a prefill server together, and long ones alone."""
+    hold: str = one_of("none", HOLD)
+    """Whether a prompt waits while those that decode could not bear the steps it would make."""
     place: str = one_of("least-work", PLACE)
     """Which of the servers that may take a job gets it."""
     pools: str = one_of("latency", POOLS)
@@ -480,6 +484,7 @@ def rules_of(config: Config) -> Rules:
         order=ORDER[config.policies.order](),
         displace=DISPLACE[config.policies.displace](),
         gather=GATHER[config.policies.gather](),
+        hold=_hold(config),
         place=PLACE[config.policies.place](),
         pools=_pools(config),
         admit=_admit(config),
@@ -545,6 +550,12 @@ def _admit(config: Config) -> Admit:
         headroom=colocation.headroom,
         step_share=colocation.lend_share,
     )
+
+
+def _hold(config: Config) -> Hold:
+    if HOLD[config.policies.hold] is not HoldForSlack:
+        return HOLD[config.policies.hold]()
+    return HoldForSlack(answer_tokens=config.admission.output_reserve_tokens)
 
 
 def _give_way(config: Config) -> GiveWay:

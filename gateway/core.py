@@ -225,6 +225,7 @@ class Core:
         if ticket is None or ticket.state is not _PREFILL:
             return
         ticket.step(_FIRST_TOKEN)
+        ticket.first_us = now_us
         if ticket.prefill is not None and ticket.prefill is not ticket.decode:
             self._succeeded(ticket.prefill)
         if ticket.decode is not None and not ticket.decode.breaker.is_closed:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from gateway.accounts import Accounts
 from gateway.agenda import Agenda
 from gateway.books import Lane, Ticket
-from gateway.choice import Pair, choose, fits_ever, is_worth_a_wait, without_failed
+from gateway.choice import Pair, choose, fits_ever, is_held, is_worth_a_wait, without_failed
 from gateway.lanes import Lanes
 from gateway.lifecycle import Step
 from gateway.preemption import Preemptor
@@ -17,6 +17,7 @@ from gateway.slicing import Slicing
 from gateway.underway import Underway
 from gateway.unshown import Unshown
 from policies.events import Decision, Dispatch, Preempt, Reason
+from policies.hold import held_until_us
 from policies.ledger import Ledger
 from policies.order import NO_OUTLOOK
 from policies.types import Job, Kind
@@ -75,9 +76,9 @@ class Sender:
         outlook = self._lanes.outlook(lane, job.kind, now_us) if order.moves else NO_OUTLOOK
         lane.put(job, order, outlook)
         agenda.put(agenda.give_up, job.id, job.give_up_us)
-        if lane.waiting[job.kind].peek() == job.id or self.rules.gather.holds:
+        if lane.waiting[job.kind].peek() == job.id or self.rules.holds_back:
             # Behind another it changes nothing: whoever is first was looked at already. Unless
-            # that one waits for company.
+            # that one waits for company, or until others can bear it.
             self._lanes.touch(lane)
 
     def dispatch(self, now_us: int) -> None:
@@ -125,7 +126,7 @@ class Sender:
             if pair is not None:
                 lane.take(job)
                 lane.open_bucket(kind, self._agenda, now_us)
-                self._agenda.give_up.discard(job_id)
+                self._agenda.forget(job_id)
                 self._place(ticket, *pair, now_us)
             elif ticket.stands_aside and len(held) < _MOST_HELD:
                 lane.take(job)
@@ -178,8 +179,13 @@ class Sender:
             if pair := choose(job, others, self.rules, now_us):
                 return pair
         if self.rules.displace.parts:
-            return self.slicing.choose(ticket, candidates, self.rules, now_us)
-        return choose(job, candidates, self.rules, now_us)
+            pair = self.slicing.choose(ticket, candidates, self.rules, now_us)
+        else:
+            pair = choose(job, candidates, self.rules, now_us)
+        if pair is None and is_held(job, candidates, self.rules, now_us):
+            ticket.stands_aside = True
+            self._agenda.put(self._agenda.held, job.id, held_until_us(job))
+        return pair
 
     def _place(self, ticket: Ticket, prefill: Ledger, decode: Ledger, now_us: int) -> None:
         """Booked in the step that decides, so that the next decision sees it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from policies.breaker import Breaker
 from policies.events import Load
+from policies.paces import Paces, Stream
 from policies.prefixes import Prefixes
 from policies.roofline import CostModel
 from policies.steps import Steps
@@ -112,11 +113,13 @@ class Ledger:
         "offline",
         "online",
         "paced_with",
+        "paces",
         "prefill_rate",
         "prefill_tokens",
         "prefills",
         "prefixes",
         "reserved_tokens",
+        "running",
         "sent_us",
         "steps",
         "switching",
@@ -155,6 +158,9 @@ class Ledger:
         self.online = Tide()
         self.paced_with = 0, 0, 0
         """Its sequences, their tokens and the offline ones among them, when the pace was seen."""
+        self.running: dict[str, Stream] = {}
+        """The jobs whose place it is to decode here, by id."""
+        self.paces = Paces()
         self.steps: Steps | None = None
         """Predicted step times, where the hardware is known."""
         self.line: tuple[float, float, float] | None = None

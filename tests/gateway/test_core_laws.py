@@ -55,6 +55,7 @@ from policies.events import (
     WorkerUp,
 )
 from policies.gather import ByLength
+from policies.hold import ForSlack as HoldForSlack
 from policies.order import Edf, Fcfs
 from policies.pools import ByLatency, Shared, WithoutRelaxed
 from policies.preempt import AbortRule, ForSlack
@@ -102,6 +103,9 @@ COLOCATED = Rules(
 RULES += [
     COLOCATED,
     replace(RULES[2], gather=ByLength(cap_tokens=300)),
+    replace(RULES[2], hold=HoldForSlack(answer_tokens=50), costs=Costs(default=COST)),
+    replace(RULES[7], hold=HoldForSlack(answer_tokens=50), costs=Costs(default=COST)),
+    replace(COLOCATED, hold=HoldForSlack(answer_tokens=50)),
     replace(COLOCATED, gather=ByLength(wait_share=1.0)),
     replace(COLOCATED, costs=Costs(), give_way=ForSlack(by_bottleneck=True, pulls=True)),
     replace(COLOCATED, pools=ByLatency(lends=True, without_relaxed=WithoutRelaxed.HOLD)),
