@@ -35,6 +35,7 @@ from policies.preempt import AbortRule, ForSlack, GiveWay, Stay
 from policies.ratio import DopdPlus
 from policies.registry import DISPLACE, GATHER, ORDER, PLACE, POOLS, PREEMPT, RATIO
 from policies.retry import RetryRule
+from policies.standstill import Standstill
 from policies.steps import Costs
 from policies.types import Kind, Pool, Role, Worker
 
@@ -170,6 +171,10 @@ class Colocation:
     """Offline work is taken off while a step is predicted to take more of the TPOT target."""
     ttft_share: float = bounded(0.5, low=0, high=1)
     """Offline prompts are taken off when an online one would need more of its TTFT target."""
+    pause: bool = True
+    """Relaxed servers stand still for online work in danger beside them (`worker.host`)."""
+    longest_pause_s: float = bounded(5.0, low=0.5, high=60)
+    """Then they go on without what they had, and get nothing new until the danger is over."""
     victims: str = one_of("newest", dict.fromkeys(("newest", "bottleneck")))
     """Who goes first: the newest, or the longest where attention bounds the step."""
     protect_after: int = bounded(3, low=1)
@@ -502,6 +507,7 @@ def rules_of(config: Config) -> Rules:
             share=retry.share,
         ),
         costs=_costs(config),
+        standstill=_standstill(config),
         switch=SwitchRule(
             hand_over_us=_us(config.ratio.hand_over_s * 1e3),
             hand_over_offline_us=_us(config.ratio.hand_over_offline_s * 1e3),
@@ -557,6 +563,19 @@ def _give_way(config: Config) -> GiveWay:
         protect_after=colocation.protect_after,
         by_bottleneck=colocation.victims == "bottleneck",
         pulls=colocation.pull,
+    )
+
+
+def _standstill(config: Config) -> Standstill | None:
+    colocation = config.colocation
+    if not colocation.pause or not isinstance(_give_way(config), ForSlack):
+        return None
+    return Standstill(
+        tpot_us=_us(config.classes.online.tpot_ms),
+        step_share=colocation.shed_share,
+        calm_share=min(colocation.lend_share, colocation.shed_share),
+        ttft_share=colocation.ttft_share,
+        longest_us=_us(colocation.longest_pause_s * 1e3),
     )
 
 

@@ -8,6 +8,7 @@ from gateway.core import Core, Rules
 from policies.events import (
     Arrived,
     Cancel,
+    Continue,
     Decision,
     Dispatch,
     Event,
@@ -15,6 +16,7 @@ from policies.events import (
     Failed,
     Fault,
     Load,
+    Pause,
     Preempt,
     Reason,
     Reject,
@@ -127,6 +129,10 @@ def short(decision: Decision) -> tuple[Any, ...]:
             return ("release", worker)
         case SwitchOver(worker, _, outcome):
             return ("over", worker, outcome.value)
+        case Pause(worker, beside):
+            return ("pause", worker, beside)
+        case Continue(worker):
+            return ("continue", worker)
         case WakeAt(us):
             return ("wake", us)
 
