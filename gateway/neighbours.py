@@ -77,7 +77,8 @@ class Neighbours:
         before, self.gpus = self.gpus, {}
         for host, ledgers in hosts.items():
             if len(ledgers) > 1:
-                gpu = self.gpus[host] = before.pop(host, None) or _Gpu()
+                gpu = before.pop(host) if host in before else _Gpu()
+                self.gpus[host] = gpu
                 self._settle(gpu, ledgers)
         for gpu in before.values():
             self._let_go(gpu)

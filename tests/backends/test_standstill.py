@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from backends.http import Call, HttpError, Listener, Upstream
+from backends.http import Call, HttpError, Listener, Reason, Upstream
 from backends.standstill import ANSWER_S, LAST_TRIES, LONGEST_RETRY_S, PAUSE_TRIES, Standstill
 from policies.clock import VirtualClock
 
@@ -15,9 +15,10 @@ PAUSE, CONTINUE = "/pause_generation", "/continue_generation"
 
 
 class Scripted(Upstream):
-    """A server that says the next of its lines at once; a None is never answered."""
+    """A server that says the next of its lines at once, 0 being no connection and None nothing."""
 
-    def __init__(self, *lines: int | None) -> None:
+    def __init__(self, clock: VirtualClock, *lines: int | None) -> None:
+        self.clock = clock
         self.lines = list(lines)
         self.asked: list[str] = []
         self.bodies: list[bytes] = []
@@ -32,26 +33,33 @@ class Scripted(Upstream):
         call = Call(listener, head_only=False)
         if line is None:
             self.waiting.append(listener)
-        elif line:
-            listener.on_head(line)
-            listener.on_end()
         else:
-            listener.on_error(HttpError("the connection was refused"))
+            self.clock.call_at(self.clock.time(), say, listener, line)
         return call
+
+
+def say(listener: Listener, line: int) -> None:
+    if line:
+        listener.on_head(line)
+        listener.on_end()
+    else:
+        listener.on_error(HttpError(Reason.CONNECT, "nobody listens", before_head=True))
 
 
 class Stage:
     def __init__(self, *lines: int | None) -> None:
         self.clock = VirtualClock()
-        self.server = Scripted(*lines)
+        self.server = Scripted(self.clock, *lines)
         self.refused: list[str] = []
         self.standstill = Standstill(self.clock, self.refused.append)
 
     def pause(self) -> None:
         self.standstill.pause("r", self.server, "d")
+        self.run(0.0)
 
     def go_on(self) -> None:
         self.standstill.go_on("r", self.server)
+        self.run(0.0)
 
     def run(self, seconds: float) -> None:
         self.clock.run(self.clock.time() + seconds)
@@ -78,8 +86,7 @@ def test_the_last_word_counts_whenever_the_answer_comes() -> None:
     stage.pause()
     stage.go_on()
     assert stage.server.asked == [PAUSE]
-    stage.server.waiting[0].on_head(200)
-    stage.server.waiting[0].on_end()
+    say(stage.server.waiting[0], 200)
     assert stage.server.asked == [PAUSE, CONTINUE]
 
 
@@ -128,6 +135,7 @@ def test_at_the_end_all_go_on_and_nobody_is_paused_any_more() -> None:
     stage = Stage()
     stage.pause()
     stage.standstill.let_all_go()
+    stage.run(0.0)
     stage.pause()
     assert stage.server.asked == [PAUSE, CONTINUE]
     assert stage.standstill.is_settled

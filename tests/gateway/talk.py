@@ -123,6 +123,16 @@ def short(decision: Decision) -> tuple[Any, ...]:
             return ("reject", job.id, reason.value)
         case Fail(job, reason, _):
             return ("fail", job.id, reason.value)
+        case WakeAt(us):
+            return ("wake", us)
+        case _:
+            return of_server(decision)
+
+
+def of_server(
+    decision: SwitchRole | Release | SwitchOver | Pause | Continue,
+) -> tuple[Any, ...]:
+    match decision:
         case SwitchRole(worker, role):
             return ("switch", worker, role.value)
         case Release(worker):
@@ -133,8 +143,6 @@ def short(decision: Decision) -> tuple[Any, ...]:
             return ("pause", worker, beside)
         case Continue(worker):
             return ("continue", worker)
-        case WakeAt(us):
-            return ("wake", us)
 
 
 def broke(name: str, *blamed: str, fault: Fault = Fault.DIED, **fields: Any) -> Failed:
