@@ -47,7 +47,7 @@ from benchmarks.coloc_systems import (
     Traffic,
 )
 from benchmarks.processes import Watch
-from benchmarks.report import Check, Goal, Report, Spread, add_report_options, number
+from benchmarks.report import Check, Goal, Report, Spread, command_line, number, reported
 from gateway.settings import ConfigError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -258,24 +258,14 @@ def measure(asked: argparse.Namespace) -> Report:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.coloc",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("coloc", __doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="where traces/ and profiles/ lie")
     parser.add_argument("--processes", type=int, default=0, help="default: one for each core")
     parser.add_argument("--only", default="", help="letters of traces, such as ac")
     parser.add_argument("--systems", default="", help="names, with commas between them")
     parser.add_argument("--seeds", type=int, default=0, help="how many of the three")
-    add_report_options(parser)
     asked = parser.parse_args()
-    try:
-        report = measure(asked)
-    except ConfigError as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    return report.finish(as_json=asked.json)
+    return reported(lambda: measure(asked), ConfigError, as_json=asked.json)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from benchmarks.coloc_shape import (
 )
 from benchmarks.coloc_sweep import quiet
 from benchmarks.processes import DidNotStart, Watch
-from benchmarks.report import Check, Goal, Report, Spread, add_report_options, number
+from benchmarks.report import Check, Goal, Report, Spread, command_line, number, reported
 from gateway.scenario import PolicyEntry, planned
 from gateway.settings import ConfigError
 from gateway.simulation.world import Case, World
@@ -107,22 +107,17 @@ def live(asked: argparse.Namespace) -> Report:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.coloc_waves",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("coloc_waves", __doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="where profiles/ lies")
     more = "in real time and shortened: an emulated fleet behind the real gateway"
     parser.add_argument("--live", action="store_true", help=more)
-    add_report_options(parser)
     asked = parser.parse_args()
-    try:
-        report = live(asked) if asked.live else measure(asked)
-    except (ConfigError, DidNotStart) as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    return report.finish(as_json=asked.json)
+    return reported(
+        lambda: live(asked) if asked.live else measure(asked),
+        ConfigError,
+        DidNotStart,
+        as_json=asked.json,
+    )
 
 
 if __name__ == "__main__":

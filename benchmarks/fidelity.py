@@ -41,7 +41,7 @@ from benchmarks.processes import (
     start,
     wait_until_listening,
 )
-from benchmarks.report import Check, Report, add_report_options, number
+from benchmarks.report import Check, Report, command_line, number
 from gateway.asking import CLASS_HEADER
 from gateway.clock import LiveClock
 from gateway.scenario import Plan, WorkloadEntry, load
@@ -368,11 +368,7 @@ def measure(asked: argparse.Namespace) -> Report:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.fidelity",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("fidelity", __doc__)
     parser.add_argument("--scenario", type=Path, default=SCENARIO)
     parser.add_argument("--data", type=Path, help="where the scenario's traces and tables lie")
     parser.add_argument("--seeds", type=int, default=0, help="how many of the scenario's seeds")
@@ -380,7 +376,6 @@ def main() -> int:
     parser.add_argument("--url", help="a gateway that is there already; nothing is checked")
     parser.add_argument("--emulate", type=Path, metavar="FILE", help="only run the scenario's "
                         "fleet, and write its [[worker]] tables to FILE")  # fmt: skip
-    add_report_options(parser)
     asked = parser.parse_args()
     try:
         if asked.emulate is not None:

@@ -6,7 +6,6 @@ each forecaster, the one that the controller believes, and the upper quantile th
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gzip
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.report import Check, Goal, Report, Spread, add_report_options, number
+from benchmarks.report import Check, Goal, Report, Spread, command_line, number
 from policies.forecast import FORECAST, LAST, Forecaster, Outlook
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -171,13 +170,8 @@ def measure(data: Path, *, quick: bool) -> Report:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.forecast",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("forecast", __doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="where traces/ lies")
-    add_report_options(parser)
     asked = parser.parse_args()
     if not (asked.data / SERIES).is_file():
         print(f"{asked.data / SERIES} is not there; say with --data where it is", file=sys.stderr)

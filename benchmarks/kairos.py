@@ -9,7 +9,6 @@ steps by the sum of contexts, and real traces at their own knee.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -45,7 +44,7 @@ from benchmarks.kairos_systems import (
     replayed,
 )
 from benchmarks.kairos_trace import PAPER_TTFT, Law
-from benchmarks.report import Check, Goal, Report, Spread, add_report_options, number
+from benchmarks.report import Check, Goal, Report, Spread, command_line, number
 from gateway.settings import ConfigError
 from gateway.simulation.records import Record
 from gateway.simulation.world import Case, World
@@ -351,14 +350,9 @@ def _add_the_rest(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kairos",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("kairos", __doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="where traces/ and profiles/ lie")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    add_report_options(parser)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), quick=asked.quick, processes=asked.processes)

@@ -8,7 +8,6 @@ online chat beside offline work, and what is left on the servers.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from backends.fleet.spec import FleetError
 from benchmarks.preempt_cpu import core_us, spent
 from benchmarks.preempt_sglang import FULL, QUICK, STEP_S, Found, measure
 from benchmarks.processes import DidNotStart, Watch
-from benchmarks.report import Check, Goal, Report, Spread, add_report_options, number
+from benchmarks.report import Check, Goal, Report, Spread, command_line, number
 
 CORE_CYCLES, REQUESTS = 5000, 200
 QUICK_CYCLES, QUICK_REQUESTS = 1000, 30
@@ -101,13 +100,8 @@ def sglang(report: Report, found: Found) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.preempt",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("preempt", __doc__)
     parser.add_argument("--sglang", action="store_true", help="also on real SGLang servers")
-    add_report_options(parser)
     asked = parser.parse_args()
     report, watch = Report(title="preempt"), Watch.begin()
     try:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.load import Load, Outcome, apply, hold, quantile
 from benchmarks.processes import DidNotStart, Running, Watch, all_stopped, raise_file_limit
-from benchmarks.report import Check, Report, Spread, add_report_options
+from benchmarks.report import Check, Report, Spread, add_report_options, reported
 from benchmarks.systems import (
     SYSTEMS,
     Fleet,
@@ -352,12 +352,9 @@ def main() -> int:
     asked = parsed()
     raise_file_limit()
     gc.disable()
-    try:
-        report = run(asked, Console(stderr=True))
-    except (NotInstalled, DidNotStart) as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    return report.finish(as_json=asked.json)
+    return reported(
+        lambda: run(asked, Console(stderr=True)), NotInstalled, DidNotStart, as_json=asked.json
+    )
 
 
 if __name__ == "__main__":

@@ -47,11 +47,12 @@ from benchmarks.ratio_worlds import (
     fixed_policies,
     shifting,
 )
-from benchmarks.report import Check, Goal, Report, Spread, add_report_options
+from benchmarks.report import Check, Goal, Report, Spread, command_line, reported
 from gateway.scenario import Plan, PolicyEntry
 from gateway.settings import ConfigError
 from gateway.simulation.figures import Figures
 from gateway.simulation.runs import Outcome, run_all
+from gateway.simulation.summary import notes_of
 
 LOAD, SLA = "dyn-load", "dyn-sla"
 ATTAINED = 99.4
@@ -276,7 +277,9 @@ def _closed(world: Closed, asked: argparse.Namespace, report: Report) -> None:
     if asked.quick:
         clients, lasts_s, warm_up_s = world.quick, 75.0, 45.0
     plan = closed_plan(asked.data, world, clients, duration_s=lasts_s, warm_up_s=warm_up_s)
-    found = curves(simulated(plan, asked.processes, f"closed loop, {world.title}"))
+    outcomes = simulated(plan, asked.processes, f"closed loop, {world.title}")
+    report.notes += (f"{world.title}: {note}" for note in notes_of(outcomes))
+    found = curves(outcomes)
     report.tables.append(closed_table(world.title, found))
     for name, curve in found.items():
         report.spread[f"{world.title}, goodput, {name}, req/s"] = Spread.of([goodput(curve)])
@@ -341,23 +344,13 @@ def _forecast(asked: argparse.Namespace, report: Report) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ratio",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("ratio", __doc__)
     parser.add_argument("--data", type=Path, default=forecast.DATA, help="where traces/ lies")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parts = ("closed", "dynamic", "forecast")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="only these")
-    add_report_options(parser)
     asked = parser.parse_args()
-    try:
-        report = measure(asked)
-    except (ConfigError, OSError) as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    return report.finish(as_json=asked.json)
+    return reported(lambda: measure(asked), ConfigError, OSError, as_json=asked.json)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -143,6 +143,27 @@ def checks_table(checks: Iterable[Check]) -> Table:
         target = f"{bound} {check.target:g} {check.unit}"
         table.add_row(escape(check.name), measured, target, verdict)
     return table
+
+
+def command_line(name: str, about: str | None) -> argparse.ArgumentParser:
+    """What every benchmark's command line begins with."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_report_options(parser)
+    return parser
+
+
+def reported(measure: Callable[[], Report], *known: type[Exception], as_json: bool) -> int:
+    """The exit code: 1 when a check falls short, 2 when nothing could be measured."""
+    try:
+        report = measure()
+    except known as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    return report.finish(as_json=as_json)
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,6 @@ twice: with offline requests preempted on a server that is to switch, and with w
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import signal
@@ -43,7 +42,7 @@ from benchmarks.processes import (
     start,
     wait_until_listening,
 )
-from benchmarks.report import Check, Goal, Report, Spread, add_report_options, number
+from benchmarks.report import Check, Goal, Report, Spread, command_line, number
 from gateway.clock import LiveClock
 from policies.types import Role
 
@@ -355,14 +354,9 @@ def measure(phases: tuple[Phase, ...]) -> Report:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.role_switch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("role_switch", __doc__)
     parser.add_argument("--emulate", type=Path, metavar="FILE", help="only run the fleet, and "
                         "write its [[worker]] tables to FILE")  # fmt: skip
-    add_report_options(parser)
     asked = parser.parse_args()
     if asked.emulate is not None:
         uvloop.run(emulate(asked.emulate.write_text))

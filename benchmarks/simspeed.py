@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.processes import Watch
-from benchmarks.report import Check, Report, Spread, add_report_options
+from benchmarks.report import Check, Report, Spread, command_line, reported
 from gateway.scenario import Plan, Scenario, WorkloadEntry, load, planned
 from gateway.settings import ConfigError
 from gateway.simulation.records import REQUESTS, RUNS, LogWriter
@@ -106,20 +106,10 @@ def measure(asked: argparse.Namespace) -> Report:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.simspeed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("simspeed", __doc__)
     parser.add_argument("--data", type=Path, help="where traces/ and profiles/ lie")
-    add_report_options(parser)
     asked = parser.parse_args()
-    try:
-        report = measure(asked)
-    except ConfigError as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    return report.finish(as_json=asked.json)
+    return reported(lambda: measure(asked), ConfigError, as_json=asked.json)
 
 
 if __name__ == "__main__":

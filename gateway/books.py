@@ -36,6 +36,7 @@ class Ticket:
         "made",
         "part_on",
         "parts",
+        "patience_us",
         "preemptions",
         "prefill",
         "resumes",
@@ -53,6 +54,7 @@ class Ticket:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.patience_us = job.give_up_us - job.arrival_us
         self.state = State.QUEUED
         self.attempt = 0
         self.prefill: Ledger | None = None
@@ -117,7 +119,13 @@ class Ticket:
             return self.job
         return self.job._replace(prompt_tokens=self.upto, max_tokens=1)
 
-    def part_done(self, *, is_cut: bool, counted_tokens: int) -> None:
+    def waits_anew(self, now_us: int) -> None:
+        """What its servers have computed of it is not thrown away for how long that took."""
+        if self.job.kind is Kind.ONLINE:
+            until_us = max(self.job.give_up_us, now_us + self.patience_us)
+            self.job = self.job._replace(give_up_us=until_us)
+
+    def part_done(self, now_us: int, *, is_cut: bool, counted_tokens: int) -> None:
         """It queues again with what its server has cached now; that was no attempt."""
         if self.state is not State.YIELDING:
             self.step(Step.PREEMPTED)
@@ -130,6 +138,7 @@ class Ticket:
                 prompt_tokens=tokens, cached_tokens=cached, cached_on=self.part_on
             )
         self.whole = not is_cut
+        self.waits_anew(now_us)
         self.release()
         self.attempt -= 1
 
@@ -144,6 +153,8 @@ class Ticket:
         self.step(Step.RETURNED)
         self.release()
         self.job = continued(self.job, generated, now_us)
+        if self.displaced:
+            self.waits_anew(now_us)
         self.resumes = self.resumes or generated > 0
         self.made += generated
         self.preemptions += 1

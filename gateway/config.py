@@ -48,8 +48,9 @@ class Server:
     port: int = bounded(30000, low=0, high=65535)
     max_body_mb: float = bounded(64.0, low=0.001)
     """A larger request is answered 413."""
-    header_timeout_s: float = bounded(15.0, low=0.1)
-    """A client that opens a connection sends its request line and headers within this time."""
+    header_timeout_s: float = bounded(75.0, low=0.1)
+    """A client that opens a connection, or keeps one, sends its next request's headers within this
+    time. Clients that keep connections for less (most do for 60 s or less) are never cut off."""
     body_timeout_s: float = bounded(60.0, low=0.1)
     """... and its body within this time after them."""
     drain_s: float = bounded(60.0, low=0)

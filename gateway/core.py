@@ -346,7 +346,7 @@ class Core:
                     self._succeeded(ledger)
             ticket.prefilled(now_us)
         self._end_trials(ticket)
-        ticket.part_done(is_cut=event.is_cut, counted_tokens=event.prompt_tokens)
+        ticket.part_done(now_us, is_cut=event.is_cut, counted_tokens=event.prompt_tokens)
         self._lanes.touch_all()
         self._sender.enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
 

@@ -44,6 +44,8 @@ class Displacement:
     def _gives_way(self, engine: Scheduler, current: Request) -> bool:
         if not self.allowed or self.faults.over or current.pending_bootstrap:
             return False
+        if engine.enable_overlap and engine.disaggregation_mode.value == "prefill":
+            return False  # it has switched its role since it was looked at
         if current.to_finish is not None or engine._pending_chunked_abort_req is not None:
             return False
         try:

@@ -16,8 +16,10 @@ from backends.http import Upstream
 from backends.sglang import Server
 from gateway.core import Core
 from gateway.engine_link import EngineLink
+from gateway.facts import Facts
 from gateway.plugin_settings import PluginSettings
 from gateway.rules import Rules
+from gateway.suitability import Level, of_server
 from policies.events import Event
 from policies.types import Role, Worker
 
@@ -149,3 +151,19 @@ async def test_settings_are_numbers() -> None:
         assert json.loads(json.dumps(told)) == told
         assert (told["slackwater_mode"], told["slackwater_hold_steps"]) == (2, 8)
         assert told["slackwater_most_parked_us"] == 500_000
+
+
+def findings(info: dict[str, Any]) -> list[tuple[Level, str]]:
+    worker = Worker(name="w", url="http://w", role=Role.UNIFIED)
+    facts = Facts(worker=worker, configured=worker, info=info, models=("m",))
+    return [(one.level, one.text) for one in of_server(facts) if "plug-in" in one.text]
+
+
+def test_check_says_what_a_server_has_of_it_and_why_not_the_rest() -> None:
+    off = {"on": False, "why_off": "3 faults", "faults": 3}
+    assert findings({"version": "0.5.23"}) == []
+    assert findings({"version": "0.5.23", **state(prefill=off)}) == [
+        (Level.NOTE, "it has the plug-in: decode; mode all"),
+        (Level.WARNING, "the plug-in's prefill is off: 3 faults"),
+        (Level.WARNING, "the plug-in's reports is off: it is off"),
+    ]

@@ -94,7 +94,7 @@ async def test_penalties_count_every_token(trial: Trial) -> None:
 
 
 async def test_an_abort_ends_a_request_that_waits_and_no_other(trial: Trial) -> None:
-    online = [Ask(trial.prompt(50), 300) for _ in range(3)]
+    online = [Ask(trial.prompt(50), 200) for _ in range(3)]
     offline = [Ask(trial.prompt(60), 30, offline=True) for _ in range(4)]
     stock = await trial.stock([*online, *offline])
     await trial.set(

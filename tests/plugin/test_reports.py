@@ -10,7 +10,7 @@ import zmq
 import zmq.asyncio
 
 from backends.sglang_plugin.reports import FIELDS, TOPIC
-from tests.plugin.ground import Trial
+from tests.plugin.ground import FLOOR_S, Trial
 
 pytestmark = [pytest.mark.real_time, pytest.mark.timeout(60, func_only=True)]
 
@@ -34,4 +34,4 @@ async def test_every_step_is_told_with_who_was_in_it(trial: Trial) -> None:
     assert max(step["count"] for step in decodes) == 4
     assert all(step["context_tokens"] > 20 * step["count"] for step in decodes)
     times = sorted(step["took_us"] for step in decodes)
-    assert 5_000 <= times[len(times) // 2] < 100_000
+    assert times[len(times) // 2] >= FLOOR_S * 1e6

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from gateway.__main__ import main
 from gateway.batch import board
@@ -125,3 +127,20 @@ def test_a_gateway_that_tells_no_progress_is_borne(
     batch: dict[str, Any], metadata: dict[str, str] | None
 ) -> None:
     assert board.in_short(batch | {"metadata": metadata}) == "4 of 10 rows done, 1 failed"
+
+
+def test_on_a_terminal_a_bar_shows_how_far_it_is(batch: dict[str, Any]) -> None:
+    out = io.StringIO()
+    with board.watching(Console(file=out, force_terminal=True, width=160), quiet=False) as show:
+        show(batch)
+    assert "in_progress" in out.getvalue()
+    assert "5 of 10" in out.getvalue()
+    assert "100 tokens/s" in out.getvalue()
+
+
+def test_a_pipe_gets_a_line_now_and_then(batch: dict[str, Any]) -> None:
+    out = io.StringIO()
+    with board.watching(Console(file=out, width=160), quiet=False) as show:
+        for _ in range(20):
+            show(batch)
+    assert len(out.getvalue().splitlines()) == 2
