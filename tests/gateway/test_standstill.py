@@ -57,7 +57,18 @@ async def test_a_pause_longer_than_the_patience_between_tokens_is_no_failure() -
                 await site.until("it goes on", lambda: not stands_still(site))
             assert (await asked).status == 200
         line = next(it for it in site.lines if it["class"] == "offline")
-        assert (line["outcome"], line["preemptions"]) == ("ok", 1)
+        assert (line["outcome"], line["preemptions"], line["attempts"]) == ("ok", 1, 1)
+
+
+async def test_no_server_is_left_standing_still_when_the_gateway_ends() -> None:
+    async with stage() as site:
+        offline = site.ask("/generate", generate(500), OFFLINE)
+        async with site.meanwhile(offline):
+            await site.until("it runs", lambda: site.gateway.core.ledgers["u2"].decodes)
+            async with site.meanwhile(site.ask("/generate", generate(500, stream=True))):
+                await site.until("it stands still", lambda: stands_still(site))
+                await site.gateway._let_all_go()
+                assert not stands_still(site)
 
 
 @pytest.mark.parametrize("says", ["u1", "u2"])
