@@ -218,7 +218,7 @@ class Ticket:
         if decode is None or fresh <= 0:
             return
         self.generated, self.grown_us = generated, now_us
-        watched = decode.offline.decodes or decode.online.last_pace_us
+        watched = decode.offline.decodes or decode.shares or decode.online.last_pace_us
         if watched and self.job.kind is not _OFFLINE:
             if self.told_us:
                 decode.paced(now_us - self.told_us, fresh, now_us)

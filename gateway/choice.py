@@ -28,7 +28,7 @@ def choose(job: Job, candidates: Candidates, rules: Rules, now_us: int) -> Pair 
     options: list[Pair] = [
         (ledger, ledger)
         for ledger in candidates.unified
-        if ledger.usable(now_us) and admit.prefill(job, ledger) and admit.decode(job, ledger)
+        if ledger.takes(job, now_us) and admit.prefill(job, ledger) and admit.decode(job, ledger)
     ]
     is_whole = bool(options) and job.prompt_tokens <= rules.gather.whole_tokens
     if pair is not None and not is_whole:
@@ -41,7 +41,7 @@ def choose(job: Job, candidates: Candidates, rules: Rules, now_us: int) -> Pair 
 def _pair(job: Job, candidates: Candidates, rules: Rules, now_us: int) -> Pair | None:
     """Prefill first: while none is free, which is most of the time, decode is not looked at."""
     admit, place = rules.admit, rules.place
-    free = [e for e in admit.prefills(job, candidates.prefills) if e.usable(now_us)]
+    free = [e for e in admit.prefills(job, candidates.prefills) if e.takes(job, now_us)]
     if rules.gather.holds:
         free = rules.gather.servers(job, free, now_us)
     if not free or not candidates.decodes:
@@ -82,11 +82,11 @@ def _decode(
     """The first by rank, then by name, that may take the job; the list is in order of names."""
     ranks = place.decode(job, ledgers)
     first = ledgers[ranks.index(min(ranks))]
-    if first.usable(now_us) and admit.decode(job, first):
+    if first.takes(job, now_us) and admit.decode(job, first):
         return first
     best, least = None, inf
     for ledger, rank in zip(ledgers, ranks, strict=True):
-        if rank < least and admit.decode(job, ledger) and ledger.usable(now_us):
+        if rank < least and admit.decode(job, ledger) and ledger.takes(job, now_us):
             best, least = ledger, rank
     return best
 

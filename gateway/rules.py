@@ -16,6 +16,7 @@ from policies.place import LeastWork, Place
 from policies.pools import Pools, Shared
 from policies.preempt import AbortRule, GiveWay, Stay
 from policies.retry import RetryRule
+from policies.standstill import Standstill
 from policies.steps import Costs
 from policies.types import Kind
 
@@ -37,6 +38,8 @@ class Rules:
     breaker: BreakerRule = field(default_factory=BreakerRule)
     retry: RetryRule = field(default_factory=RetryRule)
     switch: SwitchRule = field(default_factory=SwitchRule)
+    standstill: Standstill | None = None
+    """When servers stand still for others on the same GPU; None: never."""
     holds_offline: bool = False
     """Offline work waits where no server of its pool is known, instead of being refused."""
     max_queued: int = 10_000

@@ -10,6 +10,7 @@ from gateway.books import Lane, Ticket
 from gateway.choice import Pair, choose, fits_ever, is_held, is_worth_a_wait, without_failed
 from gateway.lanes import Lanes
 from gateway.lifecycle import Step
+from gateway.neighbours import Neighbours
 from gateway.preemption import Preemptor
 from gateway.rules import Rules
 from gateway.servers import Candidates
@@ -39,6 +40,7 @@ class Sender:
         lanes: Lanes,
         agenda: Agenda,
         preemptor: Preemptor,
+        neighbours: Neighbours,
         accounts: Accounts,
         say: Callable[[Decision], None],
         reject: Callable[[Ticket, Reason, int], None],
@@ -48,6 +50,7 @@ class Sender:
         self._lanes = lanes
         self._agenda = agenda
         self._preemptor = preemptor
+        self._neighbours = neighbours
         self._accounts = accounts
         self._say = say
         self._reject = reject
@@ -208,5 +211,8 @@ class Sender:
         self._say(Dispatch(ticket.job, computes, name, attempt, reason, ticket.upto))
         if ticket.job.kind is _OFFLINE:
             self._preemptor.placed(ticket)
-        elif prefill.offline.prefills or decode.offline.decodes:
+            return
+        if prefill.shares or decode.shares:
+            self._neighbours.sent(ticket, prefill, now_us)
+        if prefill.offline.prefills or decode.offline.decodes:
             self._preemptor.make_way(ticket, now_us)

@@ -137,7 +137,7 @@ class Fleet:
     def stepped(self, event: StepsSeen, now_us: int) -> None:
         """By its own report of single steps."""
         ledger = self.ledgers.get(event.worker)
-        if ledger is not None and ledger.steps is not None:
+        if ledger is not None and ledger.steps is not None and not ledger.crowded:
             ledger.steps.stepped(event.steps, now_us)
             ledger.line = None
 

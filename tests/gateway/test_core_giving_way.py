@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from gateway.config import Config, rules_of
+from gateway.config import Config
 from gateway.core import Rules
+from gateway.rulebook import rules_of
 from policies.colocation import Colocated
 from policies.displace import ByCost
 from policies.events import (
