@@ -78,6 +78,7 @@ class Attempt:
     __slots__ = (
         "_answer",
         "_backend",
+        "_checked_s",
         "_decode_call",
         "_decode_ended",
         "_ended",
@@ -93,6 +94,7 @@ class Attempt:
         "_sent_s",
         "_splicer",
         "_status",
+        "_stood_s",
         "_tokenizer",
         "_torn",
         "_write",
@@ -131,7 +133,8 @@ class Attempt:
         self._decode_ended = False
         self._paused_since_s = 0.0
         self._quiet_since_s = 0.0
-        self._sent_s = backend.now_s()
+        self._sent_s = self._checked_s = backend.now_s()
+        self._stood_s = 0.0
         self._splicer: Splicer | None = None
         self._rename: tuple[bytes, bytes] | None = None
         self.exchange = exchange
@@ -147,6 +150,7 @@ class Attempt:
     def send(self, body: bytes, splicer: Splicer | None) -> None:
         self._tokenizer = None
         self._sent_s = self._quiet_since_s = self._backend.now_s()
+        self._stood_s = 0.0
         self._splicer = splicer
         if self.exchange.client_rid:
             shown = orjson.dumps(self.exchange.client_rid)[1:-1]
@@ -415,21 +419,31 @@ class Attempt:
     def check(self, now_s: float) -> None:
         """Looks at the clock for all phases at once: a timer per request would cost more."""
         patience = self._backend.patience
+        if self._backend.standstill.names:
+            self._excuse(now_s)
+        self._checked_s, waited_s = now_s, now_s - self._sent_s - self._stood_s
         if self._paused_since_s:
             self._check_client(now_s)
         elif now_s - self._sent_s > patience.total_s:
             self._time_out(f"no end after {patience.total_s:g} s")
-        elif not self.exchange.stream and now_s - self._sent_s > self.exchange.whole_timeout_s:
+        elif not self.exchange.stream and waited_s > self.exchange.whole_timeout_s:
             self._time_out(f"no answer after {self.exchange.whole_timeout_s:g} s")
         elif self.flowing and now_s - self._quiet_since_s > patience.between_tokens_s:
             self._time_out(f"no token for {patience.between_tokens_s:g} s")
         elif (
             not self.flowing
             and (self.exchange.stream or self._prefill_call is not None)
-            and now_s - self._sent_s > self.exchange.first_token_timeout_s
+            and waited_s > self.exchange.first_token_timeout_s
         ):
             # A whole answer shows no first token, but its prefill leg ends just before it.
             self._time_out(f"no first token after {self.exchange.first_token_timeout_s:g} s")
+
+    def _excuse(self, now_s: float) -> None:
+        """While one of its servers stands still at our word, only its total time runs on."""
+        names = self._backend.standstill.names
+        if self.decode.name in names or (self.prefill is not None and self.prefill.name in names):
+            self._stood_s += now_s - self._checked_s
+            self._quiet_since_s = now_s
 
     def _check_client(self, now_s: float) -> None:
         if self.exchange.client.has_room():

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from policies.events import Dispatch, Event, Fail, Preempt, Reject, Release, SwitchRole
+from policies.events import (
+    Continue,
+    Dispatch,
+    Event,
+    Fail,
+    Pause,
+    Preempt,
+    Reject,
+    Release,
+    SwitchRole,
+)
 from policies.types import Job, Role, Worker
 
 Post = Callable[[Event], None]
@@ -27,6 +37,15 @@ class Backend(Protocol):
 
         One whose answer is complete just now finishes, and one that its client would miss runs on.
         """
+        ...
+
+    def pause(self, decision: Pause) -> None:
+        """The server stands still with all that it has. Where it does not, PauseRefused is posted;
+        how long its jobs stand still is no fault of theirs."""
+        ...
+
+    def go_on(self, decision: Continue) -> None:
+        """Asked of one that does not stand still, nothing happens."""
         ...
 
     def stop(self, job: Job) -> None: ...

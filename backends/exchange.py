@@ -57,6 +57,8 @@ class Exchange:
     stream: bool
     """What the servers are asked for."""
     client: Client
+    request_id: str = ""
+    """Of the client's request, by which the log's lines about it are found together."""
     client_rid: str = ""
     """The id that the client chose: servers never see it, answers carry it."""
     priority: int | None = None

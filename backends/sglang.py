@@ -22,8 +22,10 @@ from backends.parts import Asked, Ids, known_ids, part_of, question
 from backends.progress import Kind
 from backends.resume import resume
 from backends.splice import Splicer
+from backends.standstill import Standstill
 from policies.clock import Clock
 from policies.events import (
+    Continue,
     Dispatch,
     Event,
     Fail,
@@ -34,6 +36,8 @@ from policies.events import (
     Freed,
     Left,
     PartDone,
+    Pause,
+    PauseRefused,
     Preempt,
     Preempted,
     PrefillDone,
@@ -131,6 +135,7 @@ class Sglang:
         self.context_tokens: dict[str, int] = {}
         """The longest request that any server of a model takes; no entry where one did not say."""
         self.patience = patience
+        self.standstill = Standstill(clock, lambda name: self._post(PauseRefused(name)))
 
     def connect(self, post: Post) -> None:
         self._post = post
@@ -168,6 +173,7 @@ class Sglang:
 
     def remove(self, name: str) -> None:
         """Attempts under way keep their own reference and their own sockets."""
+        self.standstill.forget(name)
         if (server := self._servers.pop(name, None)) is not None:
             server.upstream.retire()
         self._note_models()
@@ -300,6 +306,15 @@ class Sglang:
         lost = 0 if attempt.exchange.is_part else max(0, attempt.tokens - generated)
         _note(decision, exchange, lost)
         self._post(Preempted(job.id, generated, lost))
+
+    def pause(self, decision: Pause) -> None:
+        """One that was taken off the list meanwhile goes on by that."""
+        if (server := self._servers.get(decision.worker)) is not None:
+            self.standstill.pause(server.name, server.upstream, decision.beside)
+
+    def go_on(self, decision: Continue) -> None:
+        if (server := self._servers.get(decision.worker)) is not None:
+            self.standstill.go_on(server.name, server.upstream)
 
     def stop(self, job: Job) -> None:
         attempt = self._live.pop(job.id, None)
@@ -440,6 +455,7 @@ class Sglang:
         self._lingering = kept
 
     def close(self) -> None:
+        self.standstill.close()
         for attempt in [*self._live.values(), *(attempt for _, attempt in self._lingering)]:
             attempt.close()
         for server in self._servers.values():
@@ -447,9 +463,11 @@ class Sglang:
 
 
 def _note(decision: Preempt, exchange: Exchange, lost: int) -> None:
-    job = decision.job
+    job, rid = decision.job, exchange.client_rid
     log.info(
         "preempted",
+        request_id=exchange.request_id,
+        **({"rid": rid} if rid else {}),
         **{"class": job.kind.value},
         job=job.id,
         reason=decision.reason.value,

@@ -14,6 +14,7 @@ from backends.engine import Engine, Prompt, Refused, Request, Resident
 from backends.trouble import Blame, Trouble, judge
 from policies.clock import Clock
 from policies.events import (
+    Continue,
     Dispatch,
     Fail,
     Failed,
@@ -23,6 +24,7 @@ from policies.events import (
     Freed,
     Load,
     PartDone,
+    Pause,
     Preempt,
     Preempted,
     PrefillDone,
@@ -345,6 +347,12 @@ class SimulatedBackend:
         self._grow(job.id, generated)
         self.post(Preempted(job.id, generated, lost))
 
+    def pause(self, decision: Pause) -> None:
+        self.after(self.delays.request_s, self.engines[decision.worker].pause, "in_place")
+
+    def go_on(self, decision: Continue) -> None:
+        self.after(self.delays.request_s, self.engines[decision.worker].resume)
+
     def stop(self, job: Job) -> None:
         attempt = self._live.pop(job.id, None)
         if attempt is not None:
@@ -425,6 +433,7 @@ def worker_of(engine: Engine) -> Worker:
         url=f"sim://{config.name}",
         role=engine.role,
         model=config.model,
+        host=config.host,
         bootstrap_host=config.bootstrap_host,
         bootstrap_port=config.bootstrap_port if engine.role is Role.PREFILL else None,
         kv_tokens=config.kv_tokens,

@@ -54,6 +54,7 @@ class System:
     order: str = "fcfs"
     oracle: str = NO_ORACLE
     displace: str = "none"
+    hold: str = "none"
     held: int = 0
     """So many chunks are sent ahead and the other prompts wait in the gateway; 0: all are sent.
 
@@ -104,6 +105,7 @@ class System:
             policies=Policies(
                 order=self.order,
                 displace=self.displace,
+                hold=self.hold,
                 place=self.place,
                 pools="none",
             ),
@@ -143,6 +145,7 @@ SYSTEMS: tuple[System, ...] = (
         schedule_policy="shortest-prefill-first",
     ),
     *at_the_gateway(),
+    System(name="gateway salvage, slack admission", order="salvage", hold="slack", held=2),
     System(name=f"gateway {ORACLE}", needs=NOBODY, oracle=ORACLE, held=2),
     System(name="Kairos, prefill only", needs=PATCHED, prefill_order="kairos"),
     System(name="Kairos, decode only", needs=PATCHED, packing="kairos"),

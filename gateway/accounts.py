@@ -13,14 +13,14 @@ from policies.types import Kind
 class Accounts:
     """Numbers that only grow."""
 
-    __slots__ = ("lost_tokens", "preemptions", "recomputed_tokens")
+    __slots__ = ("lost_tokens", "preemptions", "resent_tokens")
 
     def __init__(self) -> None:
         self.preemptions: Counter[tuple[Kind, str, Reason]] = Counter()
         self.lost_tokens: Counter[Kind] = Counter()
         """Generated, and to be generated again."""
-        self.recomputed_tokens: Counter[Kind] = Counter()
-        """Of prompts, to be computed again unless a prefix cache still holds them."""
+        self.resent_tokens: Counter[Kind] = Counter()
+        """Of prompts and of what is kept, to be sent again; a prefix cache may still hold them."""
 
     def took(self, ticket: Ticket, ledger: Ledger | None, reason: Reason) -> str:
         """The name of the server whose room was wanted: its decode server if nobody says so."""
@@ -33,5 +33,4 @@ class Accounts:
         """While its books still say what it had been given."""
         kind = ticket.job.kind
         self.lost_tokens[kind] += event.lost
-        if ticket.prefill is None:
-            self.recomputed_tokens[kind] += ticket.job.prompt_tokens + event.generated
+        self.resent_tokens[kind] += ticket.sent_job.prompt_tokens + event.generated

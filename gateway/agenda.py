@@ -20,7 +20,8 @@ class Agenda:
         self.later: Due = KeyedHeap()
         """Those of them that wait for their next attempt, by when it may come."""
         self.held: Due = KeyedHeap()
-        """Queues whose first is held back for company, by when it goes without."""
+        """Queues whose first is held back for company, and jobs that are held until others can
+        bear them, by when they go all the same."""
         self.alarm_us = 0
         """Never later than anything due; 0: something has changed, so it is not known."""
 
@@ -35,6 +36,7 @@ class Agenda:
     def forget(self, job_id: str) -> None:
         self.later.discard(job_id)
         self.give_up.discard(job_id)
+        self.held.discard(job_id)
 
     def next_alarm(self, others_us: Iterable[int]) -> int:
         due = [

@@ -33,7 +33,6 @@ from gateway.config import (
     WorkerEntry,
     patience_of,
     refuse_itself,
-    rules_of,
     worker_of,
     workers_of,
 )
@@ -51,6 +50,7 @@ from gateway.ratio_control import RatioControl
 from gateway.relaxed import RelaxedWatch
 from gateway.roll import Roll
 from gateway.router import Router
+from gateway.rulebook import rules_of
 from policies.clock import Clock
 from policies.events import Event, Wakeup, WorkerGone
 from policies.types import Worker
@@ -61,6 +61,7 @@ _FIRST_LOOK_S = 3.0
 """How long a start waits for servers to answer their first probe."""
 _WATCH_S = 0.5
 _DRAIN_POLL_S = 0.05
+_LET_GO_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,6 +289,7 @@ class Gateway:
         self.prober.close()
         self.relaxed.close()
         self.link.close()
+        await self._let_all_go()
         self.control.close()
         await self._actuator.close()
         if self._runner is not None:
@@ -295,6 +297,14 @@ class Gateway:
         if self.batches is not None:
             await self.batches.close()
         self.backend.close()
+
+    async def _let_all_go(self) -> None:
+        """No server is left standing still that would answer."""
+        standstill = self.backend.standstill
+        standstill.let_all_go()
+        until_s = self._clock.time() + _LET_GO_S
+        while not standstill.is_settled and self._clock.time() < until_s:
+            await pause(self._clock, _DRAIN_POLL_S)
 
 
 async def run(

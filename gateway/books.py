@@ -29,13 +29,16 @@ class Ticket:
         "booked_reserved",
         "decode",
         "displaced",
+        "first_us",
         "generated",
+        "grown_us",
         "job",
         "leaves",
         "looked_us",
         "made",
         "part_on",
         "parts",
+        "patience_us",
         "preemptions",
         "prefill",
         "resumes",
@@ -53,6 +56,7 @@ class Ticket:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.patience_us = job.give_up_us - job.arrival_us
         self.state = State.QUEUED
         self.attempt = 0
         self.prefill: Ledger | None = None
@@ -85,12 +89,18 @@ class Ticket:
         self.sent_us = self.told_us = self.looked_us = 0
         self.trials: tuple[tuple[Breaker, int], ...] = ()
         self.generated = 0
+        self.first_us = self.grown_us = 0
+        """When the first token of this attempt came, and when the latest was told."""
         self.booked_prefill = 0
         self.booked_context = 0
         self.booked_reserved = 0
 
     def step(self, step: Step) -> None:
         self.state = advance(self.state, step)
+
+    @property
+    def tpot_us(self) -> int:
+        return self.job.tpot_us
 
     @property
     def is_placed(self) -> bool:
@@ -117,7 +127,13 @@ class Ticket:
             return self.job
         return self.job._replace(prompt_tokens=self.upto, max_tokens=1)
 
-    def part_done(self, *, is_cut: bool, counted_tokens: int) -> None:
+    def waits_anew(self, now_us: int) -> None:
+        """What its servers have computed of it is not thrown away for how long that took."""
+        if self.job.kind is Kind.ONLINE:
+            until_us = max(self.job.give_up_us, now_us + self.patience_us)
+            self.job = self.job._replace(give_up_us=until_us)
+
+    def part_done(self, now_us: int, *, is_cut: bool, counted_tokens: int) -> None:
         """It queues again with what its server has cached now; that was no attempt."""
         if self.state is not State.YIELDING:
             self.step(Step.PREEMPTED)
@@ -130,6 +146,7 @@ class Ticket:
                 prompt_tokens=tokens, cached_tokens=cached, cached_on=self.part_on
             )
         self.whole = not is_cut
+        self.waits_anew(now_us)
         self.release()
         self.attempt -= 1
 
@@ -144,6 +161,8 @@ class Ticket:
         self.step(Step.RETURNED)
         self.release()
         self.job = continued(self.job, generated, now_us)
+        if self.displaced:
+            self.waits_anew(now_us)
         self.resumes = self.resumes or generated > 0
         self.made += generated
         self.preemptions += 1
@@ -156,13 +175,14 @@ class Ticket:
         self.part_on = prefill.worker.name if self.upto else ""
         self.booked_prefill = prefill.uncached(job)
         self.booked_context, self.booked_reserved = job.prompt_tokens, reserved
-        self.generated = self.told_us = 0
+        self.generated = self.told_us = self.first_us = self.grown_us = 0
         self.leaves = ""
         prefill.add_prefill(self.booked_prefill, now_us)
         self.ahead_tokens = prefill.prefill_tokens
         if job.prefixes:
             prefill.prefixes.add(job.prefixes)
         decode.add_decode(self.booked_context, reserved)
+        decode.running[job.id] = self
         if job.kind is _OFFLINE:
             prefill.offline.add_prefill(self.booked_prefill)
             decode.offline.add(self.booked_context, reserved)
@@ -197,8 +217,8 @@ class Ticket:
         decode, fresh = self.decode, generated - self.generated
         if decode is None or fresh <= 0:
             return
-        self.generated = generated
-        watched = decode.offline.decodes or decode.online.last_pace_us
+        self.generated, self.grown_us = generated, now_us
+        watched = decode.offline.decodes or decode.shares or decode.online.last_pace_us
         if watched and self.job.kind is not _OFFLINE:
             if self.told_us:
                 decode.paced(now_us - self.told_us, fresh, now_us)
@@ -206,6 +226,9 @@ class Ticket:
         else:
             self.told_us = 0  # what comes until it is told again is not in its tokens
         self.booked_context += fresh
+        paces = decode.paces
+        if paces.watched is self or paces.watched is None:
+            paces.told(self, decode.running.values(), now_us)
         outgrown = self.booked_context - self.booked_reserved
         if outgrown <= 0:
             decode.grow_decode(fresh, 0)
@@ -231,6 +254,8 @@ class Ticket:
         self.upto, self.part_on = 0, ""
         if self.decode is not None:
             self.decode.end_decode(self.booked_context, self.booked_reserved)
+            self.decode.running.pop(self.job.id, None)
+            self.decode.paces.left(self)
             if self.job.kind is _OFFLINE:
                 self.decode.offline.end(self.booked_context, self.booked_reserved)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 from operator import itemgetter
 
@@ -9,6 +10,7 @@ from gateway.rules import Rules
 from gateway.servers import Candidates
 from policies.admit import Admit
 from policies.events import Reason, Reject
+from policies.hold import Never, held_until_us
 from policies.ledger import Ledger
 from policies.order import Outlook
 from policies.place import Place
@@ -26,7 +28,7 @@ def choose(job: Job, candidates: Candidates, rules: Rules, now_us: int) -> Pair 
     options: list[Pair] = [
         (ledger, ledger)
         for ledger in candidates.unified
-        if ledger.usable(now_us) and admit.prefill(job, ledger) and admit.decode(job, ledger)
+        if ledger.takes(job, now_us) and admit.prefill(job, ledger) and admit.decode(job, ledger)
     ]
     is_whole = bool(options) and job.prompt_tokens <= rules.gather.whole_tokens
     if pair is not None and not is_whole:
@@ -39,12 +41,18 @@ def choose(job: Job, candidates: Candidates, rules: Rules, now_us: int) -> Pair 
 def _pair(job: Job, candidates: Candidates, rules: Rules, now_us: int) -> Pair | None:
     """Prefill first: while none is free, which is most of the time, decode is not looked at."""
     admit, place = rules.admit, rules.place
-    free = [e for e in admit.prefills(job, candidates.prefills) if e.usable(now_us)]
+    free = [e for e in admit.prefills(job, candidates.prefills) if e.takes(job, now_us)]
     if rules.gather.holds:
         free = rules.gather.servers(job, free, now_us)
     if not free or not candidates.decodes:
         return None
-    decode = _decode(job, candidates.decodes, admit, place, now_us)
+    decodes = candidates.decodes
+    if rules.hold.holds:
+        first_us = _first_us(job, free, now_us)
+        decodes = [e for e in decodes if rules.hold.bears(job, e, first_us, now_us)]
+        if not decodes:
+            return None
+    decode = _decode(job, decodes, admit, place, now_us)
     if decode is None:
         return None
     if len(free) == 1:
@@ -53,17 +61,32 @@ def _pair(job: Job, candidates: Candidates, rules: Rules, now_us: int) -> Pair |
     return free[ranks.index(min(ranks))], decode
 
 
+def _first_us(job: Job, free: list[Ledger], now_us: int) -> float:
+    """When its prompt would be computed if it went now, as far as anybody can say."""
+    return now_us + min(
+        (e.prefill_tokens + e.uncached(job)) / rate if (rate := e.prefill_tokens_per_us) else 0.0
+        for e in free
+    )
+
+
+def is_held(job: Job, candidates: Candidates, rules: Rules, now_us: int) -> bool:
+    """Whether it would go if nobody had to bear it."""
+    if not rules.hold.holds or now_us >= held_until_us(job):
+        return False
+    return choose(job, candidates, replace(rules, hold=Never()), now_us) is not None
+
+
 def _decode(
     job: Job, ledgers: list[Ledger], admit: Admit, place: Place, now_us: int
 ) -> Ledger | None:
     """The first by rank, then by name, that may take the job; the list is in order of names."""
     ranks = place.decode(job, ledgers)
     first = ledgers[ranks.index(min(ranks))]
-    if first.usable(now_us) and admit.decode(job, first):
+    if first.takes(job, now_us) and admit.decode(job, first):
         return first
     best, least = None, inf
     for ledger, rank in zip(ledgers, ranks, strict=True):
-        if rank < least and admit.decode(job, ledger) and ledger.usable(now_us):
+        if rank < least and admit.decode(job, ledger) and ledger.takes(job, now_us):
             best, least = ledger, rank
     return best
 

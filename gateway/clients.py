@@ -9,6 +9,7 @@ from backends.trouble import Blame, Trouble
 from gateway.errors import ApiError, Code, Dialect, error_event
 from gateway.wire import LAST_CHUNK
 from policies.events import Fail, Fault, Reason, Reject
+from policies.types import Kind
 
 HIGH_WATER_BYTES = 65_536
 LOW_WATER_BYTES = 16_384
@@ -18,12 +19,17 @@ _REJECTED = {
     Reason.HOPELESS: (Code.DEADLINE_HOPELESS, "the queue is too long for this request's target"),
     Reason.EXPIRED: (Code.DEADLINE_PASSED, "no server was free in time"),
     Reason.NO_WORKER: (Code.NO_WORKER, "no server is configured that could serve this request"),
+    Reason.NO_RELAXED: (
+        Code.NO_WORKER,
+        'no relaxed server is in rotation, and colocation.without_relaxed is "reject"',
+    ),
     Reason.UNAVAILABLE: (Code.WORKERS_UNAVAILABLE, "no server that could serve this is available"),
     Reason.TOO_LARGE: (
         Code.CONTEXT_LENGTH_EXCEEDED,
         "the prompt is longer than any server's KV cache",
     ),
 }
+_WINDOW_PASSED = "no server was free within classes.offline.window_s"
 _TOO_LONG = "context length"
 """What SGLang's words have in common where a prompt, or its answer's limit, is too long."""
 _FAILED = {
@@ -37,6 +43,8 @@ def api_error(decision: Reject | Fail, trouble: Trouble | None, *, begun: bool) 
     """What the client is told; the code is stable, the message names the cause."""
     if isinstance(decision, Reject):
         code, message = _REJECTED[decision.reason]
+        if decision.reason is Reason.EXPIRED and decision.job.kind is Kind.OFFLINE:
+            message = _WINDOW_PASSED
         wait_s = max(1, -(-decision.retry_after_us // 1_000_000))
         return ApiError(code, message, retry_after_s=wait_s)
     message = trouble.message if trouble is not None else "the server could not be reached"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from backends.sglang import Patience
 from gateway.actuation import (
-    ELASTIC,
-    LAUNCH_S,
-    TYPICAL_S,
     Actuation,
     Kubernetes,
     Ray,
@@ -19,26 +16,16 @@ from gateway.actuation import (
 )
 from gateway.batch.settings import BatchSettings, batch_beside, check_batch
 from gateway.chats import sampling_in
-from gateway.core import Rules
 from gateway.costs import Hardware, beside, costs_of
-from gateway.planning import Control, Mode
+from gateway.planning import Mode
 from gateway.plugin_settings import PluginSettings
 from gateway.settings import ConfigError, bounded, decode, one_of, read_toml
-from gateway.switching import SwitchRule
-from policies.admit import Admit, Headroom
-from policies.breaker import BreakerRule
-from policies.colocation import Colocated
-from policies.demand import Targets
-from policies.planners import DynLoad, DynSla
-from policies.pools import ByLatency, Pools, WithoutRelaxed
-from policies.preempt import AbortRule, ForSlack, GiveWay, Stay
-from policies.ratio import DopdPlus
-from policies.registry import DISPLACE, GATHER, ORDER, PLACE, POOLS, PREEMPT, RATIO
-from policies.retry import RetryRule
+from policies.pools import WithoutRelaxed
+from policies.registry import DISPLACE, GATHER, HOLD, ORDER, PLACE, POOLS, PREEMPT, RATIO
 from policies.steps import Costs
 from policies.types import Kind, Pool, Role, Worker
 
-__all__ = ["Config", "ConfigError", "load", "rules_of", "workers_of"]
+__all__ = ["Config", "ConfigError", "load", "workers_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +34,9 @@ class Server:
     port: int = bounded(30000, low=0, high=65535)
     max_body_mb: float = bounded(64.0, low=0.001)
     """A larger request is answered 413."""
-    header_timeout_s: float = bounded(15.0, low=0.1)
-    """A client that opens a connection sends its request line and headers within this time."""
+    header_timeout_s: float = bounded(75.0, low=0.1)
+    """A client that opens a connection, or keeps one, sends its next request's headers within this
+    time. Clients that keep connections for less (most do for 60 s or less) are never cut off."""
     body_timeout_s: float = bounded(60.0, low=0.1)
     """... and its body within this time after them."""
     drain_s: float = bounded(60.0, low=0)
@@ -96,6 +84,8 @@ class Policies:
     """How a long prompt is kept from blocking its server: it makes way, or goes out in parts."""
     gather: str = one_of("none", GATHER)
     """Whether short prompts are sent to a prefill server together, and long ones alone."""
+    hold: str = one_of("none", HOLD)
+    """Whether a prompt waits while those that decode could not bear the steps it would make."""
     place: str = one_of("least-work", PLACE)
     """Which of the servers that may take a job gets it."""
     pools: str = one_of("latency", POOLS)
@@ -170,6 +160,10 @@ class Colocation:
     """Offline work is taken off while a step is predicted to take more of the TPOT target."""
     ttft_share: float = bounded(0.5, low=0, high=1)
     """Offline prompts are taken off when an online one would need more of its TTFT target."""
+    pause: bool = True
+    """Relaxed servers stand still for online work in danger beside them (`worker.host`)."""
+    longest_pause_s: float = bounded(5.0, low=0.5, high=60)
+    """Then they go on without what they had, and get nothing new until the danger is over."""
     victims: str = one_of("newest", dict.fromkeys(("newest", "bottleneck")))
     """Who goes first: the newest, or the longest where attention bounds the step."""
     protect_after: int = bounded(3, low=1)
@@ -372,7 +366,7 @@ def check(config: Config) -> Config:
     if "" in secrets or len(set(secrets)) < len(secrets):
         raise ConfigError("each [[key]] needs a key of its own")
     sampling_in(config.chat.generation_config)
-    costs = _costs(config)
+    costs = costs_named(config)
     if config.ratio.policy != "static" and costs.default is None and not costs.by_name:
         raise ConfigError(
             f"ratio.policy {config.ratio.policy!r} reckons with step times: cost.model and "
@@ -382,7 +376,7 @@ def check(config: Config) -> Config:
     return config
 
 
-def _costs(config: Config) -> Costs:
+def costs_named(config: Config) -> Costs:
     own = zip(workers_of(config), config.worker, strict=True)
     cost = config.cost
     return costs_of(
@@ -451,115 +445,6 @@ def tp_of(config: Config) -> dict[str, int]:
     return {"": config.cost.tp, **{it.name: entry.tp for it, entry in own if entry.tp}}
 
 
-def control_of(ratio: RatioSettings, targets: Targets) -> Control | None:
-    """None where nobody is to look: the fleet stays as it is."""
-    if ratio.policy == "static":
-        return None
-    policy = RATIO[ratio.policy]()
-    if isinstance(policy, DopdPlus):
-        policy = DopdPlus(band=ratio.band, dwell_s=ratio.dwell_s)
-    elif isinstance(policy, DynLoad | DynSla):
-        policy = replace(policy, headroom=ratio.headroom)
-    return Control(
-        policy=policy,
-        mode=ratio.mode,
-        interval_s=ratio.interval_s,
-        quantile=ratio.quantile,
-        targets=replace(targets, attained=ratio.attained),
-        lease_s=ratio.lease_s,
-        budget_gpus=ratio.budget_gpus if ratio.actuator in ELASTIC else 0,
-        switch_s=TYPICAL_S.get(ratio.actuator, LAUNCH_S),
-        launch_s=LAUNCH_S,
-    )
-
-
-def rules_of(config: Config) -> Rules:
-    retry, breaker, colocation = config.retry, config.breaker, config.colocation
-    return Rules(
-        order=ORDER[config.policies.order](),
-        displace=DISPLACE[config.policies.displace](),
-        gather=GATHER[config.policies.gather](),
-        place=PLACE[config.policies.place](),
-        pools=_pools(config),
-        admit=_admit(config),
-        give_way=_give_way(config),
-        aborts=AbortRule(
-            per_request=colocation.victims_per_request,
-            per_s=colocation.aborts_per_s,
-            burst=colocation.abort_burst,
-        ),
-        holds_offline=colocation.without_relaxed is WithoutRelaxed.HOLD,
-        breaker=BreakerRule(
-            failures=breaker.failures,
-            cooldown_us=_us(breaker.cooldown_ms),
-            cooldown_max_us=_us(breaker.cooldown_max_ms),
-        ),
-        retry=RetryRule(
-            online_attempts=retry.online_attempts,
-            offline_attempts=retry.offline_attempts,
-            backoff_us=_us(retry.backoff_ms),
-            burst_tokens=retry.burst_tokens,
-            share=retry.share,
-        ),
-        costs=_costs(config),
-        switch=SwitchRule(
-            hand_over_us=_us(config.ratio.hand_over_s * 1e3),
-            hand_over_offline_us=_us(config.ratio.hand_over_offline_s * 1e3),
-            drain_us=_us(config.ratio.drain_s * 1e3),
-            switch_us=_us(config.ratio.switch_s * 1e3),
-        ),
-        max_queued=config.limits.max_queued,
-        load_stale_us=_us(config.telemetry.stale_ms),
-    )
-
-
-def _is_colocated(config: Config) -> bool:
-    return POOLS[config.policies.pools] is ByLatency
-
-
-def _pools(config: Config) -> Pools:
-    if not _is_colocated(config):
-        return POOLS[config.policies.pools]()
-    colocation = config.colocation
-    return ByLatency(lends=colocation.lend, without_relaxed=colocation.without_relaxed)
-
-
-def _admit(config: Config) -> Admit:
-    admission, online = config.admission, config.classes.online
-    plain = Headroom(
-        prefill_cap_tokens=admission.prefill_cap_tokens,
-        prefill_chunks=admission.prefill_chunks,
-        kv_watermark=admission.kv_watermark,
-        output_reserve_tokens=admission.output_reserve_tokens,
-    )
-    if not _is_colocated(config):
-        return plain
-    colocation = config.colocation
-    return Colocated(
-        **asdict(plain),
-        ttft_us=_us(online.ttft_ms),
-        tpot_us=_us(online.tpot_ms),
-        gate=colocation.gate,
-        gate_share=colocation.gate_share,
-        headroom=colocation.headroom,
-        step_share=colocation.lend_share,
-    )
-
-
-def _give_way(config: Config) -> GiveWay:
-    if not _is_colocated(config) or PREEMPT[config.policies.preempt] is not ForSlack:
-        return Stay()
-    colocation = config.colocation
-    return ForSlack(
-        tpot_us=_us(config.classes.online.tpot_ms),
-        ttft_share=colocation.ttft_share,
-        step_share=colocation.shed_share,
-        protect_after=colocation.protect_after,
-        by_bottleneck=colocation.victims == "bottleneck",
-        pulls=colocation.pull,
-    )
-
-
 def patience_of(timeouts: Timeouts) -> Patience:
     return Patience(
         connect_s=timeouts.connect_s,
@@ -573,7 +458,3 @@ def patience_of(timeouts: Timeouts) -> Patience:
 
 def with_workers(config: Config, entries: tuple[WorkerEntry, ...]) -> Config:
     return check(replace(config, worker=entries))
-
-
-def _us(ms: float) -> int:
-    return round(ms * 1000)

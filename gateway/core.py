@@ -10,6 +10,7 @@ from gateway.agenda import Agenda, passed
 from gateway.books import Ticket
 from gateway.lanes import Lanes
 from gateway.lifecycle import State, Step
+from gateway.neighbours import Neighbours
 from gateway.preemption import Preemptor
 from gateway.rules import Rules
 from gateway.sending import Sender
@@ -29,6 +30,7 @@ from policies.events import (
     Load,
     LoadReport,
     PartDone,
+    PauseRefused,
     Preempt,
     Preempted,
     PrefillDone,
@@ -76,12 +78,21 @@ class Core:
         self._lanes = Lanes(rules, self._fleet, lambda job_id: self._tickets[job_id].job)
         self.accounts = Accounts()
         self._preemptor = Preemptor(rules.give_way, rules.aborts, self._take_off)
+        self._neighbours = Neighbours(
+            self._fleet,
+            rules.standstill,
+            self._preemptor,
+            self._agenda,
+            self._lanes.touch_all,
+            self._say,
+        )
         self._sender = Sender(
             rules,
             self._tickets,
             self._lanes,
             self._agenda,
             self._preemptor,
+            self._neighbours,
             self.accounts,
             self._say,
             self._reject,
@@ -113,10 +124,12 @@ class Core:
             WorkerGone: self._worker_gone,
             SwitchWanted: self.switching.begin,
             RoleSwitched: self.switching.ended,
+            PauseRefused: self._neighbours.refused,
             Wakeup: self._wakeup,
         }
         for worker in workers:
             self._fleet.add(worker)
+        self._neighbours.regroup()
 
     def handle(self, events: Sequence[Event], now_us: int) -> list[Decision]:
         if now_us >= self._fleet.stale_us and self._fleet.forget_stale(now_us):
@@ -125,6 +138,7 @@ class Core:
             self._on[type(event)](event, now_us)
         if self.switching.moves:
             self.switching.advance(self._tickets.values(), now_us)
+        self._neighbours.look(now_us)
         if self._fresh:
             self._take_in(now_us)
         agenda = self._agenda
@@ -133,8 +147,8 @@ class Core:
                 self._pass_time(now_us)
             if self._lanes.look:
                 self._sender.dispatch(now_us)
-            if now_us >= agenda.alarm_us and agenda.give_up.entries:
-                self._set_alarm(now_us)
+        if agenda.give_up.entries or self._neighbours.gpus:
+            self._look_ahead(now_us)
         decisions, self._out = self._out, []
         return decisions
 
@@ -170,6 +184,7 @@ class Core:
         self._preemptor.adopt(rules.give_way, rules.aborts)
         self.switching.rule = rules.switch
         self._sender.rules = rules
+        self._neighbours.rule = rules.standstill
         self._lanes.adopt(rules)
 
     # Jobs.
@@ -225,6 +240,7 @@ class Core:
         if ticket is None or ticket.state is not _PREFILL:
             return
         ticket.step(_FIRST_TOKEN)
+        ticket.first_us = now_us
         if ticket.prefill is not None and ticket.prefill is not ticket.decode:
             self._succeeded(ticket.prefill)
         if ticket.decode is not None and not ticket.decode.breaker.is_closed:
@@ -331,7 +347,7 @@ class Core:
                     self._succeeded(ledger)
             ticket.prefilled(now_us)
         self._end_trials(ticket)
-        ticket.part_done(is_cut=event.is_cut, counted_tokens=event.prompt_tokens)
+        ticket.part_done(now_us, is_cut=event.is_cut, counted_tokens=event.prompt_tokens)
         self._lanes.touch_all()
         self._sender.enqueue(ticket, self._lanes.of(ticket.job.model), now_us)
 
@@ -374,6 +390,7 @@ class Core:
 
     def _worker_up(self, event: WorkerUp, now_us: int) -> None:
         self._fleet.add(event.worker)
+        self._neighbours.came(event.worker)
         self._lanes.forget_candidates()
 
     def _worker_down(self, event: WorkerDown, now_us: int) -> None:
@@ -388,6 +405,7 @@ class Core:
     def _worker_gone(self, event: WorkerGone, now_us: int) -> None:
         """What runs there keeps its own reference to the ledger and ends as it would have."""
         if self._fleet.remove(event.name):
+            self._neighbours.regroup()
             self._lanes.forget_candidates()
 
     def _say(self, decision: Decision) -> None:
@@ -418,9 +436,17 @@ class Core:
             self._reject(self._tickets[job_id], Reason.EXPIRED, now_us)
             self._lanes.touch_all()
 
+    def _look_ahead(self, now_us: int) -> None:
+        if self._neighbours.is_asked:
+            self._neighbours.look(now_us)
+        agenda = self._agenda
+        if now_us >= agenda.alarm_us and (agenda.give_up.entries or self._neighbours.due_us()):
+            self._set_alarm(now_us)
+
     def _set_alarm(self, now_us: int) -> None:
         """Asks to be woken for the next moment at which a job that waits may go or must end."""
-        self._out.append(WakeAt(self._agenda.next_alarm(self._fleet.changes_us(now_us))))
+        others_us = self._fleet.changes_us(now_us) + self._neighbours.due_us()
+        self._out.append(WakeAt(self._agenda.next_alarm(others_us)))
 
     # Small questions.
 

@@ -11,6 +11,7 @@ from gateway.core import Core
 from policies.clock import Clock, Timer
 from policies.events import (
     Cancel,
+    Continue,
     Decision,
     Dispatch,
     Event,
@@ -18,6 +19,8 @@ from policies.events import (
     Failed,
     Fault,
     Freed,
+    Pause,
+    PauseRefused,
     Preempt,
     Preempted,
     Reject,
@@ -90,6 +93,8 @@ class Driver:
             self.post(RoleSwitched(decision.worker, None, "the gateway failed to ask for it"))
         elif isinstance(decision, Preempt):
             self.post(Preempted(decision.job.id))
+        elif isinstance(decision, Pause):
+            self.post(PauseRefused(decision.worker))
 
     def _do(self, decision: Decision) -> None:
         match decision:
@@ -101,6 +106,10 @@ class Driver:
                 self._backend.stop(job)
             case Reject() | Fail():
                 self._backend.refuse(decision)
+            case Pause():
+                self._backend.pause(decision)
+            case Continue():
+                self._backend.go_on(decision)
             case SwitchRole() | Release():
                 self._move(decision)
             case SwitchOver():

@@ -206,6 +206,7 @@ class Front:
             stream=ask.stream or assembles,
             assembles=assembles,
             client=client,
+            request_id=visit.request_id,
             client_rid=rid if isinstance(rid, str) else rid[0],
             priority=_PRIORITY[kind] if ask.priority is None else ask.priority,
             transcript=transcript,

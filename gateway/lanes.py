@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 from gateway.agenda import Agenda
 from gateway.books import Lane
-from gateway.choice import is_worth_a_wait, outlook_of, predicted_wait_us, unserved
+from gateway.choice import (
+    is_worth_a_wait,
+    outlook_of,
+    predicted_wait_us,
+    reopens_in_us,
+    unserved,
+)
 from gateway.rules import Rules
 from gateway.servers import Candidates, Fleet
 from policies.events import Reason, Reject
@@ -118,6 +124,15 @@ class Lanes:
         shared = self._fleet.candidates(lane.model, kind, shared=True)
         return shared if shared.has_usable(now_us) else own
 
+    def shut_out(self, lane: Lane, kind: Kind, now_us: int) -> Reason | None:
+        """Why nothing of this kind may wait here: nobody of its pool is in rotation."""
+        if not self._rules.pools.refuses(kind):
+            return None
+        if self.candidates(lane, kind, now_us).has_relaxed(now_us):
+            return None
+        others = self._fleet.candidates(lane.model, kind, shared=True)
+        return Reason.NO_RELAXED if others.can_serve else Reason.NO_WORKER
+
     def outlook(self, lane: Lane, kind: Kind, now_us: int) -> Outlook:
         """What lies before the first of the queue; online work lies before all offline work."""
         before = lane.waiting_tokens[_ONLINE] if kind is _OFFLINE else 0
@@ -127,6 +142,8 @@ class Lanes:
         """What can be answered at once, before the job costs anything."""
         rules, kind = self._rules, job.kind
         candidates = self.candidates(lane, kind, now_us)
+        if (reason := self.shut_out(lane, kind, now_us)) is not None:
+            return Reject(job, reason, reopens_in_us(candidates, now_us))
         if not is_worth_a_wait(job, candidates, rules.admit, now_us):
             refusal = unserved(job, candidates, rules, now_us)
             if refusal is not None:

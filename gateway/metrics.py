@@ -182,7 +182,7 @@ class _CoreGauges(Collector):
         )
         for kind in Kind:
             lost.add_metric([kind.value], accounts.lost_tokens[kind])
-            again.add_metric([kind.value], accounts.recomputed_tokens[kind])
+            again.add_metric([kind.value], accounts.resent_tokens[kind])
         left = GaugeMetricFamily("slackwater_abort_budget", "Preemptions that may be made at once")
         left.add_metric([], budget.left(self._now_us()))
         shut = CounterMetricFamily("slackwater_abort_budget_spent", "Times that it was used up")
@@ -195,6 +195,7 @@ class _CoreGauges(Collector):
             name: GaugeMetricFamily(f"slackwater_worker_{name}", text, labels=["worker"])
             for name, text in (
                 ("usable", "1 when in rotation: up, not draining, breaker closed"),
+                ("stands_back", "1 while online work on its GPU keeps offline work away"),
                 ("prefill_tokens", "Prompt tokens sent and not yet computed"),
                 ("decodes", "Jobs resident"),
                 ("context_tokens", "Tokens of their contexts"),
@@ -208,6 +209,7 @@ class _CoreGauges(Collector):
         }
         for name, ledger in self._core.ledgers.items():
             gauges["usable"].add_metric([name], float(ledger.usable(now_us)))
+            gauges["stands_back"].add_metric([name], float(ledger.stands_back))
             gauges["prefill_tokens"].add_metric([name], ledger.prefill_tokens)
             gauges["decodes"].add_metric([name], ledger.decodes)
             gauges["context_tokens"].add_metric([name], ledger.context_tokens)

@@ -234,6 +234,7 @@ def _worker_page(ledger: Ledger, now_us: int) -> dict[str, Any]:
             "open_for_ms": max(0, ledger.breaker.open_until_us - now_us) // 1000,
         },
         "usable": ledger.usable(now_us),
+        "stands_back": ledger.stands_back,
         "prefill_tokens": ledger.prefill_tokens,
         "decodes": ledger.decodes,
         "context_tokens": ledger.context_tokens,

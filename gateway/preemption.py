@@ -21,7 +21,7 @@ from policies.preempt import (
     Victims,
 )
 from policies.retry import continued
-from policies.types import Job, Pool
+from policies.types import Job, Pool, Role
 
 _WEIGHT = 0.05
 LOOK_AGAIN_US = 5_000
@@ -108,6 +108,11 @@ class Preemptor:
         if chosen:
             ledger.online.forget_pace()
             self._take_all(ledger, chosen[: self._aborts.per_request], Reason.STEP_TIME, now_us)
+
+    def empty(self, ledger: Ledger, now_us: int) -> None:
+        """All that can go, as far as the budget goes: their server cannot work now."""
+        victims, _ = self._at(ledger, prefilling=ledger.worker.role is Role.PREFILL)
+        self._take_all(ledger, victims, Reason.STOOD_STILL, now_us)
 
     def pull(self, strict: Ledger, others: Iterable[Ledger], admit: Admit, now_us: int) -> None:
         """For a strict server with room while no offline job waits for it: one at a time.

@@ -12,10 +12,11 @@ from prometheus_client.registry import Collector
 
 from backends.base import Size
 from backends.pause import pause
-from gateway.config import Config, control_of, tp_of
+from gateway.config import Config, tp_of
 from gateway.core import Core
 from gateway.driver import Driver
 from gateway.planning import URGENT_S, Control, Look, Mode, Planner
+from gateway.rulebook import control_of
 from policies.clock import Clock
 from policies.demand import Targets
 from policies.events import Decision, Outcome, SwitchOver

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from backends.exchange import Exchange
+from gateway.dialects import ROUTES
 from gateway.errors import ApiError
 from gateway.router import REQUEST_ID
 from gateway.visit import Visit
+
+_PATHS = {dialect: path for path, dialect in ROUTES.items()}
+"""As the client asked: servers may be asked otherwise, as for chats that go as token ids."""
 
 
 def header_lines(visit: Visit) -> str:
@@ -63,7 +67,7 @@ def fields_of(visit: Visit, outcome: str, why: str = "") -> dict[str, Any]:
         "level": "info",
         "request_id": visit.request_id,
         "rid": visit.rid,
-        "path": first.path.decode(),
+        "path": _PATHS[visit.ask.dialect],
         "class": visit.kind.value,
         "tenant": visit.tenant,
         "outcome": outcome,

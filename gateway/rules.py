@@ -9,11 +9,14 @@ from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
 from policies.displace import Displace, Never
 from policies.gather import AtOnce, Gather
+from policies.hold import Hold
+from policies.hold import Never as NeverHold
 from policies.order import Edf, Order
 from policies.place import LeastWork, Place
 from policies.pools import Pools, Shared
 from policies.preempt import AbortRule, GiveWay, Stay
 from policies.retry import RetryRule
+from policies.standstill import Standstill
 from policies.steps import Costs
 from policies.types import Kind
 
@@ -24,6 +27,7 @@ class Rules:
 
     order: Order = field(default_factory=Edf)
     gather: Gather = field(default_factory=AtOnce)
+    hold: Hold = field(default_factory=NeverHold)
     place: Place = field(default_factory=LeastWork)
     admit: Admit = field(default_factory=Headroom)
     displace: Displace = field(default_factory=Never)
@@ -34,6 +38,8 @@ class Rules:
     breaker: BreakerRule = field(default_factory=BreakerRule)
     retry: RetryRule = field(default_factory=RetryRule)
     switch: SwitchRule = field(default_factory=SwitchRule)
+    standstill: Standstill | None = None
+    """When servers stand still for others on the same GPU; None: never."""
     holds_offline: bool = False
     """Offline work waits where no server of its pool is known, instead of being refused."""
     max_queued: int = 10_000
@@ -44,6 +50,11 @@ class Rules:
     def takes_back(self) -> bool:
         """Whether offline work gives way to online work."""
         return not isinstance(self.give_way, Stay)
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the first of a queue may wait though a server has room for it."""
+        return self.gather.holds or self.hold.holds
 
     def holds(self, kind: Kind) -> bool:
         return self.holds_offline and kind is Kind.OFFLINE

@@ -103,6 +103,9 @@ class ServerEntry:
     """Tokenizing and the way to the scheduler, before any step."""
     speed: float = bounded(1.0, low=0.01)
     """Of its steps, beside the table or the cost model."""
+    host: str = ""
+    """The first of these servers shares a GPU with the first of all others that say the same, and
+    so on. Their KV caches have to be given: `kv_tokens`."""
     joins_s: float = bounded(0.0, low=0)
     """When it is started; 0: it serves from the beginning."""
     start_up_s: float = bounded(60.0, low=0)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from gateway.accounts import Accounts
 from gateway.agenda import Agenda
 from gateway.books import Lane, Ticket
-from gateway.choice import Pair, choose, fits_ever, is_worth_a_wait, without_failed
+from gateway.choice import Pair, choose, fits_ever, is_held, is_worth_a_wait, without_failed
 from gateway.lanes import Lanes
 from gateway.lifecycle import Step
+from gateway.neighbours import Neighbours
 from gateway.preemption import Preemptor
 from gateway.rules import Rules
 from gateway.servers import Candidates
@@ -17,6 +18,7 @@ from gateway.slicing import Slicing
 from gateway.underway import Underway
 from gateway.unshown import Unshown
 from policies.events import Decision, Dispatch, Preempt, Reason
+from policies.hold import held_until_us
 from policies.ledger import Ledger
 from policies.order import NO_OUTLOOK
 from policies.types import Job, Kind
@@ -38,6 +40,7 @@ class Sender:
         lanes: Lanes,
         agenda: Agenda,
         preemptor: Preemptor,
+        neighbours: Neighbours,
         accounts: Accounts,
         say: Callable[[Decision], None],
         reject: Callable[[Ticket, Reason, int], None],
@@ -47,6 +50,7 @@ class Sender:
         self._lanes = lanes
         self._agenda = agenda
         self._preemptor = preemptor
+        self._neighbours = neighbours
         self._accounts = accounts
         self._say = say
         self._reject = reject
@@ -56,7 +60,9 @@ class Sender:
 
     def goes_at_once(self, ticket: Ticket, lane: Lane, now_us: int) -> bool:
         kind = ticket.job.kind
-        if kind is _OFFLINE and self._lanes.online_waits_beside(lane):
+        if kind is _OFFLINE and (
+            self._lanes.shut_out(lane, kind, now_us) or self._lanes.online_waits_beside(lane)
+        ):
             return False
         candidates = self._lanes.candidates(lane, kind, now_us)
         if self.rules.gather.holds and self._lanes.holds(ticket.job, lane, self._agenda, now_us):
@@ -73,9 +79,9 @@ class Sender:
         outlook = self._lanes.outlook(lane, job.kind, now_us) if order.moves else NO_OUTLOOK
         lane.put(job, order, outlook)
         agenda.put(agenda.give_up, job.id, job.give_up_us)
-        if lane.waiting[job.kind].peek() == job.id or self.rules.gather.holds:
+        if lane.waiting[job.kind].peek() == job.id or self.rules.holds_back:
             # Behind another it changes nothing: whoever is first was looked at already. Unless
-            # that one waits for company.
+            # that one waits for company, or until others can bear it.
             self._lanes.touch(lane)
 
     def dispatch(self, now_us: int) -> None:
@@ -85,8 +91,16 @@ class Sender:
             if lane.online.entries:
                 self._fill(lane, _ONLINE, now_us)
         for lane in lanes:
+            if lane.queued(_OFFLINE):
+                self._turn_away(lane, now_us)
             if lane.offline.entries and not self._lanes.online_waits_beside(lane):
                 self._fill(lane, _OFFLINE, now_us)
+
+    def _turn_away(self, lane: Lane, now_us: int) -> None:
+        """All offline work that waits, also where online work would go first."""
+        if (reason := self._lanes.shut_out(lane, _OFFLINE, now_us)) is not None:
+            for job_id in lane.jobs(_OFFLINE):
+                self._reject(self._tickets[job_id], reason, now_us)
 
     def _fill(self, lane: Lane, kind: Kind, now_us: int) -> None:
         held: list[Job] = []
@@ -115,7 +129,7 @@ class Sender:
             if pair is not None:
                 lane.take(job)
                 lane.open_bucket(kind, self._agenda, now_us)
-                self._agenda.give_up.discard(job_id)
+                self._agenda.forget(job_id)
                 self._place(ticket, *pair, now_us)
             elif ticket.stands_aside and len(held) < _MOST_HELD:
                 lane.take(job)
@@ -168,8 +182,13 @@ class Sender:
             if pair := choose(job, others, self.rules, now_us):
                 return pair
         if self.rules.displace.parts:
-            return self.slicing.choose(ticket, candidates, self.rules, now_us)
-        return choose(job, candidates, self.rules, now_us)
+            pair = self.slicing.choose(ticket, candidates, self.rules, now_us)
+        else:
+            pair = choose(job, candidates, self.rules, now_us)
+        if pair is None and is_held(job, candidates, self.rules, now_us):
+            ticket.stands_aside = True
+            self._agenda.put(self._agenda.held, job.id, held_until_us(job))
+        return pair
 
     def _place(self, ticket: Ticket, prefill: Ledger, decode: Ledger, now_us: int) -> None:
         """Booked in the step that decides, so that the next decision sees it."""
@@ -192,5 +211,8 @@ class Sender:
         self._say(Dispatch(ticket.job, computes, name, attempt, reason, ticket.upto))
         if ticket.job.kind is _OFFLINE:
             self._preemptor.placed(ticket)
-        elif prefill.offline.prefills or decode.offline.decodes:
+            return
+        if prefill.shares or decode.shares:
+            self._neighbours.sent(ticket, prefill, now_us)
+        if prefill.offline.prefills or decode.offline.decodes:
             self._preemptor.make_way(ticket, now_us)

@@ -38,6 +38,12 @@ class Candidates:
                 return True
         return _some(self.unified, now_us)
 
+    def has_relaxed(self, now_us: int) -> bool:
+        """Whether one of those that decode is relaxed and in rotation, full or not."""
+        return any(
+            e.worker.pool is Pool.RELAXED and e.usable(now_us) for e in self.decodes + self.unified
+        )
+
     def in_rotation(self, now_us: int) -> Candidates:
         return self.only(lambda ledger: ledger.usable(now_us))
 
@@ -131,7 +137,7 @@ class Fleet:
     def stepped(self, event: StepsSeen, now_us: int) -> None:
         """By its own report of single steps."""
         ledger = self.ledgers.get(event.worker)
-        if ledger is not None and ledger.steps is not None:
+        if ledger is not None and ledger.steps is not None and not ledger.crowded:
             ledger.steps.stepped(event.steps, now_us)
             ledger.line = None
 

@@ -114,7 +114,7 @@ class Slicing:
     @staticmethod
     def _holder(job: Job, candidates: Candidates, now_us: int) -> Ledger | None:
         for ledger in candidates.prefills + candidates.unified:
-            if ledger.worker.name == job.cached_on and ledger.usable(now_us):
+            if ledger.worker.name == job.cached_on and ledger.takes(job, now_us):
                 return ledger
         return None
 

@@ -46,10 +46,14 @@ class Reason(StrEnum):
     """Its beginning is in the cache of a server: now comes what is next of it."""
     ROLE_SWITCH = "role_switch"
     """Its server is about to take another role."""
+    STOOD_STILL = "stood_still"
+    """Its server had to stand still for online work for too long."""
     DISPLACED = "displaced"
     """A more urgent prompt has its prefill server."""
     QUEUE_FULL = "queue_full"
     NO_WORKER = "no_worker"
+    NO_RELAXED = "no_relaxed_worker"
+    """No server of its pool is in rotation, and it is not to wait for one."""
     UNAVAILABLE = "workers_unavailable"
     HOPELESS = "deadline_hopeless"
     EXPIRED = "deadline_passed"
@@ -246,6 +250,13 @@ class RoleSwitched:
 
 
 @dataclass(frozen=True, slots=True)
+class PauseRefused:
+    """A server was not paused: it does not answer, or does not take our word."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
 class Wakeup:
     pass
 
@@ -270,6 +281,7 @@ Event = (
     | WorkerGone
     | SwitchWanted
     | RoleSwitched
+    | PauseRefused
     | Wakeup
 )
 
@@ -337,6 +349,22 @@ class SwitchRole:
 
 
 @dataclass(frozen=True, slots=True)
+class Pause:
+    """The server keeps what it has and stands still, for online work on the same GPU."""
+
+    worker: str
+    beside: str
+    """The server whose online work is in danger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Continue:
+    """Nobody wants the server to stand still; it may not have done so."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
     """The server is empty and out of rotation: it may be stopped."""
 
@@ -358,4 +386,16 @@ class SwitchOver:
     why: str = ""
 
 
-Decision = Dispatch | Preempt | Cancel | Reject | Fail | WakeAt | SwitchRole | Release | SwitchOver
+Decision = (
+    Dispatch
+    | Preempt
+    | Cancel
+    | Reject
+    | Fail
+    | WakeAt
+    | SwitchRole
+    | Release
+    | SwitchOver
+    | Pause
+    | Continue
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from policies.breaker import Breaker
 from policies.events import Load
+from policies.paces import Paces, Stream
 from policies.prefixes import Prefixes
 from policies.roofline import CostModel
 from policies.steps import Steps
@@ -12,6 +13,8 @@ from policies.types import Job, Kind, Worker
 
 DISPLACES, SELECTS = "prefill", "decode"
 """Of `Worker.engine`: offline prompts give way at chunks, offline decodes at steps."""
+
+_OFFLINE = Kind.OFFLINE
 
 
 class PrefillRate:
@@ -101,6 +104,7 @@ class Ledger:
         "breaker",
         "chunk_tokens",
         "context_tokens",
+        "crowded",
         "decodes",
         "dispatched",
         "draining",
@@ -112,12 +116,16 @@ class Ledger:
         "offline",
         "online",
         "paced_with",
+        "paces",
         "prefill_rate",
         "prefill_tokens",
         "prefills",
         "prefixes",
         "reserved_tokens",
+        "running",
         "sent_us",
+        "shares",
+        "stands_back",
         "steps",
         "switching",
         "up",
@@ -133,16 +141,18 @@ class Ledger:
         """By an operator's word."""
         self.switching = False
         """Nothing new until it has its new role."""
-        self.prefills = 0
-        self.prefill_tokens = 0
+        self.shares = self.crowded = False
+        """Its GPU with other servers; some of which were at work since its last report, so that
+        this one corrects no prediction."""
+        self.stands_back = False
+        """No more offline work while online work beside it on its GPU is in danger."""
+        self.prefills = self.prefill_tokens = 0
         self.sent_us = -1
         """When the last prompt went there."""
         self.batch_tokens = 0
         """Of the prompts that the server may compute together with it."""
         self.prefill_rate = PrefillRate()
-        self.decodes = 0
-        self.context_tokens = 0
-        self.reserved_tokens = 0
+        self.decodes = self.context_tokens = self.reserved_tokens = 0
         self.dispatched = 0
         self.prefixes = Prefixes()
         """Of the prompts that went there to be computed."""
@@ -155,6 +165,9 @@ class Ledger:
         self.online = Tide()
         self.paced_with = 0, 0, 0
         """Its sequences, their tokens and the offline ones among them, when the pace was seen."""
+        self.running: dict[str, Stream] = {}
+        """The jobs whose place it is to decode here, by id."""
+        self.paces = Paces()
         self.steps: Steps | None = None
         """Predicted step times, where the hardware is known."""
         self.line: tuple[float, float, float] | None = None
@@ -182,6 +195,13 @@ class Ledger:
             return False
         return not self.breaker.open_until_us or self.breaker.allows(now_us)
 
+    def takes(self, job: Job, now_us: int) -> bool:
+        """Whether it may be sent there now. One that stands back is worth a wait, and goes on for
+        an online job."""
+        if self.stands_back and job.kind is _OFFLINE:
+            return False
+        return self.usable(now_us)
+
     def adopt(self, worker: Worker) -> None:
         """The same server, better known."""
         self.worker, load = worker, self.load
@@ -199,7 +219,11 @@ class Ledger:
         self._foreign_before = foreign
         self.line = None
         if self.steps is not None and load.counters is not None:
-            self.steps.observe(load.counters, self.decodes, self.context_tokens, load.seen_us)
+            if self.crowded:
+                self.steps.overlook(load.counters)
+            else:
+                self.steps.observe(load.counters, self.decodes, self.context_tokens, load.seen_us)
+        self.crowded = False
 
     def predict_by(self, cost: CostModel | None) -> None:
         """What was learnt stays for as long as the hardware does."""

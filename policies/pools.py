@@ -26,6 +26,10 @@ class Pools(Protocol):
         """Whether it may use any server while nobody of its pool is in rotation."""
         ...
 
+    def refuses(self, kind: Kind) -> bool:
+        """Whether it is refused meanwhile: neither what runs nor what is lent makes it wait."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Shared:
@@ -41,6 +45,9 @@ class Shared:
 
     def shares(self, kind: Kind) -> bool:
         return True
+
+    def refuses(self, kind: Kind) -> bool:
+        return False
 
 
 class WithoutRelaxed(StrEnum):
@@ -78,6 +85,9 @@ class ByLatency:
     def shares(self, kind: Kind) -> bool:
         """Whether it may use the other pool while nobody of its own is in rotation."""
         return kind is Kind.ONLINE or self.without_relaxed is WithoutRelaxed.SHARE
+
+    def refuses(self, kind: Kind) -> bool:
+        return kind is Kind.OFFLINE and self.without_relaxed is WithoutRelaxed.REJECT
 
     def _own(self, kind: Kind, workers: list[Worker]) -> list[Worker]:
         wanted = Pool.STRICT if kind is Kind.ONLINE else Pool.RELAXED

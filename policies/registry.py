@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from policies.displace import ByCost, Cheapest, Displace, Never, Slices
 from policies.gather import AtOnce, ByLength, Gather
+from policies.hold import ForSlack as HoldForSlack
+from policies.hold import Hold
+from policies.hold import Never as NeverHold
 from policies.hrrn import Hrrn
 from policies.lengths import LengthSplit
 from policies.order import Edf, Fcfs, Order, Shortest
@@ -30,6 +33,7 @@ DISPLACE: dict[str, type[Displace]] = {
     "cheapest": Cheapest,
 }
 GATHER: dict[str, type[Gather]] = {"none": AtOnce, "by-length": ByLength}
+HOLD: dict[str, type[Hold]] = {"none": NeverHold, "slack": HoldForSlack}
 PLACE: dict[str, type[Place]] = {
     "least-work": LeastWork,
     "round-robin": RoundRobin,

@@ -201,6 +201,13 @@ class Steps:
                 self._observe_decode(now.decoded.since(before.decoded), mean_context, now_us)
         self._left = self._left_context = 0
 
+    def overlook(self, now: Counters) -> None:
+        """What it has counted since then was not its own doing alone: nothing is learnt from it."""
+        self._seen = now
+        self._prompts = self._prompt_tokens = 0
+        self._pairs = 0.0
+        self._computed_tokens = self._busy_us = self._left = self._left_context = 0
+
     def _observe_prefill(self, now_us: int) -> None:
         """By the time of a token: prompts end at other times than reports come."""
         if not self._prompt_tokens or self._computed_tokens <= 0:

@@ -23,7 +23,7 @@ from gateway.metrics import Metrics
 from gateway.ratio_control import RatioControl
 from gateway.settings import decode
 from policies.clock import VirtualClock
-from policies.registry import DISPLACE, GATHER, ORDER, PLACE, POOLS, PREEMPT, RATIO
+from policies.registry import DISPLACE, GATHER, HOLD, ORDER, PLACE, POOLS, PREEMPT, RATIO
 from policies.types import Kind
 from tests import documents
 from tests.documents import CONFIG, EXAMPLE, README, ROOT, between, rows
@@ -78,6 +78,7 @@ def test_the_policies_are_those_of_the_registries() -> None:
         "order": ORDER,
         "displace": DISPLACE,
         "gather": GATHER,
+        "hold": HOLD,
         "place": PLACE,
         "pools": POOLS,
         "preempt": PREEMPT,

@@ -186,6 +186,8 @@ def worker_table(server: EmulatedServer) -> str:
         f'role = "{server.spec.engine.role}"',
         f'pool = "{server.spec.pool}"',
     ]
+    if server.spec.engine.host:
+        lines.append(f'host = "{server.spec.engine.host}"')
     if server.spec.engine.role != Role.UNIFIED:
         lines.append(f"bootstrap_port = {server.bootstrap_port}")
     return "\n".join(lines) + "\n"

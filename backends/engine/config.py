@@ -17,6 +17,8 @@ class EngineConfig:
     name: str = "server"
     role: Role = Role.UNIFIED
     model: str = "emulated"
+    host: str = ""
+    """Servers that name the same host share one GPU."""
     bootstrap_host: str = "127.0.0.1"
     bootstrap_port: int = 8998
     kv_tokens: int = 400_000

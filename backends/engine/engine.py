@@ -89,6 +89,7 @@ class Engine:
         self.sending = Sending(self.machine, self.prefilling, self.fabric, self._wake)
         self.receiving = Receiving(self.machine, self.fabric, myself=self._as_peer, wake=self._wake)
         self.fabric.join(self, config.bootstrap_host, config.bootstrap_port)
+        self._gpu = self.fabric.gpu(config.host)
         self._serials = count(1)
         self._held: deque[Resident] = deque()
         self._ingests: dict[int, Timer] = {}
@@ -357,6 +358,7 @@ class Engine:
 
     def _broken_off(self, took_s: float, chunks: Sequence[Chunk]) -> None:
         self._timer = None
+        self._gpu.end(self.name)
         self.machine.counters.prefill_busy_us += round(took_s * 1e6)
         self.prefilling.undo(chunks)
         self._turn()
@@ -390,7 +392,12 @@ class Engine:
                 self._run(seconds, self._prefilled, chunks)
                 return
         batch = self.decoding.plan()
-        if batch and self.leaps and (steps := self.decoding.foreseen(MOST_STEPS)) > 1:
+        if (
+            batch
+            and self.leaps
+            and not self._gpu.is_shared
+            and (steps := self.decoding.foreseen(MOST_STEPS)) > 1
+        ):
             self._take_off(batch, steps)
         elif batch:
             self._run(self.decoding.seconds(self.times), self._decoded)
@@ -399,6 +406,7 @@ class Engine:
             self.prefilling.ratio = FIRST_RATIO
 
     def _run(self, seconds: float, done: Callable[..., object], *args: object) -> None:
+        seconds *= self._gpu.begin(self.name)
         took = seconds * self.slow_factor + self.forward_sleep_s
         self._due_s = max(self._due_s, self.clock.time() - LATENESS_S) + took
         self._timer = self.clock.call_at(self._due_s, done, took * 1e6, *args)
@@ -438,6 +446,7 @@ class Engine:
 
     def _prefilled(self, took_us: float, chunks: Sequence[Chunk]) -> None:
         self._timer, self._turning, self._computing = None, True, None
+        self._gpu.end(self.name)
         self.machine.counters.prefill_busy_us += round(took_us)
         complete = self.prefilling.settle(chunks)
         if self.role == Role.PREFILL:
@@ -460,6 +469,7 @@ class Engine:
 
     def _decoded(self, took_us: float) -> None:
         self._timer, self._turning = None, True
+        self._gpu.end(self.name)
         self.decoding.settle(took_us)
         if self.on_step is not None:
             self.on_step(self)
@@ -516,6 +526,7 @@ class Engine:
             if timer is not None:
                 timer.cancel()
         self._timer = self._switch_timer = self._leap = self._computing = None
+        self._gpu.end(self.name)
         self._ingests.clear()
         self._held.clear()
         self._aborts.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from backends.addresses import canonical
+from backends.engine.gpu import Gpu
 from backends.engine.request import Peer, Resident
 from policies.clock import Clock
 
@@ -46,12 +47,13 @@ class Server(PrefillEnd, DecodeEnd, Protocol):
 
 
 class Fabric:
-    """The network between the servers of one process."""
+    """The network between the servers of one process, and the GPUs under them."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._servers: dict[str, Server] = {}
         self._addresses: dict[tuple[str, int], str] = {}
+        self._gpus: dict[str, Gpu] = {}
 
     def join(self, server: Server, host: str, port: int) -> None:
         if server.name in self._servers:
@@ -60,6 +62,12 @@ class Fabric:
             raise ValueError(f"two servers claim the bootstrap address {host}:{port}")
         self._servers[server.name] = server
         self._addresses[canonical(host), port] = server.name
+
+    def gpu(self, host: str) -> Gpu:
+        """Shared by the servers that name the same host; one that names none has its own."""
+        gpu = self._gpus.setdefault(host, Gpu()) if host else Gpu()
+        gpu.join()
+        return gpu
 
     def prefill_at(self, host: str, port: int) -> Server | None:
         name = self._addresses.get((canonical(host), port))

@@ -46,10 +46,15 @@ class Shelf(Protocol):
         """One that is not there is gone."""
 
 
+def _private(path: Path, flags: int) -> int:
+    """Prompts and answers are nobody else's to read."""
+    return os.open(path, flags, 0o600)
+
+
 class Folder:
     """One file for each blob, named by its key."""
 
-    def __init__(self, path: Path, opened: Callable[[Path, int], int] = os.open) -> None:
+    def __init__(self, path: Path, opened: Callable[[Path, int], int] = _private) -> None:
         self._path = path
         self._open = opened
         path.mkdir(parents=True, exist_ok=True)

@@ -103,12 +103,22 @@ def servers_of(fleet: FleetEntry, data: Path) -> list[ServerPlan]:
         for number in range(1, entry.count + 1):
             name = f"{entry.name or entry.role}-{number}"
             port = FIRST_BOOTSTRAP_PORT + len(plans)
-            config = replace(like.config, name=name, bootstrap_port=port)
+            host = f"{entry.host}-{number}" if entry.host else ""
+            config = replace(like.config, name=name, host=host, bootstrap_port=port)
             plans.append(replace(like, config=config))
     names = [plan.config.name for plan in plans]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"fleet {fleet.name!r}: two servers are called {doubled[0]!r}")
-    return plans
+    return _paid_once(plans)
+
+
+def _paid_once(plans: list[ServerPlan]) -> list[ServerPlan]:
+    """A GPU that is shared counts with the first of its servers."""
+    hosts = [plan.config.host for plan in plans]
+    return [
+        replace(plan, gpus=0) if host and host in hosts[:index] else plan
+        for index, (plan, host) in enumerate(zip(plans, hosts, strict=True))
+    ]
 
 
 def _plan(fleet: FleetEntry, entry: ServerEntry, data: Path) -> ServerPlan:
@@ -121,6 +131,8 @@ def _plan(fleet: FleetEntry, entry: ServerEntry, data: Path) -> ServerPlan:
     believed: StepTimes = Modelled(build(model, device, constants, Parallel(tp=tp)))
     if fleet.fit.prefill_token_us:
         believed = fitted(fleet.fit, error=BELIEVED)
+    if entry.host and not entry.kv_tokens:
+        raise ValueError("servers that share a GPU (`host`) need `kv_tokens`")
     config = EngineConfig(
         role=entry.role,
         model="",

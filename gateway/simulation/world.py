@@ -11,10 +11,10 @@ from backends.actuators.simulated import SimulatedActuator
 from backends.engine import Engine, Resident
 from backends.simulated import Delays, Grid, SimulatedBackend, Work, load_of
 from backends.workload import Ask
-from gateway.config import control_of, rules_of
 from gateway.core import Core, Rules
 from gateway.driver import Driver
 from gateway.planning import URGENT_S, Look, Planner
+from gateway.rulebook import control_of, rules_of
 from gateway.scenario import CLOSED, FleetEntry, Plan, PolicyEntry
 from gateway.simulation.asks import Stream, opened, prefixes_of, prepared
 from gateway.simulation.budget import BudgetEntry

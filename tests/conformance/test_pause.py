@@ -56,3 +56,42 @@ async def test_a_pause_with_abort_ends_what_runs(client: Client, fleet: FleetUnd
     await leg.task
     await client.post(fleet.unified + "/continue_generation", {})
     assert leg.finish["type"] == "abort"
+
+
+async def test_a_server_that_does_not_stand_still_may_be_told_to_go_on(
+    client: Client, fleet: FleetUnderTest
+) -> None:
+    answers = [
+        await client.post(url + "/continue_generation", {"torch_empty_cache": False})
+        for url in (fleet.unified, fleet.prefill, fleet.decode)
+    ]
+    assert [status for status, _ in answers] == [200, 200, 200]
+    assert len((await client.generated(fleet.unified, client.prompt(9), 3)).ids) == 3
+
+
+async def test_what_is_aborted_during_a_pause_is_gone_once_the_server_goes_on(
+    client: Client, fleet: FleetUnderTest
+) -> None:
+    rid = client.rid()
+    leg = client.generate(fleet.unified, client.prompt(20), 3000, rid=rid)
+    await leg.begun.wait()
+    await client.post(fleet.unified + "/pause_generation", {"mode": "in_place"})
+    await client.abort(fleet.unified, rid)
+    await client.post(fleet.unified + "/continue_generation", {"torch_empty_cache": False})
+    await leg.task
+    assert leg.finish["type"] == "abort"
+    await client.idle(fleet.unified)
+
+
+async def test_a_pair_whose_decode_server_stands_still_goes_on_where_it_was(
+    client: Client, fleet: FleetUnderTest
+) -> None:
+    prompt = client.prompt(20)
+    _, alone = await client.paired(prompt, 60)
+    _, leg = client.pair(prompt, 60)
+    await leg.begun.wait()
+    await client.post(fleet.decode + "/pause_generation", {"mode": "in_place"})
+    await asyncio.sleep(0.5)
+    await client.post(fleet.decode + "/continue_generation", {"torch_empty_cache": False})
+    await leg.task
+    assert leg.ids == alone.ids

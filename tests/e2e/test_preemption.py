@@ -117,6 +117,8 @@ async def test_a_decode_slot_is_free_within_two_steps_of_the_decision(client: Cl
             await client.slow(client.fleet.relaxed, LONG_STEP_S)
             leg = site.generate(client.prompt(30), TOKENS, headers=OFFLINE)
             await site.until(lambda: made(site) >= 2)
+            # A report lags behind what runs.
+            await client.until(client.fleet.relaxed, lambda load: load["num_running_reqs"])
             for ledger in ledgers.values():
                 ledger.draining = True  # it is to wait, so that the slot can be seen to be free
             began_s = clock()

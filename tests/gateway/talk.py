@@ -8,6 +8,7 @@ from gateway.core import Core, Rules
 from policies.events import (
     Arrived,
     Cancel,
+    Continue,
     Decision,
     Dispatch,
     Event,
@@ -15,6 +16,7 @@ from policies.events import (
     Failed,
     Fault,
     Load,
+    Pause,
     Preempt,
     Reason,
     Reject,
@@ -121,14 +123,26 @@ def short(decision: Decision) -> tuple[Any, ...]:
             return ("reject", job.id, reason.value)
         case Fail(job, reason, _):
             return ("fail", job.id, reason.value)
+        case WakeAt(us):
+            return ("wake", us)
+        case _:
+            return of_server(decision)
+
+
+def of_server(
+    decision: SwitchRole | Release | SwitchOver | Pause | Continue,
+) -> tuple[Any, ...]:
+    match decision:
         case SwitchRole(worker, role):
             return ("switch", worker, role.value)
         case Release(worker):
             return ("release", worker)
         case SwitchOver(worker, _, outcome):
             return ("over", worker, outcome.value)
-        case WakeAt(us):
-            return ("wake", us)
+        case Pause(worker, beside):
+            return ("pause", worker, beside)
+        case Continue(worker):
+            return ("continue", worker)
 
 
 def broke(name: str, *blamed: str, fault: Fault = Fault.DIED, **fields: Any) -> Failed:

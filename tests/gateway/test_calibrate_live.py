@@ -18,7 +18,8 @@ from backends.engine import EngineConfig
 from backends.steptimes import LinearStepTimes
 from gateway.calibrate import add_arguments, fit_servers, in_lines, run_calibrate
 from gateway.calibrate_live import Asked, Measured, measure_servers
-from gateway.config import load, rules_of
+from gateway.config import load
+from gateway.rulebook import rules_of
 from policies.calibration import CalibrationError, Setup
 from policies.clock import VirtualClock
 from policies.devices import device_named

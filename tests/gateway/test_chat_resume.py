@@ -63,6 +63,7 @@ async def test_a_chat_answered_from_ids_is_the_one_that_the_chat_route_gives(fle
         whole = await site.ask(CHAT, BODY, OFFLINE)
         streamed = await site.ask(CHAT, body | {"stream": True}, OFFLINE)
         assert paths(site) == {"/generate"}
+        assert [line["path"] for line in site.lines] == [CHAT, CHAT]
     async with standing(FLEETS[fleet], chat=AS_CHAT) as site:
         assert lasting(await site.ask(CHAT, BODY, OFFLINE)) == lasting(whole)
         assert deltas(await site.ask(CHAT, body | {"stream": True}, OFFLINE)) == deltas(streamed)

@@ -9,7 +9,8 @@ from backends.trouble import Blame, Trouble
 from gateway.clients import HIGH_WATER_BYTES, LOW_WATER_BYTES, StreamClient, UnaryClient, api_error
 from gateway.errors import ApiError, Code, Dialect
 from policies.events import Fail, Fault, Reason, Reject
-from tests.gateway.talk import online
+from policies.types import Job
+from tests.gateway.talk import offline, online
 
 JOB = online("a")
 FELL = Trouble(status=500, message="it fell over", retryable=True, blames=Blame.DECODE)
@@ -145,6 +146,7 @@ REJECTIONS = [
     (Reason.HOPELESS, Code.DEADLINE_HOPELESS),
     (Reason.EXPIRED, Code.DEADLINE_PASSED),
     (Reason.NO_WORKER, Code.NO_WORKER),
+    (Reason.NO_RELAXED, Code.NO_WORKER),
     (Reason.UNAVAILABLE, Code.WORKERS_UNAVAILABLE),
 ]
 
@@ -156,6 +158,22 @@ def test_every_rejection_has_its_code_and_a_time_to_come_back(
 ) -> None:
     error = api_error(Reject(JOB, reason, after_us), None, begun=False)
     assert (error.code, error.retry_after_s) == (code, after_s)
+
+
+@pytest.mark.parametrize(
+    ("job", "reason", "option"),
+    [
+        (offline("a"), Reason.EXPIRED, "classes.offline.window_s"),
+        (offline("a"), Reason.NO_RELAXED, 'colocation.without_relaxed is "reject"'),
+    ],
+)
+def test_a_refusal_that_an_option_is_behind_names_it(job: Job, reason: Reason, option: str) -> None:
+    assert option in api_error(Reject(job, reason), None, begun=False).message
+
+
+def test_an_online_request_that_waited_too_long_hears_nothing_of_the_offline_window() -> None:
+    error = api_error(Reject(JOB, Reason.EXPIRED), None, begun=False)
+    assert error.message == "no server was free in time"
 
 
 def test_a_prompt_that_is_too_large_is_not_asked_to_come_back() -> None:

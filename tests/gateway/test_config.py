@@ -13,16 +13,17 @@ from gateway.config import (
     WorkerEntry,
     load,
     patience_of,
-    rules_of,
     with_workers,
     workers_of,
 )
+from gateway.rulebook import rules_of
 from gateway.settings import decode
 from policies.colocation import Colocated
 from policies.order import Edf, Fcfs
 from policies.place import RoundRobin
 from policies.pools import ByLatency, Shared
 from policies.preempt import ForSlack
+from policies.standstill import Standstill
 from policies.types import Pool, Role
 
 Key = tuple[str, ...]
@@ -199,7 +200,11 @@ def test_the_rules_are_those_that_the_configuration_names() -> None:
 def test_defaults_of_the_configuration_are_those_of_the_rules() -> None:
     from_config = rules_of(Config())
     own = dataclasses.replace(
-        type(from_config)(), pools=ByLatency(lends=True), admit=Colocated(), give_way=ForSlack()
+        type(from_config)(),
+        pools=ByLatency(lends=True),
+        admit=Colocated(),
+        give_way=ForSlack(),
+        standstill=Standstill(),
     )
     assert from_config == own
     assert patience_of(Config().timeouts) == type(patience_of(Config().timeouts))()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
-from gateway.config import Config, rules_of
+from gateway.config import Config
 from gateway.core import Rules
+from gateway.rulebook import rules_of
 from policies.colocation import Colocated
 from policies.displace import ByCost
 from policies.events import (
@@ -28,9 +30,10 @@ from policies.ledger import Ledger
 from policies.order import Fcfs
 from policies.pools import ByLatency, WithoutRelaxed
 from policies.preempt import AbortRule, ForSlack, GiveWay, Stay, Victim, Victims
+from policies.retry import RetryRule
 from policies.steps import Costs
 from policies.types import Kind, Pool, Worker
-from tests.gateway.talk import SECOND, Talk, decode, load, offline, online, prefill
+from tests.gateway.talk import SECOND, Talk, broke, decode, load, offline, online, prefill
 from tests.policies.sites import COST
 
 RULES = Rules(
@@ -204,7 +207,7 @@ def test_nothing_is_lent_by_a_server_whose_steps_are_unknown() -> None:
     [
         (WithoutRelaxed.SHARE, [("go", "a", "p", "d")]),
         (WithoutRelaxed.HOLD, []),
-        (WithoutRelaxed.REJECT, [("reject", "a", "no_worker")]),
+        (WithoutRelaxed.REJECT, [("reject", "a", "no_relaxed_worker")]),
     ],
 )
 def test_without_a_relaxed_server_offline_work_does_as_it_is_told(
@@ -220,6 +223,83 @@ def test_without_a_relaxed_server_offline_work_does_as_it_is_told(
     assert talk.arrive(online("b")) == [("go", "b", "p", "d")]
     if policy is WithoutRelaxed.HOLD:
         assert talk.say(WorkerUp(relaxed())) == [("go", "a", "p", "r")]
+
+
+REFUSED = ("reject", "a", "no_relaxed_worker")
+REJECTS = replace(RULES, pools=ByLatency(lends=True, without_relaxed=WithoutRelaxed.REJECT))
+
+
+def tripped(talk: Talk) -> None:
+    for _ in range(talk.core._rules.breaker.failures):
+        talk.core.ledgers["r"].breaker.failed(talk.now_us)
+
+
+GONE: dict[str, Callable[[Talk], object]] = {
+    "it is drained": lambda talk: talk.say(WorkerDraining("r")),
+    "it is silent": lambda talk: talk.say(WorkerDown("r")),
+    "its breaker is open": tripped,
+}
+
+
+@pytest.mark.parametrize("costs", [Costs(), RULES.costs], ids=["nothing lent", "lent"])
+@pytest.mark.parametrize("way", GONE)
+def test_where_offline_work_is_to_be_refused_an_arrival_is_while_no_relaxed_server_is_in_rotation(
+    way: str, costs: Costs
+) -> None:
+    talk = Talk(fleet(), replace(REJECTS, costs=costs))
+    GONE[way](talk)
+    assert talk.arrive(offline("a")) == [REFUSED]
+    assert talk.arrive(online("b")) == [("go", "b", "p", "d")]
+    assert len(talk.core) == 1
+
+
+@pytest.mark.parametrize("online_waits", [False, True])
+@pytest.mark.parametrize("gone", [WorkerDown("r"), WorkerDraining("r"), WorkerGone("r")])
+def test_offline_work_that_waits_is_refused_when_the_last_relaxed_server_goes(
+    gone: WorkerDown | WorkerDraining | WorkerGone, *, online_waits: bool
+) -> None:
+    rules = replace(REJECTS, costs=Costs(), give_way=Stay())
+    talk = Talk([prefill(), decode("d", max_running=1), relaxed(max_running=1)], rules)
+    for job in (offline("r0"), online("o0")):
+        talk.arrive(job)
+        talk.say(PrefillDone(job.id), FirstToken(job.id))
+    assert talk.arrive(offline("a")) == []
+    if online_waits:
+        assert talk.arrive(online("o1")) == []
+    assert talk.say(gone) == [REFUSED]
+    assert talk.say(Finished("o0", 1)) == ([("go", "o1", "p", "d")] if online_waits else [])
+
+
+def test_offline_work_whose_last_relaxed_server_fails_three_times_is_refused() -> None:
+    rules = replace(REJECTS, costs=Costs(), retry=RetryRule(backoff_us=0))
+    talk = Talk([prefill(), decode("d"), relaxed(max_running=1)], rules)
+    talk.arrive(offline("a"), offline("b"))
+    said = [talk.say(broke("a", "r")) for _ in range(3)]
+    assert [("reject", name, "no_relaxed_worker") for name in "ab"] == sorted(said[-1])
+    assert len(talk.core) == 0
+
+
+def test_offline_work_waits_for_relaxed_servers_that_are_full() -> None:
+    rules = replace(REJECTS, costs=Costs())
+    talk = Talk([prefill(), decode("d"), relaxed(max_running=1)], rules)
+    assert talk.arrive(offline("b"), offline("a")) == [("go", "a", "p", "r")]
+    talk.say(PrefillDone("a"), FirstToken("a"))
+    assert talk.say(Finished("a", 1)) == [("go", "b", "p", "r")]
+
+
+def test_of_two_relaxed_servers_one_is_enough_and_one_that_is_back_is_used() -> None:
+    talk = Talk([*fleet(), relaxed("r2")], replace(REJECTS, costs=Costs()))
+    assert talk.say(WorkerDown("r")) == []
+    assert talk.arrive(offline("b")) == [("go", "b", "p", "r2")]
+    talk.say(PrefillDone("b"), FirstToken("b"), WorkerDown("r2"))
+    assert talk.arrive(offline("a")) == [REFUSED]
+    talk.say(WorkerUp(relaxed()))
+    assert talk.arrive(offline("c")) == [("go", "c", "p", "r")]
+
+
+def test_what_no_server_could_do_is_not_put_down_to_the_relaxed_ones() -> None:
+    talk = Talk([decode("d")], REJECTS)
+    assert talk.arrive(offline("a")) == [("reject", "a", "no_worker")]
 
 
 @pytest.mark.parametrize("gone", [WorkerDown("r"), WorkerDraining("r")])
@@ -314,4 +394,12 @@ def test_the_accounts_say_what_it_cost() -> None:
     accounts = talk.core.accounts
     assert accounts.preemptions == {(Kind.OFFLINE, "d", Reason.ONLINE_DECODE): 1}
     assert accounts.lost_tokens == {Kind.OFFLINE: 2}
-    assert accounts.recomputed_tokens == {Kind.OFFLINE: 103}
+    assert accounts.resent_tokens == {Kind.OFFLINE: 103}
+
+
+def test_a_prompt_that_was_taken_off_before_it_was_computed_is_in_the_accounts() -> None:
+    talk = Talk(fleet(), RULES)
+    talk.arrive(offline("a", LONG))
+    assert talk.arrive(online("b")) == [("preempt", "a", "online_prefill")]
+    talk.say(Preempted("a"))
+    assert talk.core.accounts.resent_tokens == {Kind.OFFLINE: LONG}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from hypothesis import given, settings
@@ -26,6 +27,7 @@ from policies.displace import ByCost, Cheapest, Never, Slices
 from policies.events import (
     Arrived,
     Cancel,
+    Continue,
     Decision,
     Dispatch,
     Event,
@@ -38,6 +40,7 @@ from policies.events import (
     Left,
     LoadReport,
     PartDone,
+    Pause,
     Preempt,
     Preempted,
     PrefillDone,
@@ -55,13 +58,16 @@ from policies.events import (
     WorkerUp,
 )
 from policies.gather import ByLength
+from policies.hold import ForSlack as HoldForSlack
+from policies.ledger import Ledger
 from policies.order import Edf, Fcfs
 from policies.pools import ByLatency, Shared, WithoutRelaxed
 from policies.preempt import AbortRule, ForSlack
 from policies.retry import RetryRule
 from policies.salvage import Salvage
+from policies.standstill import Standstill
 from policies.steps import Costs
-from policies.types import Kind, Pool, Resume, Role
+from policies.types import Job, Kind, Pool, Resume, Role
 from tests.gateway.talk import load, offline, online, server
 from tests.policies.sites import COST
 
@@ -102,15 +108,20 @@ COLOCATED = Rules(
 RULES += [
     COLOCATED,
     replace(RULES[2], gather=ByLength(cap_tokens=300)),
+    replace(RULES[2], hold=HoldForSlack(answer_tokens=50), costs=Costs(default=COST)),
+    replace(RULES[7], hold=HoldForSlack(answer_tokens=50), costs=Costs(default=COST)),
+    replace(COLOCATED, hold=HoldForSlack(answer_tokens=50)),
     replace(COLOCATED, gather=ByLength(wait_share=1.0)),
+    replace(COLOCATED, standstill=Standstill(tpot_us=9_000)),
     replace(COLOCATED, costs=Costs(), give_way=ForSlack(by_bottleneck=True, pulls=True)),
     replace(COLOCATED, pools=ByLatency(lends=True, without_relaxed=WithoutRelaxed.HOLD)),
+    replace(COLOCATED, pools=ByLatency(lends=True, without_relaxed=WithoutRelaxed.REJECT)),
 ]
 WORKERS = {
     "p1": server("p1", Role.PREFILL),
     "p2": server("p2", Role.PREFILL, chunk_tokens=100, pool=Pool.RELAXED),
-    "d1": server("d1", Role.DECODE, kv_tokens=1500, model="x"),
-    "d2": server("d2", Role.DECODE, kv_tokens=700, max_running=2, pool=Pool.RELAXED),
+    "d1": server("d1", Role.DECODE, kv_tokens=1500, model="x", host="gpu"),
+    "d2": server("d2", Role.DECODE, kv_tokens=700, max_running=2, pool=Pool.RELAXED, host="gpu"),
     "u1": server("u1", Role.UNIFIED, kv_tokens=900, model="y"),
 }
 FLEETS = [("d2", "p1"), ("d1", "d2", "p2"), ("u1",), ("d2", "p1", "u1"), tuple(sorted(WORKERS))]
@@ -133,6 +144,10 @@ class Attempt:
         self.preempted = False
 
 
+def is_free_for(job: Job, now_us: int, ledger: Ledger) -> bool:
+    return ledger.is_empty and ledger.takes(job, now_us)
+
+
 def alone(attempts: list[Attempt]) -> int:
     """The one job that an empty server takes over its watermark, with nothing beside it."""
     return max(ADMIT.reserved(it.job) for it in attempts)
@@ -148,6 +163,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.running: dict[str, Attempt] = {}
         self.known: set[str] = set()
         self.ended: dict[str, Decision | Finished | str] = {}
+        self.standing: set[str] = set()
 
     @initialize(rules=st.sampled_from(RULES), fleet=st.sampled_from(FLEETS))
     def begin(self, rules: Rules, fleet: tuple[str, ...]) -> None:
@@ -283,6 +299,9 @@ class CoreMachine(RuleBasedStateMachine):
             return
         if isinstance(decision, SwitchRole | Release | SwitchOver):
             raise AssertionError("nobody asked for a switch")
+        if isinstance(decision, Pause | Continue):
+            self.stand(decision)
+            return
         name = decision.job.id
         assert name in self.known
         assert name not in self.ended, "a job that has ended is never mentioned again"
@@ -303,6 +322,14 @@ class CoreMachine(RuleBasedStateMachine):
                 self.ended[name] = decision
             case Fail():
                 self.ended[name] = decision
+
+    def stand(self, decision: Pause | Continue) -> None:
+        if isinstance(decision, Continue):
+            self.standing.discard(decision.worker)
+            return
+        assert decision.worker not in self.standing, "nobody is paused twice"
+        assert WORKERS[decision.worker].pool is Pool.RELAXED
+        self.standing.add(decision.worker)
 
     def end(self, attempt: Attempt) -> None:
         del self.running[attempt.job.id]
@@ -404,7 +431,7 @@ class CoreMachine(RuleBasedStateMachine):
             if first is not None and not self._has_a_reason(self.core._tickets[first]):
                 job = self.core._tickets[first].job
                 free = self.core._lanes.candidates(lane, kind, self.now_us).only(
-                    lambda e: e.is_empty and e.usable(self.now_us)
+                    partial(is_free_for, job, self.now_us)
                 )
                 assert not fits_ever(job, free, ADMIT), (job, free)
 
@@ -433,6 +460,7 @@ class CoreMachine(RuleBasedStateMachine):
                 self.ring()
             else:
                 break
+        assert self.standing == set()
         assert self.ended.keys() == self.known
         assert len(self.core) == 0
         for ledger in self.core.ledgers.values():

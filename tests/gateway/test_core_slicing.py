@@ -22,6 +22,9 @@ from policies.events import (
     PrefillDone,
     Reason,
     Recall,
+    Reject,
+    Wakeup,
+    WorkerDown,
 )
 from policies.order import Shortest
 from policies.types import Job, Worker
@@ -150,6 +153,19 @@ def test_a_part_is_no_attempt() -> None:
         (1, Reason.LEAST_WORK),
         (1, Reason.NEXT_PART),
     ]
+
+
+def test_a_prompt_that_is_computed_part_by_part_is_not_refused_for_how_long_that_takes() -> None:
+    talk = Parts(*PAIR)
+    assert talk.sent(Arrived(job("a", 60_000, give_up_us=3 * SECOND)))
+    for seconds in (4, 7, 10):
+        assert talk.sent(PrefillDone("a"), PartDone("a"), at_us=seconds * SECOND)
+    assert talk.sent(WorkerDown("p"), PartDone("a"), at_us=11 * SECOND) == []
+    refused = [
+        [it.reason for it in talk.core.handle([Wakeup()], at_us) if isinstance(it, Reject)]
+        for at_us in (13 * SECOND - 1, 13 * SECOND)
+    ]
+    assert refused == [[], [Reason.EXPIRED]], "its patience of 2 s begins with each part"
 
 
 def test_a_client_that_leaves_within_a_part_is_gone() -> None:

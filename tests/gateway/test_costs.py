@@ -7,7 +7,8 @@ import pytest
 
 from backends.constants_file import dump_constants
 from backends.counters import counters_of
-from gateway.config import load, rules_of
+from gateway.config import load
+from gateway.rulebook import rules_of
 from gateway.settings import ConfigError
 from policies.known_models import KNOWN_CONFIGS
 from policies.roofline import CostModel

@@ -10,6 +10,7 @@ from gateway.driver import Driver
 from policies.clock import VirtualClock
 from policies.events import (
     Arrived,
+    Continue,
     Decision,
     Dispatch,
     Fail,
@@ -18,6 +19,7 @@ from policies.events import (
     Freed,
     Left,
     Outcome,
+    Pause,
     Preempt,
     Preempted,
     Recall,
@@ -53,6 +55,12 @@ class Scripted:
         self.told.append(("stop", job.id))
         if self.post is not None:
             self.post(Freed(job.id))
+
+    def pause(self, decision: Pause) -> None:
+        self.told.append(("pause", decision.worker))
+
+    def go_on(self, decision: Continue) -> None:
+        self.told.append(("go_on", decision.worker))
 
     def refuse(self, decision: Reject | Fail) -> None:
         self.told.append(("refuse", decision.job.id))

@@ -209,6 +209,24 @@ async def test_an_online_request_takes_the_seat_of_an_offline_one_that_never_not
         assert site.lines[-1]["preemptions"] == 1
 
 
+@pytest.mark.parametrize("given", [{}, {"rid": "mine"}], ids=["no rid", "a rid"])
+async def test_the_line_of_a_preemption_names_the_request_as_its_last_line_does(
+    given: dict[str, str],
+) -> None:
+    named = OFFLINE | {"x-request-id": "req-1"}
+    async with standing(PAIR) as site:
+        with capture_logs() as told:
+            async with site.meanwhile(
+                site.ask("/generate", generate(50, **given), named)
+            ) as asking:
+                await site.until("it decodes", lambda: site.fleet["d1"].engine.machine.batch)
+                recall_all(site)
+                await asking
+    (line,) = [one for one in told if one["event"] == "preempted"]
+    assert line["request_id"] == site.lines[-1]["request_id"] == "req-1"
+    assert line.get("rid") == given.get("rid")
+
+
 async def test_each_preemption_leaves_a_line_a_count_and_a_header() -> None:
     async with standing(ONE_SEAT) as site:
         with capture_logs() as told:

@@ -95,3 +95,10 @@ def test_a_place_that_cannot_be_is_named(tmp_path: Path) -> None:
         shelf_at(str(tmp_path / "file"))
     with pytest.raises(StorageUnavailable, match="nosuchsystem"):
         shelf_at("nosuchsystem://bucket")
+
+
+async def test_only_the_gateways_user_may_read_prompts_and_answers(tmp_path: Path) -> None:
+    blobs = Blobs(Folder(tmp_path))
+    await kept(blobs, "mine", b"x")
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o600
+    blobs.close()
