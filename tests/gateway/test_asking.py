@@ -52,7 +52,7 @@ def test_without_keys_everybody_may_call() -> None:
     ],
 )
 def test_a_key_says_whose_request_it_is(headers: dict[str, str]) -> None:
-    assert Keyring(KEYS).caller(headers) == Caller("night", Kind.OFFLINE)
+    assert Keyring(KEYS).caller(headers) == Caller("night", Kind.OFFLINE, KEYS[1])
 
 
 @pytest.mark.parametrize(
