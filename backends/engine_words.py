@@ -32,10 +32,11 @@ class Heard:
     """Where each of them publishes its steps."""
 
 
-def states_of(info: Mapping[str, Any]) -> Heard | None:
-    """None where no plug-in is loaded, or not in all ranks."""
-    ranks = info.get("internal_states")
-    found = [rank.get(STATE) for rank in ranks if isinstance(rank, dict)] if ranks else []
+def states_of(info: object) -> Heard | None:
+    """None where no plug-in is loaded, or not in all ranks; whatever else it is, is none either."""
+    ranks = info.get("internal_states") if isinstance(info, dict) else None
+    ranks = ranks if isinstance(ranks, list) else []
+    found = [rank.get(STATE) for rank in ranks if isinstance(rank, dict)]
     states = [state for state in found if isinstance(state, dict)]
     if not states or len(states) < len(found):
         return None
@@ -53,15 +54,20 @@ def states_of(info: Mapping[str, Any]) -> Heard | None:
 
 
 def _why_off(state: Mapping[str, Any], feature: Feature) -> str:
-    told = state.get("features", {}).get(feature.value)
+    told = _features(state).get(feature.value)
     if not isinstance(told, dict):
         return "it is not known there"
     return "" if told.get("on") is True else str(told.get("why_off") or "it is off")
 
 
 def _faults(state: Mapping[str, Any]) -> int:
-    features = state.get("features", {}).values()
+    features = [told for told in _features(state).values() if isinstance(told, dict)]
     return sum(told["faults"] for told in features if type(told.get("faults")) is int)
+
+
+def _features(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    told = state.get("features")
+    return told if isinstance(told, dict) else {}
 
 
 def setting(**values: float) -> bytes:

@@ -122,11 +122,15 @@ class EngineLink:
             log.info("engine plug-in", worker=name, uses=sorted(features), off=dict(heard.why_off))
 
     async def _keep(self, server: Server, heard: Heard, features: frozenset[str]) -> None:
-        async with asyncio.TaskGroup() as group:
-            if Feature.REPORTS in features:
-                group.create_task(self._listen(server.name, heard.reports))
-            await self._renew(server, features)
-            raise asyncio.CancelledError  # the next introduction begins anew
+        try:
+            async with asyncio.TaskGroup() as group:
+                if Feature.REPORTS in features:
+                    group.create_task(self._listen(server.name, heard.reports))
+                await self._renew(server, features)
+                raise asyncio.CancelledError  # the next introduction begins anew
+        except Exception as error:  # noqa: BLE001  # the task's edge: one odd server ends no other
+            log.warning("engine plug-in is lost", worker=server.name, error=repr(error))
+            server.is_known = False
 
     async def _renew(self, server: Server, features: frozenset[str]) -> None:
         """Until the engine is not what it was: then the prober asks it anew."""
@@ -148,7 +152,11 @@ class EngineLink:
             socket.setsockopt(zmq.RCVHWM, _HIGH_WATER)
             socket.setsockopt(zmq.LINGER, 0)
             for endpoint in endpoints:
-                socket.connect(endpoint)
+                try:
+                    socket.connect(endpoint)
+                except zmq.ZMQError as error:
+                    why = f"{endpoint}: {error}"
+                    log.warning("engine's reports are not heard", worker=name, error=why)
             socket.subscribe(TOPIC)
             while True:
                 frames = await socket.recv_multipart()

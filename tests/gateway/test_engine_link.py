@@ -135,6 +135,48 @@ async def test_a_feature_that_shuts_itself_off_has_its_server_asked_anew() -> No
         assert await site.met() == ["prefill"]
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [],
+        {"internal_states": {"slackwater": 1}},
+        {"internal_states": [{"slackwater": {"features": ["decode"]}}]},
+        {"internal_states": [{"slackwater": {"features": {"decode": 1}}}]},
+    ],
+)
+async def test_a_server_that_says_odd_things_has_its_plug_in_lost_and_nothing_else(
+    odd: Any,
+) -> None:
+    async with standing() as site:
+        await site.met()
+        site.engine.info = odd
+        await asyncio.sleep(11)
+        assert not site.server.is_known
+        assert await site.met() == []
+
+
+async def test_reports_from_nowhere_are_not_heard_and_the_lease_is_renewed() -> None:
+    async with standing() as site:
+        site.engine.info = state(reports=ON)
+        site.engine.info["internal_states"][0]["slackwater"]["reports"] = "nowhere"
+        assert "reports" in await site.met()
+        await asyncio.sleep(25)
+        assert len(site.engine.pushed) == 3
+
+
+async def test_what_goes_wrong_with_one_engine_ends_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(_info: object) -> None:
+        raise RuntimeError
+
+    async with standing() as site:
+        await site.met()
+        monkeypatch.setattr("gateway.engine_link.states_of", fails)
+        await asyncio.sleep(11)
+        assert not site.server.is_known
+
+
 async def test_a_server_that_is_taken_off_the_list_is_told_nothing_more() -> None:
     async with standing() as site:
         await site.met()
