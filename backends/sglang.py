@@ -85,6 +85,8 @@ class Server:
     is_met: bool = False
     is_known: bool = False
     """It has said what it is; else the next probe asks it."""
+    is_doubted: bool = False
+    """Only its plug-in may be another one: it serves whether or not it can be asked of it."""
     described: tuple[Worker, str] | None = None
     """What an operator said of it, its key included, before it was asked itself."""
     chat: ChatRoute | None = None

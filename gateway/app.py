@@ -259,7 +259,8 @@ class Gateway:
         if (config.plugin, tpot_us) != (self.link.settings, self.link.tpot_us):
             self.link.settings, self.link.tpot_us = config.plugin, tpot_us
             for server in self.backend.servers():
-                server.is_known = server.is_known and server.name not in self.link.heard
+                if server.is_known and server.name in self.link.heard:
+                    server.is_known, server.is_doubted = False, True
 
     def _tell_actuator(self, config: Config) -> None:
         if isinstance(turn := self._actuator.turn, SglangTurn):

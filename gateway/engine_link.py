@@ -72,12 +72,10 @@ class EngineLink:
 
     async def _push(self, server: Server, heard: Heard) -> frozenset[str]:
         """What was taken on; nothing where the server does not take settings from us."""
-        settings = self.settings
-        selects = settings.decode != OFF and Feature.DECODE in heard.features
-        displaces = settings.displace and Feature.PREFILL in heard.features
+        settings, wanted = self.settings, self._wanted(heard)
         values: dict[str, float] = {
-            "mode": _NUMBERS[settings.decode] if selects else 0,
-            "displace": int(displaces),
+            "mode": _NUMBERS[settings.decode] if Feature.DECODE in wanted else 0,
+            "displace": int(Feature.PREFILL in wanted),
             "tpot_us": self.tpot_us,
             "hold_steps": settings.hold_steps,
             "most_parked_us": settings.most_parked_ms * 1e3,
@@ -97,10 +95,16 @@ class EngineLink:
             return frozenset()
         if answer.status != 200 or not isinstance(taken, list) or not all(taken):
             return frozenset()
-        own = {Feature.DECODE: selects, Feature.PREFILL: displaces}
-        reports = settings.reports and Feature.REPORTS in heard.features
-        on = {feature.value for feature, is_on in own.items() if is_on}
-        return frozenset(on | ({Feature.REPORTS.value} if reports else set()))
+        return wanted
+
+    def _wanted(self, heard: Heard) -> frozenset[str]:
+        settings = self.settings
+        wants = {
+            Feature.DECODE.value: settings.decode != OFF,
+            Feature.PREFILL.value: settings.displace,
+            Feature.REPORTS.value: settings.reports,
+        }
+        return frozenset(name for name, is_on in wants.items() if is_on and name in heard.features)
 
     def _line(self, name: str) -> dict[str, float]:
         """The cost model's word on steps; without one the engine fits its own."""
@@ -130,21 +134,37 @@ class EngineLink:
                 raise asyncio.CancelledError  # the next introduction begins anew
         except Exception as error:  # noqa: BLE001  # the task's edge: one odd server ends no other
             log.warning("engine plug-in is lost", worker=server.name, error=repr(error))
-            server.is_known = False
+            _doubt(server)
 
     async def _renew(self, server: Server, features: frozenset[str]) -> None:
-        """Until the engine is not what it was: then the prober asks it anew."""
+        """Until the engine is not what it was, or has not said so for as long as a lease goes."""
+        lease_s = self.settings.lease_s
+        over_s = self._clock.time() + lease_s
         while True:
-            await pause(self._clock, self.settings.lease_s / 3)
-            try:
-                answer = await fetch(server.upstream, b"GET", b"/server_info", timeout_s=ASK_S)
-                heard = states_of(orjson.loads(answer.body)) if answer.status == 200 else None
-            except (HttpError, orjson.JSONDecodeError):
-                heard = None
-            if heard is None or await self._push(server, heard) != features:
-                server.is_known = False
+            await pause(self._clock, lease_s / 3)
+            stands = await self._stands(server, features)
+            if stands:
+                over_s = self._clock.time() + lease_s
+            elif stands is False or self._clock.time() >= over_s:
+                _doubt(server)
                 return
-            self.heard[server.name] = heard
+
+    async def _stands(self, server: Server, features: frozenset[str]) -> bool | None:
+        """Whether the engine is what it was; None where it has not said."""
+        try:
+            answer = await fetch(server.upstream, b"GET", b"/server_info", timeout_s=ASK_S)
+            told = orjson.loads(answer.body)
+        except (HttpError, orjson.JSONDecodeError):
+            return None
+        if answer.status != 200:
+            return None
+        if (heard := states_of(told)) is None:
+            return False
+        taken = await self._push(server, heard)
+        if taken != features:
+            return False if taken or self._wanted(heard) != features else None
+        self.heard[server.name] = heard
+        return True
 
     async def _listen(self, name: str, endpoints: tuple[str, ...]) -> None:
         context = zmq.asyncio.Context.instance()
@@ -162,3 +182,8 @@ class EngineLink:
                 frames = await socket.recv_multipart()
                 if len(frames) == 3 and (steps := tuple(steps_of(frames[2]))):
                     self._post(StepsSeen(name, steps))
+
+
+def _doubt(server: Server) -> None:
+    """The prober asks it anew; it is in use meanwhile."""
+    server.is_known, server.is_doubted = False, True

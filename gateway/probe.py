@@ -14,6 +14,7 @@ from backends.base import Post
 from backends.chat import route_of
 from backends.counters import counters_of
 from backends.fetch import fetch
+from backends.http import HttpError
 from backends.pause import pause
 from backends.sglang import BOOTSTRAP_PORT, Server, Sglang
 from gateway.config import Telemetry
@@ -75,13 +76,13 @@ class Prober:
             try:
                 worker = None
                 if not server.is_known:
-                    worker = await self._introduce(server, configured)
+                    worker = await self._introduced(server, configured)
                 known_as = server.worker
                 # Only whoever tells its load, or has no such page, is up.
                 ranks = await self._ranks(server)
                 load = load_of(ranks, round(self._clock.time() * 1e6)) if ranks else None
                 if worker is not None:
-                    server.is_known = True
+                    server.is_known, server.is_doubted = True, False
                     self._post(WorkerUp(worker))
                     log.info("worker up", worker=worker.name, role=worker.role.value)
                 if load is not None:
@@ -94,13 +95,22 @@ class Prober:
                 failures += 1
                 if not down and failures >= self.settings.failures:
                     # Of a server watched anew the core may still think that it is up.
-                    server.is_known, down = False, True
+                    server.is_known, server.is_doubted, down = False, False, True
                     self._post(WorkerDown(server.name))
                     log.warning("worker down", worker=server.name, error=str(error))
                 elif failures == 1:
                     log.warning("probe failed", worker=server.name, error=str(error))
             looked.set()
             await pause(self._clock, self.settings.poll_ms / 1000)
+
+    async def _introduced(self, server: Server, configured: Worker) -> Worker | None:
+        """None where only its plug-in is in doubt and it is too busy to say: its load decides."""
+        try:
+            return await self._introduce(server, configured)
+        except (HttpError, ValueError):
+            if server.is_doubted:
+                return None
+            raise
 
     async def _introduce(self, server: Server, configured: Worker) -> Worker:
         """The server's own word on its role and size; what the operator wrote goes first."""

@@ -177,6 +177,25 @@ async def test_what_goes_wrong_with_one_engine_ends_nothing_else(
         assert not site.server.is_known
 
 
+async def test_a_renewal_that_fails_once_is_made_up_for() -> None:
+    async with standing() as site:
+        await site.met()
+        site.engine.status = 503
+        await asyncio.sleep(22)
+        site.engine.status = 200
+        await asyncio.sleep(60)
+        assert site.server.is_known
+
+
+async def test_an_engine_that_is_silent_for_the_time_of_a_lease_is_asked_anew() -> None:
+    async with standing() as site:
+        await site.met()
+        site.engine.status = 503
+        await asyncio.sleep(31)
+        assert not site.server.is_known
+        assert site.server.is_doubted
+
+
 async def test_a_server_that_is_taken_off_the_list_is_told_nothing_more() -> None:
     async with standing() as site:
         await site.met()

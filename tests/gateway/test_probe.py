@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from backends.http import Upstream
-from backends.sglang import Patience, Sglang
+from backends.sglang import Patience, Server, Sglang
 from gateway.config import Telemetry
 from gateway.probe import Prober, learnt, load_of
 from policies.events import Event, LoadReport, WorkerDown, WorkerUp
@@ -74,9 +74,10 @@ class Pages:
 class Watched:
     """One server under watch, and what the core was told of it."""
 
-    def __init__(self, pages: Pages, told: list[Event]) -> None:
+    def __init__(self, pages: Pages, told: list[Event], server: Server) -> None:
         self.pages = pages
         self.told = told
+        self.server = server
 
     def of(self, kind: type[Event]) -> list[Any]:
         return [event for event in self.told if isinstance(event, kind)]
@@ -104,9 +105,10 @@ async def watched(pages: Pages, role: Role = Role.DECODE) -> AsyncIterator[Watch
     )
     prober = Prober(backend, told.append, loop, SETTINGS, stock)
     async with asyncio.TaskGroup() as tasks:
-        looked = prober.watch(backend.add(worker), worker, tasks)
+        server = backend.add(worker)
+        looked = prober.watch(server, worker, tasks)
         await looked.wait()
-        yield Watched(pages, told)
+        yield Watched(pages, told, server)
         prober.close()
         backend.close()
     await runner.cleanup()
@@ -151,6 +153,19 @@ async def test_a_server_that_is_down_is_told_of_once_and_asked_on() -> None:
         await asyncio.sleep(20)
         assert len(watch.of(WorkerDown)) == 1
         assert len(watch.pages.asked) > 15
+
+
+async def test_a_server_too_busy_to_say_what_its_plug_in_is_stays_up() -> None:
+    pages = Pages()
+    async with watched(pages) as site:
+        pages.answers["/server_info"] = None
+        site.server.is_known, site.server.is_doubted = False, True
+        await asyncio.sleep(5.2)
+        assert site.of(WorkerDown) == []
+        pages.answers["/server_info"] = INFO
+        await asyncio.sleep(1.2)
+        assert site.server.is_known
+        assert not site.server.is_doubted
 
 
 async def test_a_server_that_comes_back_introduces_itself_anew() -> None:
