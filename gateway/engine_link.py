@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import orjson
 import structlog
@@ -26,12 +27,14 @@ from gateway.core import Core
 from gateway.plugin_settings import OFF, PluginSettings
 from policies.clock import Clock
 from policies.events import StepsSeen
+from policies.types import Worker
 
 log = structlog.get_logger("slackwater.worker")
 
 ASK_S = 5.0
 _NUMBERS = {name: number for number, name in MODES.items()}
 _HIGH_WATER = 1_000
+_ALL_ADDRESSES = frozenset({"0.0.0.0", "[::]", "::", "*"})
 
 
 class EngineLink:
@@ -129,7 +132,7 @@ class EngineLink:
         try:
             async with asyncio.TaskGroup() as group:
                 if Feature.REPORTS in features:
-                    group.create_task(self._listen(server.name, heard.reports))
+                    group.create_task(self._listen(server.worker, heard.reports))
                 await self._renew(server, features)
                 raise asyncio.CancelledError  # the next introduction begins anew
         except Exception as error:  # noqa: BLE001  # the task's edge: one odd server ends no other
@@ -166,13 +169,16 @@ class EngineLink:
         self.heard[server.name] = heard
         return True
 
-    async def _listen(self, name: str, endpoints: tuple[str, ...]) -> None:
+    async def _listen(self, worker: Worker, endpoints: tuple[str, ...]) -> None:
+        name = worker.name
         context = zmq.asyncio.Context.instance()
         with context.socket(zmq.SUB) as socket:
             socket.setsockopt(zmq.RCVHWM, _HIGH_WATER)
             socket.setsockopt(zmq.LINGER, 0)
-            for endpoint in endpoints:
+            for told in endpoints:
+                endpoint = reachable(told, worker.url)
                 try:
+                    socket.setsockopt(zmq.IPV6, int("[" in endpoint))
                     socket.connect(endpoint)
                 except zmq.ZMQError as error:
                     why = f"{endpoint}: {error}"
@@ -182,6 +188,16 @@ class EngineLink:
                 frames = await socket.recv_multipart()
                 if len(frames) == 3 and (steps := tuple(steps_of(frames[2]))):
                     self._post(StepsSeen(name, steps))
+
+
+def reachable(endpoint: str, url: str) -> str:
+    """An engine that listens on all of its addresses does not know by which one we reach it."""
+    scheme, _, address = endpoint.partition("://")
+    told, _, port = address.rpartition(":")
+    if scheme != "tcp" or told not in _ALL_ADDRESSES:
+        return endpoint
+    host = urlsplit(url).hostname or ""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def _doubt(server: Server) -> None:

@@ -15,7 +15,7 @@ from aiohttp import web
 from backends.http import Upstream
 from backends.sglang import Server
 from gateway.core import Core
-from gateway.engine_link import EngineLink
+from gateway.engine_link import EngineLink, reachable
 from gateway.facts import Facts
 from gateway.plugin_settings import PluginSettings
 from gateway.rules import Rules
@@ -162,6 +162,22 @@ async def test_reports_from_nowhere_are_not_heard_and_the_lease_is_renewed() -> 
         assert "reports" in await site.met()
         await asyncio.sleep(25)
         assert len(site.engine.pushed) == 3
+
+
+@pytest.mark.parametrize(
+    ("told", "url", "endpoint"),
+    [
+        ("tcp://0.0.0.0:7001", "http://10.0.0.3:30000", "tcp://10.0.0.3:7001"),
+        ("tcp://[::]:7001", "http://[fd00::3]:30000", "tcp://[fd00::3]:7001"),
+        ("tcp://*:7001", "http://node-3:30000", "tcp://node-3:7001"),
+        ("tcp://10.1.0.3:7001", "http://10.0.0.3:30000", "tcp://10.1.0.3:7001"),
+        ("ipc:///run/steps", "http://127.0.0.1:30000", "ipc:///run/steps"),
+    ],
+)
+def test_an_engine_on_all_of_its_addresses_is_heard_where_it_serves(
+    told: str, url: str, endpoint: str
+) -> None:
+    assert reachable(told, url) == endpoint
 
 
 async def test_what_goes_wrong_with_one_engine_ends_nothing_else(
