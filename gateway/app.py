@@ -99,7 +99,7 @@ class Gateway:
         )
         self.link.settings = config.plugin
         self.prober = Prober(self.backend, self._post, clock, config.telemetry, self.link.meet)
-        self.roll = Roll(self.backend, self.prober, self._post, tasks)
+        self.roll = Roll(self.backend, self.prober, self._post, tasks, self.link.forget)
         around = Surroundings(
             backend=self.backend, clock=clock, rng=rng, tasks=tasks, roll=self.roll, fleet=fleet
         )
@@ -171,6 +171,7 @@ class Gateway:
             self.metrics,
             self._passing,
             self._tasks,
+            self.link.forget,
         )
 
     def _say_what_predicts(self) -> None:

@@ -54,7 +54,7 @@ class EngineLink:
     async def meet(self, server: Server, info: Mapping[str, Any]) -> frozenset[str]:
         """What this engine does from now on; called whenever the server introduces itself."""
         name, heard = server.name, states_of(info)
-        self.forget(name)
+        self._end(name)
         if heard is None:
             return frozenset()
         self.heard[name] = heard
@@ -65,6 +65,11 @@ class EngineLink:
         return features
 
     def forget(self, name: str) -> None:
+        """Whoever comes under its name is met as somebody new."""
+        self._said.pop(name, None)
+        self._end(name)
+
+    def _end(self, name: str) -> None:
         self.heard.pop(name, None)
         if (task := self._links.pop(name, None)) is not None:
             task.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
 
@@ -44,6 +45,7 @@ class Pages:
         metrics: Metrics,
         passing: Passing,
         tasks: asyncio.TaskGroup,
+        forget: Callable[[str], None],
     ) -> None:
         self._front = front
         self._driver = driver
@@ -52,6 +54,7 @@ class Pages:
         self._metrics = metrics
         self._passing = passing
         self._tasks = tasks
+        self._forget = forget
         self._admin_key = config.server.admin_key
         self._host = config.server.host
 
@@ -179,6 +182,7 @@ class Pages:
         """Running requests end there as they would have; nothing new goes."""
         name = self._named(request.path)
         self._prober.forget(name)
+        self._forget(name)
         self._driver.post(WorkerGone(name))
         self._backend.remove(name)
         return _json({"status": "removed", "worker_id": name}, 202)

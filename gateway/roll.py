@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import structlog
 
@@ -19,12 +20,18 @@ class Roll:
     """A reload leaves those alone that came here; what the configuration names stays its own."""
 
     def __init__(
-        self, backend: Sglang, prober: Prober, post: Post, tasks: asyncio.TaskGroup
+        self,
+        backend: Sglang,
+        prober: Prober,
+        post: Post,
+        tasks: asyncio.TaskGroup,
+        forget: Callable[[str], None],
     ) -> None:
         self._backend = backend
         self._prober = prober
         self._post = post
         self._tasks = tasks
+        self._forget = forget
 
     def come(self, worker: Worker, api_key: str = "") -> None:
         known = self._known(worker.name)
@@ -42,6 +49,7 @@ class Roll:
             return
         log.info("worker leaves", worker=name)
         self._prober.forget(name)
+        self._forget(name)
         self._post(WorkerGone(name))
         self._backend.remove(name)
 

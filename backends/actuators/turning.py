@@ -159,7 +159,8 @@ class Turning:
         role: Role | None = server.worker.role
         if (successor := self._server(turned.successor)) is not None:
             role = await self.role_of(successor)
-        self._roll.leave(server.name)
+        if turned.successor != server.name:  # else the one of that name is another one by now
+            self._roll.leave(server.name)
         return RoleSwitched(server.name, role, turned.why, turned.by_another)
 
     async def _has_others(self, server: Server) -> bool:

@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from aiohttp import web
@@ -18,6 +18,7 @@ from gateway.core import Core
 from gateway.engine_link import EngineLink, reachable
 from gateway.facts import Facts
 from gateway.plugin_settings import PluginSettings
+from gateway.roll import Roll
 from gateway.rules import Rules
 from gateway.suitability import Level, of_server
 from policies.events import Event
@@ -244,3 +245,27 @@ def test_check_says_what_a_server_has_of_it_and_why_not_the_rest() -> None:
         (Level.WARNING, "the plug-in's prefill is off: 3 faults"),
         (Level.WARNING, "the plug-in's reports is off: it is off"),
     ]
+
+
+class Known:
+    """A list of one server; the same object stands for whoever asks it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def servers(self) -> list[Server]:
+        return [self.server]
+
+    def forget(self, _name: str) -> None: ...
+
+    remove = forget
+
+
+async def test_a_server_that_an_actuator_takes_off_the_list_is_told_nothing_more() -> None:
+    async with standing() as site:
+        await site.met()
+        known, tasks = cast("Any", Known(site.server)), cast("Any", None)
+        Roll(known, known, lambda _event: None, tasks, site.link.forget).leave("w")
+        await asyncio.sleep(60)
+        assert len(site.engine.pushed) == 1
+        assert site.link.heard == {}

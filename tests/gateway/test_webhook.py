@@ -36,6 +36,7 @@ class Receiver:
     stays: bool = False
     does: bool = True
     replaced_by: str = ""
+    keeps_name: bool = False
     questions: list[dict[str, Any]] = field(default_factory=list)
     heads: list[dict[str, str]] = field(default_factory=list)
     unsigned: int = 0
@@ -63,7 +64,8 @@ class Receiver:
             return 202, {"status": "pending"}
         if self.replaced_by and self.fleet is not None:
             server = self.fleet[self.replaced_by]
-            worker = {"name": server.name, "url": server.url}
+            name = question["worker"]["name"] if self.keeps_name else server.name
+            worker = {"name": name, "url": server.url}
             worker["bootstrap_port"] = server.bootstrap_port  # type: ignore[assignment]  # JSON
             return 200, {"status": "done", "worker": worker}
         return 200, {"status": "done"}
@@ -188,5 +190,14 @@ async def test_another_server_may_come_in_its_place() -> None:
         assert await switched(site, "d2", Role.PREFILL) == [("done", "")]
         await site.until("x1 serves", lambda: "x1" in usable(site))
         assert roles(site) == {"p1": "prefill", "p2": "prefill", "d1": "decode", "x1": "prefill"}
+        told = await answers(site, 12, 30, 0.01)
+        assert all(whole(it, 30) for it in told)
+
+
+async def test_another_server_may_come_under_the_same_name() -> None:
+    async with received(Receiver(replaced_by="x1", keeps_name=True)) as site:
+        await switched(site, "d2", Role.PREFILL)
+        await site.until("it serves", lambda: "d2" in usable(site))
+        assert roles(site) == {"p1": "prefill", "p2": "prefill", "d1": "decode", "d2": "prefill"}
         told = await answers(site, 12, 30, 0.01)
         assert all(whole(it, 30) for it in told)
