@@ -315,6 +315,8 @@ class KubernetesTurn:
                 await self._add(role)
         except ApiError as error:
             log.warning("no server was started", role=role.value, error=str(error))
+        except Exception as error:  # noqa: BLE001  # the task's edge: a launch ends nothing else
+            log.warning("no server was started", role=role.value, error=repr(error))
         finally:
             self._count(role, -1)
 

@@ -95,8 +95,9 @@ class RayTurn:
     async def _join(self) -> None:
         """FleetError where the cluster cannot be joined."""
         self._joined: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._link = self._owner(self._hear)
-        await self._link.open()
+        link = self._owner(self._hear)
+        await link.open()
+        self._link = link  # the old one is lost, which says to whoever looks that it is to be tried
         waited = (self._joined, self._link.lost)
         await asyncio.wait(waited, timeout=self._actors.join_s, return_when=asyncio.FIRST_COMPLETED)
         if self._joined.done():
@@ -248,6 +249,8 @@ class RayTurn:
             told = await self._ask("start", role=role.value)
             if why := told.get("why"):
                 log.warning("no actor was started", role=role.value, error=str(why))
+        except Exception as error:  # noqa: BLE001  # the task's edge: a launch ends nothing else
+            log.warning("no actor was started", role=role.value, error=repr(error))
         finally:
             self._count(role, -1)
 

@@ -1,0 +1,71 @@
+"""The line to the process that joins a Ray cluster: what becomes of it when that cannot start."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from structlog.testing import capture_logs
+
+from backends.actuators.ray import Actors, RayTurn
+from backends.fleet import interpreter
+from policies.types import Role
+
+JOINS = """
+import json, sys
+print(json.dumps({"event": "joined"}), flush=True)
+sys.stdin.readline()
+"""
+
+pytestmark = pytest.mark.real_time
+
+
+@pytest.fixture
+def joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Joined at once; a command ends it, as it ends with a lost cluster."""
+    script = tmp_path / "joins.py"
+    script.write_text(JOINS)
+    argv = [sys.executable, str(script)]
+    monkeypatch.setattr(interpreter, "command", lambda *_: list(argv))
+    monkeypatch.setattr("backends.actuators.ray.AGAIN_S", 0.05)
+    return argv
+
+
+def turning(tasks: asyncio.TaskGroup) -> RayTurn:
+    clock, roll = asyncio.get_running_loop(), cast("Any", None)
+    return RayTurn(Actors(command="serve"), clock, random.Random(0), tasks, roll)
+
+
+async def test_a_process_that_cannot_be_started_for_a_while_is_tried_again(
+    joins: list[str],
+) -> None:
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        turn = turning(tasks)
+        await turn.open()
+        python, joins[0] = joins[0], "/nowhere/python"
+        assert await turn._ask("start") == {"why": "the Ray cluster is lost", "is_restarted": True}
+        await asyncio.sleep(0.2)
+        assert await turn._ask("start") == {"why": "the Ray cluster is lost"}
+        joins[0] = python
+        while turn._link is None or turn._link.lost.done():
+            await asyncio.sleep(0.02)
+        await turn.close()
+
+
+async def test_a_launch_that_goes_wrong_ends_nothing_else(
+    joins: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(_do: str, **_details: object) -> dict[str, Any]:
+        raise RuntimeError("odd")
+
+    with capture_logs() as lines:
+        async with asyncio.TaskGroup() as tasks:
+            turn = turning(tasks)
+            monkeypatch.setattr(turn, "_ask", fails)
+            turn.launch(Role.DECODE)
+    assert lines[0]["event"] == "no actor was started"
+    assert turn.starting == {Role.DECODE: 0}
