@@ -17,6 +17,9 @@ from backends.fleet.spec import FleetError
 from policies.types import Role
 
 LINE_BYTES = 64 << 10
+LIST_S = 10.0
+RELAUNCH_S = 1_800.0
+"""A relaunch is two starts at most, and as long as a start may take is for the fleet to say."""
 
 
 @asynccontextmanager
@@ -99,7 +102,7 @@ class FleetSocket:
     async def relaunch(self, url: str, role: Role) -> Relaunched:
         """It may have been restarted although no answer has come: the server says what it is."""
         try:
-            told = await self._ask({"do": "relaunch", "url": url, "role": role.value})
+            told = await self._ask({"do": "relaunch", "url": url, "role": role.value}, RELAUNCH_S)
             return Relaunched(
                 why=str(told["why"]),
                 is_restarted=told["is_restarted"] is True,
@@ -111,19 +114,22 @@ class FleetSocket:
             return Relaunched(why=f"the fleet's answer has no {error}", is_restarted=True)
 
     async def roles(self) -> dict[str, str]:
-        told = (await self._ask({"do": "list"})).get("servers")
+        told = (await self._ask({"do": "list"}, LIST_S)).get("servers")
         return told if isinstance(told, dict) else {}
 
-    async def _ask(self, question: dict[str, str]) -> dict[str, Any]:
+    async def _ask(self, question: dict[str, str], most_s: float) -> dict[str, Any]:
         try:
             reader, writer = await asyncio.open_unix_connection(self._path, limit=LINE_BYTES)
         except OSError as error:
             raise FleetError(f"no fleet listens on {self._path}: {error.strerror}") from None
         try:
-            writer.write(json.dumps(question).encode() + b"\n")
-            line = await reader.readline()
+            async with asyncio.timeout(most_s):
+                writer.write(json.dumps(question).encode() + b"\n")
+                line = await reader.readline()
         except ConnectionError:
             line = b""
+        except TimeoutError:
+            raise FleetError(f"the fleet has not answered in {most_s:.0f} s") from None
         finally:
             writer.close()
         if not line:

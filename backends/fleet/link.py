@@ -61,7 +61,7 @@ class Link(asyncio.Protocol):
         self._process.stdin.close()
         await asyncio.wait([self.lost], timeout=most_s)
         self._transport.close()
-        end(self._process)
+        await asyncio.to_thread(end, self._process)  # it may hang, and requests run on this loop
 
 
 def owner(command: list[str]) -> subprocess.Popen[bytes]:

@@ -51,7 +51,7 @@ async def test_a_process_that_cannot_be_started_for_a_while_is_tried_again(
         await asyncio.sleep(0.2)
         assert await turn._ask("start") == {"why": "the Ray cluster is lost"}
         joins[0] = python
-        while turn._link is None or turn._link.lost.done():
+        while turn._link is None or turn._link.lost.done():  # noqa: ASYNC110  # a real process
             await asyncio.sleep(0.02)
         await turn.close()
 

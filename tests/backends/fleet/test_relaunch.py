@@ -15,6 +15,7 @@ import pytest
 
 from backends.fleet.control import FleetSocket, controlled
 from backends.fleet.fleet import Fleet
+from backends.fleet.link import Link
 from backends.fleet.plan import planned, turned
 from backends.fleet.spec import FleetError, FleetSpec, Group
 from policies.types import Role
@@ -162,3 +163,32 @@ async def test_a_fleet_that_is_gone_is_an_answer_too(tmp_path: Path) -> None:
     async with listener:
         done = await FleetSocket(path).relaunch("http://127.0.0.1:1", Role.PREFILL)
     assert "ended before it answered" in done.why
+
+
+async def test_a_fleet_that_hangs_is_no_fleet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def says_nothing(_reader: object, writer: asyncio.StreamWriter) -> None:
+        await over.wait()
+        writer.close()
+
+    monkeypatch.setattr("backends.fleet.control.LIST_S", 0.1)
+    over, path = asyncio.Event(), tmp_path / "socket"
+    async with await asyncio.start_unix_server(says_nothing, path):
+        with pytest.raises(FleetError, match="has not answered"):
+            await FleetSocket(path).roles()
+        over.set()
+
+
+async def test_an_owner_that_hangs_holds_nobody_up_while_it_is_ended() -> None:
+    hangs = "import os, time; os.close(1); time.sleep(60)"
+    link = Link([sys.executable, "-c", hangs], lambda _event: None)
+    await link.open()
+    await link.lost
+    closing = asyncio.create_task(link.close())
+    turns = 0
+    while not closing.done():
+        await asyncio.sleep(0.05)
+        turns += 1
+    assert turns > 5
+    await closing
