@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import sys
+import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -87,14 +88,38 @@ class Owner:
         """Tells how all are, and starts again what has ended."""
         clock = asyncio.get_running_loop()
         while True:
-            if self.lease is None:
-                await self._take_lease()
-            self._find()
-            await self._look()
-            if self.lacks:
-                self._start_those_that_lack()
-            self._report()
+            try:
+                await self._turn()
+            except Exception:  # noqa: BLE001  # the task's edge: what is odd now may not be so next
+                traceback.print_exc()
             await pause(clock, self.told.poll_s)
+
+    async def _turn(self) -> None:
+        await self._keep_lease()
+        self._find()
+        await self._look()
+        if self.lacks:
+            self._start_those_that_lack()
+        self._report()
+
+    async def _keep_lease(self) -> None:
+        """It dies with its node. Had again at once, it is about the same servers as before."""
+        is_lost = self.lease is not None and not await self._is_held()
+        if is_lost:
+            self.lease = None
+        if self.lease is None:
+            await self._take_lease()
+        if is_lost:
+            self.lacks = False
+
+    async def _is_held(self) -> bool:
+        try:
+            async with asyncio.timeout(STATE_S):
+                return bool(await self.lease.holder.remote() == self.told.us)
+        except TimeoutError:  # as long as it is there, nobody else can have its name
+            return True
+        except DIES:
+            return False
 
     def _report(self) -> None:
         states = [it.state for it in self.servers.values() if it.state and it.state["ready"]]
@@ -179,8 +204,8 @@ class Owner:
     def _gone(self, name: str, kept: Kept) -> None:
         """Its node is lost, or somebody has ended it: where it is ours, another one is to come."""
         kept.state = None
-        if self.lease is None:
-            del self.servers[name]
+        if self.lease is None or not kept.role:
+            self.servers.pop(name, None)
         elif not kept.busy:
             self._again(kept, lambda: self._replace(name, kept))
 
@@ -216,7 +241,7 @@ class Owner:
     # What the gateway asks for.
 
     async def obey(self, command: dict[str, Any]) -> None:
-        number = command.pop("id")
+        number = command.pop("id", 0)
         actions: dict[str, Callable[..., Awaitable[tuple[str, bool]]]]
         actions = {"switch": self.switch, "start": self.start, "end": self.end}
         if self.lease is None:
@@ -225,7 +250,8 @@ class Owner:
             return
         try:
             why, is_restarted = await actions[command.pop("do")](**command)
-        except DIES as error:
+        except Exception as error:  # noqa: BLE001  # the task's edge: whoever asked is told
+            traceback.print_exc()
             why, is_restarted = f"{type(error).__name__}: {error}".partition("\n")[0], True
         self._report()
         self.tell("done", id=number, why=why, by_another=False, is_restarted=is_restarted)
@@ -277,6 +303,9 @@ class Owner:
             if why:
                 self._end(name)
             return why, False
+        except DIES:  # dead: nobody is to put another one in its place
+            self.servers.pop(name, None)
+            raise
         finally:
             kept.busy = False
 
@@ -287,7 +316,8 @@ class Owner:
         return "", False
 
     def _end(self, name: str) -> None:
-        ray.kill(self.servers.pop(name).handle)
+        if (kept := self.servers.pop(name, None)) is not None:
+            ray.kill(kept.handle)
 
     def close(self) -> None:
         """With the lease goes what it was for, unless the servers are to live on."""
@@ -305,7 +335,7 @@ async def _awaited(reference: Any) -> dict[str, Any] | Exception:
     """A failure is an answer: it concerns whoever asked, not the group that the task belongs to."""
     try:
         state: dict[str, Any] = await reference
-    except DIES as error:
+    except Exception as error:  # noqa: BLE001  # the task's edge
         return error
     return state
 
