@@ -187,7 +187,8 @@ class KubernetesTurn:
                 await self._lease.note("")
                 return Turned(why=why)
             turned = await self._replaced(before, role, had)
-            await self._lease.note("")
+            with suppress(ApiError):  # the change is made, and whoever finishes it sees that it is
+                await self._lease.note("")
         return turned
 
     def _unfit(self, name: str, source: Role) -> str:

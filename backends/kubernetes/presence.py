@@ -10,7 +10,7 @@ from backends.base import Roll
 from backends.kubernetes.api import Api
 from backends.kubernetes.pods import Pod, pod_of
 from backends.kubernetes.workloads import Workloads
-from policies.types import Pool, Role
+from policies.types import Pool, Role, Worker
 
 ROLES = (Role.PREFILL, Role.DECODE)
 
@@ -27,7 +27,7 @@ class Presence:
         self._port = port
         self._bootstrap_port = bootstrap_port
         self._turnstile = asyncio.Lock()
-        self._listed: set[str] = set()
+        self._listed: dict[str, Worker] = {}
         self._kept: set[str] = set()
         self.pods: dict[str, Pod] = {}
 
@@ -46,12 +46,17 @@ class Presence:
             found |= {pod.name: pod for pod in pods}
         self.pods = found
         for pod in found.values():
-            if pod.serves and pod.name not in self._listed:
-                self._listed.add(pod.name)
-                self._roll.come(pod.worker(self._port, self._bootstrap_port))
-        for name in sorted(self._listed - self._kept):
+            if pod.serves:
+                self._come(pod.worker(self._port, self._bootstrap_port))
+        for name in sorted(self._listed.keys() - self._kept):
             if name not in found or found[name].leaving:
                 self.drop(name)
+
+    def _come(self, worker: Worker) -> None:
+        """Between two looks a pod may come back under its name at another address."""
+        if self._listed.get(worker.name) != worker:
+            self._listed[worker.name] = worker
+            self._roll.come(worker)
 
     def of(self, role: Role) -> list[Pod]:
         """Those that are not being ended."""
@@ -67,5 +72,5 @@ class Presence:
             self._kept.discard(name)
 
     def drop(self, name: str) -> None:
-        self._listed.discard(name)
+        self._listed.pop(name, None)
         self._roll.leave(name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from gateway.actuation import Actuation, Kubernetes
 from gateway.config import ConfigError, Cost
@@ -66,6 +67,34 @@ async def test_pods_are_servers_while_they_are_ready(tmp_path: Path) -> None:
         cluster.settle()
         await site.until("two have gone", lambda: len(site.core.ledgers) == 3)
         assert (await site.serves()).status == 200
+
+
+async def test_a_pod_that_is_back_under_its_name_elsewhere_is_found_there(tmp_path: Path) -> None:
+    cluster = ScriptedCluster()
+    async with clustered(cluster, tmp_path) as site:
+        elsewhere = site.fleet["x1"]
+        await cluster._revive("x1")
+        elsewhere.engine.machine.take_role(Role.DECODE)
+        pod = cluster.pods["d2"]
+        pod.url_port, pod.bootstrap_port = elsewhere.port, elsewhere.bootstrap_port
+        url = elsewhere.url
+        await site.until("it is found", lambda: site.core.ledgers["d2"].worker.url == url)
+        await site.until("it serves", lambda: "d2" in usable(site))
+
+
+class Amnesiac(ScriptedCluster):
+    """Takes no word on the lease once both numbers have changed."""
+
+    def _of_leases(self, method: str, body: Any) -> web.StreamResponse:
+        if method == "PUT" and len(self.scaled) == 2:
+            return web.json_response({"message": "etcd is away"}, status=503)
+        return super()._of_leases(method, body)
+
+
+async def test_a_change_that_is_made_is_done_whether_or_not_it_can_be_noted(tmp_path: Path) -> None:
+    async with clustered(Amnesiac(), tmp_path) as site:
+        assert await switched(site, "d1", Role.PREFILL) == [("done", "")]
+        assert roles(site) == {"d2": "decode", "p1": "prefill", "p2": "prefill", "x1": "prefill"}
 
 
 async def test_a_pod_of_the_other_role_comes_in_the_place_of_the_one_that_was_emptied(
