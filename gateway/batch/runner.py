@@ -16,7 +16,7 @@ from backends.checkpoint import Checkpoint
 from backends.pause import pause
 from backends.words import in_words
 from gateway.batch.attempts import Attempts, Later, Outcome, dialect_of
-from gateway.batch.faults import LeaseLost, StoreFault
+from gateway.batch.faults import LeaseLost, NotThere, StoreFault
 from gateway.batch.objects import Batch, Result, Row
 from gateway.batch.pace import Pace, PaceRule
 from gateway.batch.tally import Tally
@@ -41,6 +41,7 @@ _AT_ONCE = 256
 _FRESH_TOKENS = 16
 """A checkpoint is written once there are so many more."""
 _UNREADABLE = Later(code=Code.INTERNAL, message="its line cannot be read", is_engines=True)
+_OUT_OF_REACH = Later(code=Code.STORAGE_UNAVAILABLE, message="its file is out of reach")
 
 
 class Rows(Protocol):
@@ -257,23 +258,30 @@ class Runner:
         if len(rows) == room:
             self._wake.set()
 
-    async def _read(self, rows: Sequence[Row]) -> list[bytes | None]:
-        """None for a row whose line cannot be read: the others need not suffer for it."""
+    async def _read(self, rows: Sequence[Row]) -> list[bytes | Later]:
+        """In place of a line that cannot be read, why: the others need not suffer for it."""
         try:
             return list(await self._bodies(rows)) if rows else []
         except Exception as error:  # noqa: BLE001 - whatever a disk or a bucket may raise
-            if len(rows) > 1:
-                return [body for row in rows for body in await self._read([row])]
+            is_away = isinstance(error, StoreFault) and not isinstance(error, NotThere)
+            apart = [row.blob if is_away else row.key for row in rows]
+            if len(parts := dict.fromkeys(apart)) > 1:
+                read: dict[tuple[int, int], bytes | Later] = {}
+                for part in parts:
+                    some = [row for row, its in zip(rows, apart, strict=True) if its == part]
+                    found = await self._read(some)
+                    read |= {row.key: body for row, body in zip(some, found, strict=True)}
+                return [read[row.key] for row in rows]
             where, why = rows[0], in_words(error)
             log.warning("a line cannot be read", batch=where.batch_id, line=where.number, error=why)
-            return [None]
+            return [_OUT_OF_REACH if is_away else _UNREADABLE] * len(rows)
 
-    def _begin(self, row: Row, body: bytes | None, group: asyncio.TaskGroup) -> None:
+    def _begin(self, row: Row, body: bytes | Later, group: asyncio.TaskGroup) -> None:
         held = Held(row, f"{self._rng.getrandbits(128):032x}")
         held.kept_tokens = row.checkpoint_tokens
         self._held[row.key] = held
-        if body is None:
-            self._ended.append((held, _UNREADABLE))
+        if isinstance(body, Later):
+            self._ended.append((held, body))
             self._wake.set()
         else:
             held.task = group.create_task(self._run_row(held, body))

@@ -291,3 +291,23 @@ async def test_a_line_that_cannot_be_read_fails_alone(monkeypatch: pytest.Monkey
         it.ledger.add(CHAT, bodies(5), within_s=86_400.0)
         await it.done(20_000.0)
         assert it.statuses() == [200, 500, 200, 200, 200]
+
+
+async def test_a_storage_that_is_away_costs_no_row() -> None:
+    async with office() as it:
+        whole, is_away = it.rows.bodies, True
+
+        async def broken(rows: Any) -> list[bytes]:
+            if is_away:
+                raise StorageUnavailable("no route to the bucket")
+            return await whole(rows)
+
+        it.runner._bodies = broken
+        it.ledger.add(CHAT, bodies(5), within_s=86_400.0)
+        await asyncio.sleep(3600.0)
+        assert not it.ledger.results()
+        assert len(it.rows.claims) < 1000
+        is_away = False
+        await it.done(60.0)
+        assert it.statuses() == [200] * 5
+        assert {entry.row.attempts for entry in it.ledger.entries.values()} == {0}
