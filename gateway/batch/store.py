@@ -212,7 +212,7 @@ class Store:
     # Work on whole batches: see upkeep.py.
 
     async def take(self, stage: Stage) -> Task | None:
-        """The oldest batch that needs this work and has nobody at it; None: there is none."""
+        """A batch that needs this work and has no other owner at it; None: there is none."""
         owner = self._owner
 
         async def change(tx: AsyncConnection) -> Task | None:
