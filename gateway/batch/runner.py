@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
@@ -354,13 +354,19 @@ class Runner:
 
     async def _settle(self, told: Sequence[Result], accepted: Sequence[Result]) -> None:
         taken = {result.row.key for result in accepted}
+        wasted: Counter[int] = Counter()
         for result in told:
             if result.row.key in taken:
                 self.tally.finished(result)
             else:
                 self.tally.fenced += 1
-                await self._store.waste(result.row.batch, result.generated_tokens)
+                wasted[result.row.batch] += result.generated_tokens
             self._forget(result.row)
+        await self._waste(wasted)
+
+    async def _waste(self, wasted: Mapping[int, int]) -> None:
+        for batch, tokens in wasted.items():
+            await self._store.waste(batch, tokens)
 
     async def _release(self, rows: Sequence[Row], again: Again) -> None:
         not_before_us = self._unix_us() + again.pause_us if again.pause_us else 0
@@ -392,8 +398,7 @@ class Runner:
             wasted[held.row.batch] += held.tokens
             self._drop(held)
         await self._release([held.row for held in over], Again(pause_us=0, blameless=True))
-        for batch, tokens in wasted.items():
-            await self._store.waste(batch, tokens)
+        await self._waste(wasted)
 
     async def _survey(self) -> None:
         self.open_batches = await self._store.open_batches()

@@ -15,6 +15,7 @@ import pytest
 from backends.emulator import FaultKind, ServerSpec
 from gateway.batch.attempts import Attempts
 from gateway.batch.faults import StorageUnavailable
+from gateway.batch.objects import Result
 from gateway.batch.pace import PaceRule
 from gateway.batch.runner import Runner, RunnerRule
 from gateway.config import Retry
@@ -311,3 +312,21 @@ async def test_a_storage_that_is_away_costs_no_row() -> None:
         await it.done(60.0)
         assert it.statuses() == [200] * 5
         assert {entry.row.attempts for entry in it.ledger.entries.values()} == {0}
+
+
+async def test_what_cannot_be_counted_as_wasted_keeps_no_row_in_memory() -> None:
+    async with office() as it:
+        calls = []
+
+        async def broken(batch: int, tokens: int) -> None:
+            calls.append((batch, tokens))
+            raise StorageUnavailable("locked")
+
+        async def fenced(results: Sequence[Result]) -> list[Result]:
+            return []
+
+        it.rows.waste, it.rows.finish = broken, fenced  # type: ignore[method-assign]
+        it.ledger.add(CHAT, bodies(8))
+        await it.site.until("all have ended", lambda: it.runner.tally.fenced == 8, 60.0)
+        assert len(it.runner) == 0
+        assert sum(tokens for _, tokens in calls) == 8 * 8
