@@ -54,6 +54,7 @@ class Rows(Protocol):
     async def release(
         self, rows: Sequence[Row], *, not_before_us: int = 0, blameless: bool = False
     ) -> int: ...
+    async def keep_only(self, rows: Iterable[Row]) -> int: ...
     async def waste(self, batch: int, tokens: int) -> None: ...
     async def open_batches(self) -> list[Batch]: ...
 
@@ -125,6 +126,8 @@ class Runner:
         """Of the lease: what was begun under an older one says nothing of this."""
         self._give_back_at_s: float | None = None
         self._in_trouble = False
+        self._claim_in_doubt = False
+        """The store may hold rows for us that it could not tell us of."""
         self.tally = Tally()
         self.open_batches: Sequence[Batch] = ()
         """Of all gateways together, as they were some seconds ago."""
@@ -248,6 +251,9 @@ class Runner:
         room = self._pace.room(held=len(self._held), waiting=waiting, now_us=now_us)
         if not (room := min(room, _AT_ONCE)):
             return
+        if self._claim_in_doubt:
+            await self._store.keep_only([held.row for held in self._held.values()])
+        self._claim_in_doubt = True
         epoch, rows = self._epoch, await self._store.claim(room)
         self._pace.took(len(rows))
         bodies = await self._read(rows)
@@ -255,6 +261,7 @@ class Runner:
             return
         for row, body in zip(rows, bodies, strict=True):
             self._begin(row, body, group)
+        self._claim_in_doubt = False
         if len(rows) == room:
             self._wake.set()
 
@@ -330,7 +337,8 @@ class Runner:
             again = self._back[0][1]
             rows = [row for row, one in self._back if one == again]
             await self._release(rows, again)
-            self._back = [(row, one) for row, one in self._back if one != again]
+            told = {id(row) for row in rows}  # others of the kind may have come meanwhile
+            self._back = [(row, one) for row, one in self._back if id(row) not in told]
             for row in rows:
                 self._forget(row)
 
@@ -381,6 +389,7 @@ class Runner:
     def _drop(self, held: Held) -> None:
         """Whatever it comes to, nobody wants it from us any more."""
         self._forget(held.row)
+        self._engine_errors.pop(held.row.key, None)
         if held.task is not None:
             held.task.cancel()
 
@@ -397,7 +406,8 @@ class Runner:
         for held in over:
             wasted[held.row.batch] += held.tokens
             self._drop(held)
-        await self._release([held.row for held in over], Again(pause_us=0, blameless=True))
+            self._back.append((held.row, Again(pause_us=0, blameless=True)))
+            self._wake.set()
         await self._waste(wasted)
 
     async def _survey(self) -> None:

@@ -70,9 +70,13 @@ class Store:
         owners held is free at once.
         """
         store = cls(await Database.open(url), owner, now_us, lease_us)
-        if alone:
-            await store._database.write(lambda tx: kept.doom(tx, None))
-            await store._reap(_FOREVER_US)
+        try:
+            if alone:
+                await store._database.write(lambda tx: kept.doom(tx, None))
+                await store._reap(_FOREVER_US)
+        except BaseException:
+            await store.close()
+            raise
         return store
 
     async def close(self) -> None:
@@ -162,6 +166,12 @@ class Store:
                 tx, self._owner, rows, not_before_us=not_before_us, blameless=blameless
             )
         )
+
+    async def keep_only(self, rows: Iterable[Row]) -> int:
+        """Frees what is claimed in this gateway's name but for these; how many. A claim that
+        failed may have been committed nevertheless."""
+        owner, known = self._owner, {(*row.key, row.fence) for row in rows}
+        return await self._database.write(lambda tx: claims.keep_only(tx, owner, known))
 
     async def waste(self, batch: int, tokens: int) -> None:
         """Counts tokens that were generated in vain."""

@@ -15,7 +15,7 @@ import pytest
 from backends.emulator import FaultKind, ServerSpec
 from gateway.batch.attempts import Attempts
 from gateway.batch.faults import StorageUnavailable
-from gateway.batch.objects import Result
+from gateway.batch.objects import Result, Row
 from gateway.batch.pace import PaceRule
 from gateway.batch.runner import Runner, RunnerRule
 from gateway.config import Retry
@@ -330,3 +330,39 @@ async def test_what_cannot_be_counted_as_wasted_keeps_no_row_in_memory() -> None
         await it.site.until("all have ended", lambda: it.runner.tally.fenced == 8, 60.0)
         assert len(it.runner) == 0
         assert sum(tokens for _, tokens in calls) == 8 * 8
+
+
+async def test_rows_of_a_cancelled_batch_come_back_once_the_store_takes_them() -> None:
+    async with office() as it:
+        whole, failures = it.rows.release, 0
+
+        async def broken(rows: Sequence[Row], **more: Any) -> int:
+            nonlocal failures
+            if (failures := failures + 1) <= 3:
+                raise StorageUnavailable("locked")
+            return await whole(rows, **more)
+
+        it.rows.release = broken  # type: ignore[method-assign]
+        it.ledger.add(CHAT, bodies(20, 2000))
+        await it.site.until("they run", lambda: it.site.core.placed(Kind.OFFLINE) > 5)
+        it.ledger.over.add(1)
+        await it.site.until("all are back", lambda: "CLAIMED" not in it.ledger.states(), 30.0)
+        assert failures > 3
+
+
+async def test_a_claim_that_was_not_heard_of_is_freed() -> None:
+    async with office() as it:
+        whole, failures = it.rows.claim, 0
+
+        async def deaf(room: int) -> list[Row]:
+            nonlocal failures
+            rows = await whole(room)
+            if rows and (failures := failures + 1) <= 2:
+                raise StorageUnavailable("the connection is gone")
+            return rows
+
+        it.rows.claim = deaf  # type: ignore[method-assign]
+        it.ledger.add(CHAT, bodies(20))
+        await it.done(60.0)
+        assert it.statuses() == [200] * 20
+        assert failures > 2

@@ -276,3 +276,14 @@ async def test_work_that_always_fails_holds_up_no_other_batch(store: Store) -> N
         seen.append(task.batch.seq)
         await store.put_back(task)
     assert seen == [first.seq, second.seq, first.seq]
+
+
+async def test_what_is_claimed_without_our_knowing_is_freed(site: Site, store: Store) -> None:
+    batch, other = await running(store, rows=5), await site.store()
+    known, _ = await store.claim(1), await store.claim(2)
+    theirs = await other.claim(1)
+    assert await store.keep_only(known) == 2
+    assert (await store.batch("a", batch.id)).claimed == 2
+    assert [row.number for row in await store.claim(9)] == [2, 3, 5]
+    assert len(await store.finish([result(known[0])])) == 1
+    assert len(await other.finish([result(theirs[0])])) == 1
