@@ -15,6 +15,7 @@ from gateway.visit import Errand, Visit
 from policies.events import Fault
 
 _STATUS_TOO_EARLY = (408, 429)
+_STATUS_BUSY = (429, 503)
 _ENGINE_SAID = frozenset({Fault.ENGINE})
 
 
@@ -65,6 +66,8 @@ class Attempts:
         answer = await self._passing.answer_of_unified(path, errand.body)
         if _is_passing(answer.status):
             message = answer.body.decode(errors="replace")
+            if answer.status in _STATUS_BUSY:
+                return Later(code=Code.UPSTREAM_OVERLOADED, message=message)
             return Later(code=Code.UPSTREAM_FAILED, message=message, is_engines=True)
         return Answered(status=answer.status, body=answer.body)
 

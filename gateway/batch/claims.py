@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from typing import Any, Final
 
@@ -222,6 +222,31 @@ async def release(
         await _requeue(connection, batch, of_batch, attempts=attempts, not_before_us=not_before_us)
     await count_back(connection, {batch: len(of_batch) for batch, of_batch in held.items()})
     return sum(map(len, held.values()))
+
+
+async def keep_only(
+    connection: AsyncConnection, owner: str, known: Set[tuple[int, int, int]]
+) -> int:
+    """`known`: batch, number and fence."""
+    rows = ROWS.c
+    found = await connection.execute(
+        select(rows.batch, rows.number, rows.fence)
+        .where(rows.owner == owner, rows.state == _CLAIMED)
+        .order_by(rows.batch, rows.number)
+        .with_for_update()
+    )
+    strays: dict[int, list[int]] = {}
+    for batch, number, fence in found:
+        if (batch, number, fence) not in known:
+            strays.setdefault(batch, []).append(number)
+    for batch, numbers in strays.items():
+        await connection.execute(
+            update(ROWS)
+            .where(rows.batch == batch, rows.number.in_(numbers))
+            .values(state=_QUEUED, owner=None)
+        )
+    await count_back(connection, {batch: len(numbers) for batch, numbers in strays.items()})
+    return sum(map(len, strays.values()))
 
 
 async def _requeue(

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Final, ParamSpec, Protocol, TypeVar
@@ -189,7 +190,12 @@ class Blobs:
             with naming_failures():
                 return work(*args, **kwargs)
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, named)
+        return await self.beside_loop(named)
+
+    async def beside_loop(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What is no matter of storage fails under its own names."""
+        call = partial(work, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     def close(self) -> None:
         """What is under way ends first: a few writes at most."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final
 
 from gateway.batch.faults import StoreFault
@@ -58,10 +59,13 @@ class Draft:
         await self._sink.finish()
         return True
 
-    async def abandon(self) -> None:
-        """Litter, unless a file was made of it after all: a commit may fail to be heard of."""
+    async def close(self) -> None:
+        """Lets go of it as it is."""
         if self._sink is not None:
             await self._sink.abandon()
+
+    async def doom(self) -> None:
+        """Litter, unless a file was made of it after all: a commit may fail to be heard of."""
         if self._held_us:
             await self._store.doom([self.blob])
 
@@ -82,9 +86,12 @@ async def finalize(
             for draft in drafts
         ]
         return await store.conclude(task, output=files[0], errors=files[1])
-    except StoreFault:
+    except BaseException:
         for draft in drafts:
-            await draft.abandon()
+            await draft.close()
+        with suppress(StoreFault):  # they are litter once nobody has held them for a while
+            for draft in drafts:
+                await draft.doom()
         raise
 
 

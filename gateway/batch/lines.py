@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 import orjson
 
 from gateway.batch.files import Blobs
 from gateway.batch.objects import Row
+
+_AT_ONCE_BYTES: Final = 64 * 2**20
 
 
 async def bodies(blobs: Blobs, rows: Sequence[Row]) -> list[bytes]:
@@ -18,10 +20,28 @@ async def bodies(blobs: Blobs, rows: Sequence[Row]) -> list[bytes]:
         by_blob.setdefault(row.blob, []).append(row)
     found: dict[tuple[int, int], bytes] = {}
     for blob, of_blob in by_blob.items():
-        ranges = [(row.offset, row.length) for row in of_blob]
-        for row, line in zip(of_blob, await blobs.read_many(blob, ranges), strict=True):
-            found[row.key] = orjson.dumps(orjson.loads(line)["body"])
+        for some in _slices(of_blob):
+            ranges = [(row.offset, row.length) for row in some]
+            lines = await blobs.read_many(blob, ranges)
+            read = await blobs.beside_loop(_bodies_in, lines)
+            found |= {row.key: body for row, body in zip(some, read, strict=True)}
     return [found[row.key] for row in rows]
+
+
+def _slices(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """Lines that are in memory together."""
+    start, size_bytes = 0, 0
+    for end, row in enumerate(rows):
+        if size_bytes and size_bytes + row.length > _AT_ONCE_BYTES:
+            yield rows[start:end]
+            start, size_bytes = end, 0
+        size_bytes += row.length
+    if start < len(rows):
+        yield rows[start:]
+
+
+def _bodies_in(lines: Sequence[bytes]) -> list[bytes]:
+    return [orjson.dumps(orjson.loads(line)["body"]) for line in lines]
 
 
 def answered(row: Row, *, status: int, request_id: str, body: bytes) -> bytes:

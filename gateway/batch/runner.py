@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
@@ -16,7 +16,7 @@ from backends.checkpoint import Checkpoint
 from backends.pause import pause
 from backends.words import in_words
 from gateway.batch.attempts import Attempts, Later, Outcome, dialect_of
-from gateway.batch.faults import LeaseLost, StoreFault
+from gateway.batch.faults import LeaseLost, NotThere, StoreFault
 from gateway.batch.objects import Batch, Result, Row
 from gateway.batch.pace import Pace, PaceRule
 from gateway.batch.tally import Tally
@@ -41,6 +41,7 @@ _AT_ONCE = 256
 _FRESH_TOKENS = 16
 """A checkpoint is written once there are so many more."""
 _UNREADABLE = Later(code=Code.INTERNAL, message="its line cannot be read", is_engines=True)
+_OUT_OF_REACH = Later(code=Code.STORAGE_UNAVAILABLE, message="its file is out of reach")
 
 
 class Rows(Protocol):
@@ -53,6 +54,7 @@ class Rows(Protocol):
     async def release(
         self, rows: Sequence[Row], *, not_before_us: int = 0, blameless: bool = False
     ) -> int: ...
+    async def keep_only(self, rows: Iterable[Row]) -> int: ...
     async def waste(self, batch: int, tokens: int) -> None: ...
     async def open_batches(self) -> list[Batch]: ...
 
@@ -124,6 +126,8 @@ class Runner:
         """Of the lease: what was begun under an older one says nothing of this."""
         self._give_back_at_s: float | None = None
         self._in_trouble = False
+        self._claim_in_doubt = False
+        """The store may hold rows for us that it could not tell us of."""
         self.tally = Tally()
         self.open_batches: Sequence[Batch] = ()
         """Of all gateways together, as they were some seconds ago."""
@@ -247,6 +251,9 @@ class Runner:
         room = self._pace.room(held=len(self._held), waiting=waiting, now_us=now_us)
         if not (room := min(room, _AT_ONCE)):
             return
+        if self._claim_in_doubt:
+            await self._store.keep_only([held.row for held in self._held.values()])
+        self._claim_in_doubt = True
         epoch, rows = self._epoch, await self._store.claim(room)
         self._pace.took(len(rows))
         bodies = await self._read(rows)
@@ -254,26 +261,34 @@ class Runner:
             return
         for row, body in zip(rows, bodies, strict=True):
             self._begin(row, body, group)
+        self._claim_in_doubt = False
         if len(rows) == room:
             self._wake.set()
 
-    async def _read(self, rows: Sequence[Row]) -> list[bytes | None]:
-        """None for a row whose line cannot be read: the others need not suffer for it."""
+    async def _read(self, rows: Sequence[Row]) -> list[bytes | Later]:
+        """In place of a line that cannot be read, why: the others need not suffer for it."""
         try:
             return list(await self._bodies(rows)) if rows else []
         except Exception as error:  # noqa: BLE001 - whatever a disk or a bucket may raise
-            if len(rows) > 1:
-                return [body for row in rows for body in await self._read([row])]
+            is_away = isinstance(error, StoreFault) and not isinstance(error, NotThere)
+            apart = [row.blob if is_away else row.key for row in rows]
+            if len(parts := dict.fromkeys(apart)) > 1:
+                read: dict[tuple[int, int], bytes | Later] = {}
+                for part in parts:
+                    some = [row for row, its in zip(rows, apart, strict=True) if its == part]
+                    found = await self._read(some)
+                    read |= {row.key: body for row, body in zip(some, found, strict=True)}
+                return [read[row.key] for row in rows]
             where, why = rows[0], in_words(error)
             log.warning("a line cannot be read", batch=where.batch_id, line=where.number, error=why)
-            return [None]
+            return [_OUT_OF_REACH if is_away else _UNREADABLE] * len(rows)
 
-    def _begin(self, row: Row, body: bytes | None, group: asyncio.TaskGroup) -> None:
+    def _begin(self, row: Row, body: bytes | Later, group: asyncio.TaskGroup) -> None:
         held = Held(row, f"{self._rng.getrandbits(128):032x}")
         held.kept_tokens = row.checkpoint_tokens
         self._held[row.key] = held
-        if body is None:
-            self._ended.append((held, _UNREADABLE))
+        if isinstance(body, Later):
+            self._ended.append((held, body))
             self._wake.set()
         else:
             held.task = group.create_task(self._run_row(held, body))
@@ -322,7 +337,8 @@ class Runner:
             again = self._back[0][1]
             rows = [row for row, one in self._back if one == again]
             await self._release(rows, again)
-            self._back = [(row, one) for row, one in self._back if one != again]
+            told = {id(row) for row in rows}  # others of the kind may have come meanwhile
+            self._back = [(row, one) for row, one in self._back if id(row) not in told]
             for row in rows:
                 self._forget(row)
 
@@ -346,13 +362,19 @@ class Runner:
 
     async def _settle(self, told: Sequence[Result], accepted: Sequence[Result]) -> None:
         taken = {result.row.key for result in accepted}
+        wasted: Counter[int] = Counter()
         for result in told:
             if result.row.key in taken:
                 self.tally.finished(result)
             else:
                 self.tally.fenced += 1
-                await self._store.waste(result.row.batch, result.generated_tokens)
+                wasted[result.row.batch] += result.generated_tokens
             self._forget(result.row)
+        await self._waste(wasted)
+
+    async def _waste(self, wasted: Mapping[int, int]) -> None:
+        for batch, tokens in wasted.items():
+            await self._store.waste(batch, tokens)
 
     async def _release(self, rows: Sequence[Row], again: Again) -> None:
         not_before_us = self._unix_us() + again.pause_us if again.pause_us else 0
@@ -367,6 +389,7 @@ class Runner:
     def _drop(self, held: Held) -> None:
         """Whatever it comes to, nobody wants it from us any more."""
         self._forget(held.row)
+        self._engine_errors.pop(held.row.key, None)
         if held.task is not None:
             held.task.cancel()
 
@@ -383,9 +406,9 @@ class Runner:
         for held in over:
             wasted[held.row.batch] += held.tokens
             self._drop(held)
-        await self._release([held.row for held in over], Again(pause_us=0, blameless=True))
-        for batch, tokens in wasted.items():
-            await self._store.waste(batch, tokens)
+            self._back.append((held.row, Again(pause_us=0, blameless=True)))
+            self._wake.set()
+        await self._waste(wasted)
 
     async def _survey(self) -> None:
         self.open_batches = await self._store.open_batches()

@@ -59,13 +59,18 @@ async def add_batch(connection: AsyncConnection, new: NewBatch, quota: Quota, no
 
 
 async def take(connection: AsyncConnection, owner: str, stage: Stage) -> Task | None:
-    """Rows of a cancelled batch that still run come to an end, or back, before it does."""
+    """Rows of a cancelled batch that still run come to an end, or back, before it does.
+
+    What the owner has taken before is free for it: it does one thing of a stage at a time, and may
+    have failed to put this back. Work that fails lets what was taken less often go before it.
+    """
     batches = BATCHES.c
+    free = or_(batches.task_owner.is_(None), batches.task_owner == owner)
     settled = or_(batches.status != Status.CANCELLING.value, batches.claimed == 0)
     found = await connection.execute(
         select(BATCHES)
-        .where(batches.stage == stage.value, batches.task_owner.is_(None), settled)
-        .order_by(batches.seq)
+        .where(batches.stage == stage.value, free, settled)
+        .order_by(batches.task_fence, batches.seq)
         .limit(1)
         .with_for_update(skip_locked=True)
     )

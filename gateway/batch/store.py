@@ -70,9 +70,13 @@ class Store:
         owners held is free at once.
         """
         store = cls(await Database.open(url), owner, now_us, lease_us)
-        if alone:
-            await store._database.write(lambda tx: kept.doom(tx, None))
-            await store._reap(_FOREVER_US)
+        try:
+            if alone:
+                await store._database.write(lambda tx: kept.doom(tx, None))
+                await store._reap(_FOREVER_US)
+        except BaseException:
+            await store.close()
+            raise
         return store
 
     async def close(self) -> None:
@@ -163,6 +167,12 @@ class Store:
             )
         )
 
+    async def keep_only(self, rows: Iterable[Row]) -> int:
+        """Frees what is claimed in this gateway's name but for these; how many. A claim that
+        failed may have been committed nevertheless."""
+        owner, known = self._owner, {(*row.key, row.fence) for row in rows}
+        return await self._database.write(lambda tx: claims.keep_only(tx, owner, known))
+
     async def waste(self, batch: int, tokens: int) -> None:
         """Counts tokens that were generated in vain."""
         await self._database.write(lambda tx: claims.waste(tx, batch, tokens))
@@ -212,7 +222,7 @@ class Store:
     # Work on whole batches: see upkeep.py.
 
     async def take(self, stage: Stage) -> Task | None:
-        """The oldest batch that needs this work and has nobody at it; None: there is none."""
+        """A batch that needs this work and has no other owner at it; None: there is none."""
         owner = self._owner
 
         async def change(tx: AsyncConnection) -> Task | None:

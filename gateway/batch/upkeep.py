@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -123,7 +124,8 @@ class Upkeep:
         except Fenced as fault:
             log.info("work on a batch was given up", batch=task.batch.id, reason=str(fault))
         except BaseException:
-            await self.store.put_back(task)
+            with suppress(StoreFault):  # then it is ours to take again, or free once we are gone
+                await self.store.put_back(task)
             raise
         return True
 

@@ -16,6 +16,7 @@ _FLEETS: Final = frozenset(
     {
         *(Code.WORKERS_UNAVAILABLE, Code.NO_WORKER, Code.QUEUE_FULL, Code.UPSTREAM_OVERLOADED),
         *(Code.GATEWAY_DRAINING, Code.DEADLINE_HOPELESS, Code.DEADLINE_PASSED),
+        Code.STORAGE_UNAVAILABLE,
     }
 )
 """What is said of all rows alike: nothing is wrong with this one."""

@@ -155,6 +155,15 @@ class MemoryRows:
                 released += 1
         return released
 
+    async def keep_only(self, rows: Iterable[Row]) -> int:
+        self._check()
+        known = {(row.key, row.fence) for row in rows}
+        for entry in self.ledger.entries.values():
+            mine = entry.state is RowState.CLAIMED and entry.owner == self.owner
+            if mine and (entry.row.key, entry.row.fence) not in known:
+                entry.state = RowState.QUEUED
+        return 0
+
     async def open_batches(self) -> list[Batch]:
         return []
 

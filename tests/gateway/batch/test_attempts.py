@@ -244,6 +244,24 @@ async def test_embeddings_go_to_a_unified_server() -> None:
         assert (outcome.status, plain(outcome.body)) == (told.status, plain(told.raw))
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "is_engines"),
+    [
+        (429, "upstream_overloaded", False),
+        (503, "upstream_overloaded", False),
+        (500, "upstream_failed", True),
+    ],
+)
+async def test_a_busy_server_of_embeddings_is_waited_for(
+    status: int, code: str, *, is_engines: bool
+) -> None:
+    async with standing(UNIFIED) as site:
+        site.hurt("u1", FaultKind.ERROR_STATUS, status=status, message="busy")
+        outcome = await run(site, "/v1/embeddings", {"input": "a", "model": "emulated"})
+        assert isinstance(outcome, Later)
+        assert (outcome.code, outcome.is_engines) == (code, is_engines)
+
+
 async def test_embeddings_without_a_unified_server_are_refused() -> None:
     async with standing() as site:
         outcome = await run(site, "/v1/embeddings", {"input": "a", "model": "emulated"})

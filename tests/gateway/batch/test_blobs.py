@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import orjson
 import pytest
 
 from gateway.batch.faults import NotThere, StorageFull, StorageUnavailable
-from gateway.batch.files import Blobs, Folder, shelf_at
+from gateway.batch.files import Blobs, Folder, Range, shelf_at
 from gateway.batch.lines import bodies
 from tests.gateway.batch.served import jsonl, row
 from tests.gateway.batch.stored import a_row
@@ -54,6 +55,33 @@ async def test_bodies_come_in_the_order_of_the_rows(blobs: Blobs) -> None:
     places = [(sum(map(len, lines[:n])), len(lines[n]) - 1) for n in (2, 0)]
     rows = [a_row(blob="three", number=n, place=place) for n, place in enumerate(places)]
     assert await bodies(blobs, rows) == [b'{"n":2}', b'{"n":0}']
+
+
+async def test_lines_are_read_and_parsed_a_bounded_size_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [jsonl(row(n, body={"n": n})) for n in range(5)]
+    length = len(lines[0])
+    monkeypatch.setattr("gateway.batch.lines._AT_ONCE_BYTES", 2 * length)
+    reads: list[int] = []
+
+    class Counted(Folder):
+        def read(self, blob: str, ranges: Sequence[Range]) -> list[bytes]:
+            reads.append(len(ranges))
+            return super().read(blob, ranges)
+
+    blobs = Blobs(Counted(tmp_path))
+    await kept(blobs, "four", *lines)
+    rows = [a_row(blob="four", number=n, place=(n * length, length - 1)) for n in range(5)]
+    assert await bodies(blobs, rows) == [b'{"n":%d}' % n for n in range(5)]
+    assert reads == [2, 2, 1]
+    blobs.close()
+
+
+async def test_a_line_that_is_not_json_is_no_trouble_of_the_storage(blobs: Blobs) -> None:
+    await kept(blobs, "five", b"{nonsense")
+    with pytest.raises(orjson.JSONDecodeError):
+        await bodies(blobs, [a_row(blob="five", number=1, place=(0, 9))])
 
 
 async def test_a_blob_cannot_be_written_twice(tmp_path: Path) -> None:

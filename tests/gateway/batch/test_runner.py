@@ -15,6 +15,7 @@ import pytest
 from backends.emulator import FaultKind, ServerSpec
 from gateway.batch.attempts import Attempts
 from gateway.batch.faults import StorageUnavailable
+from gateway.batch.objects import Result, Row
 from gateway.batch.pace import PaceRule
 from gateway.batch.runner import Runner, RunnerRule
 from gateway.config import Retry
@@ -291,3 +292,77 @@ async def test_a_line_that_cannot_be_read_fails_alone(monkeypatch: pytest.Monkey
         it.ledger.add(CHAT, bodies(5), within_s=86_400.0)
         await it.done(20_000.0)
         assert it.statuses() == [200, 500, 200, 200, 200]
+
+
+async def test_a_storage_that_is_away_costs_no_row() -> None:
+    async with office() as it:
+        whole, is_away = it.rows.bodies, True
+
+        async def broken(rows: Any) -> list[bytes]:
+            if is_away:
+                raise StorageUnavailable("no route to the bucket")
+            return await whole(rows)
+
+        it.runner._bodies = broken
+        it.ledger.add(CHAT, bodies(5), within_s=86_400.0)
+        await asyncio.sleep(3600.0)
+        assert not it.ledger.results()
+        assert len(it.rows.claims) < 1000
+        is_away = False
+        await it.done(60.0)
+        assert it.statuses() == [200] * 5
+        assert {entry.row.attempts for entry in it.ledger.entries.values()} == {0}
+
+
+async def test_what_cannot_be_counted_as_wasted_keeps_no_row_in_memory() -> None:
+    async with office() as it:
+        calls = []
+
+        async def broken(batch: int, tokens: int) -> None:
+            calls.append((batch, tokens))
+            raise StorageUnavailable("locked")
+
+        async def fenced(results: Sequence[Result]) -> list[Result]:
+            return []
+
+        it.rows.waste, it.rows.finish = broken, fenced  # type: ignore[method-assign]
+        it.ledger.add(CHAT, bodies(8))
+        await it.site.until("all have ended", lambda: it.runner.tally.fenced == 8, 60.0)
+        assert len(it.runner) == 0
+        assert sum(tokens for _, tokens in calls) == 8 * 8
+
+
+async def test_rows_of_a_cancelled_batch_come_back_once_the_store_takes_them() -> None:
+    async with office() as it:
+        whole, failures = it.rows.release, 0
+
+        async def broken(rows: Sequence[Row], **more: Any) -> int:
+            nonlocal failures
+            if (failures := failures + 1) <= 3:
+                raise StorageUnavailable("locked")
+            return await whole(rows, **more)
+
+        it.rows.release = broken  # type: ignore[method-assign]
+        it.ledger.add(CHAT, bodies(20, 2000))
+        await it.site.until("they run", lambda: it.site.core.placed(Kind.OFFLINE) > 5)
+        it.ledger.over.add(1)
+        await it.site.until("all are back", lambda: "CLAIMED" not in it.ledger.states(), 30.0)
+        assert failures > 3
+
+
+async def test_a_claim_that_was_not_heard_of_is_freed() -> None:
+    async with office() as it:
+        whole, failures = it.rows.claim, 0
+
+        async def deaf(room: int) -> list[Row]:
+            nonlocal failures
+            rows = await whole(room)
+            if rows and (failures := failures + 1) <= 2:
+                raise StorageUnavailable("the connection is gone")
+            return rows
+
+        it.rows.claim = deaf  # type: ignore[method-assign]
+        it.ledger.add(CHAT, bodies(20))
+        await it.done(60.0)
+        assert it.statuses() == [200] * 20
+        assert failures > 2

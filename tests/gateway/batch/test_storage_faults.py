@@ -11,6 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.batch import database as databases
+from gateway.batch.database import Database
 from gateway.batch.faults import StorageFull, StorageUnavailable
 from gateway.batch.files import Blobs, Folder
 from gateway.batch.store import Store
@@ -130,3 +131,25 @@ async def test_blobs_of_a_folder_that_has_gone_are_an_error(tmp_path: Path) -> N
     with pytest.raises(Exception, match="gone"):
         await blobs.create("one")
     blobs.close()
+
+
+async def test_a_store_that_cannot_be_set_in_order_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Database] = []
+    close = Database.close
+
+    async def noted(database: Database) -> None:
+        closed.append(database)
+        await close(database)
+
+    async def away(store: Store, before_us: int) -> int:
+        raise StorageUnavailable("away")
+
+    monkeypatch.setattr(Database, "close", noted)
+    monkeypatch.setattr(Store, "_reap", away)
+    with pytest.raises(StorageUnavailable):
+        await Store.open(
+            f"sqlite+aiosqlite:///{tmp_path}/x", owner="x", now_us=lambda: 1, lease_us=1, alone=True
+        )
+    assert len(closed) == 1

@@ -257,3 +257,33 @@ async def test_the_recent_rate_forgets_what_is_long_ago(site: Site, store: Store
     found = await store.batch("a", batch.id)
     assert found.recent_rows == 1
     assert found.recent_us == site.now_us - 330_000_000
+
+
+async def test_work_that_could_not_be_put_back_is_taken_again(store: Store) -> None:
+    await submit(store)
+    lost = await taken(store, Stage.VALIDATE)
+    again = await taken(store, Stage.VALIDATE)
+    assert again.batch.seq == lost.batch.seq
+    with pytest.raises(Fenced):
+        await store.begin(lost, model="m", total=3)
+
+
+async def test_work_that_always_fails_holds_up_no_other_batch(store: Store) -> None:
+    first, second = await submit(store), await submit(store)
+    seen = []
+    for _ in range(3):
+        task = await taken(store, Stage.VALIDATE)
+        seen.append(task.batch.seq)
+        await store.put_back(task)
+    assert seen == [first.seq, second.seq, first.seq]
+
+
+async def test_what_is_claimed_without_our_knowing_is_freed(site: Site, store: Store) -> None:
+    batch, other = await running(store, rows=5), await site.store()
+    known, _ = await store.claim(1), await store.claim(2)
+    theirs = await other.claim(1)
+    assert await store.keep_only(known) == 2
+    assert (await store.batch("a", batch.id)).claimed == 2
+    assert [row.number for row in await store.claim(9)] == [2, 3, 5]
+    assert len(await store.finish([result(known[0])])) == 1
+    assert len(await other.finish([result(theirs[0])])) == 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -11,12 +13,12 @@ from pathlib import Path
 import orjson
 import pytest
 
-from gateway.batch.faults import Fenced
+from gateway.batch.faults import Fenced, StorageUnavailable
 from gateway.batch.files import Blobs, Folder
 from gateway.batch.finalize import finalize
 from gateway.batch.ingest import ingest
 from gateway.batch.lines import answered
-from gateway.batch.objects import Batch, Result, Stage, Status
+from gateway.batch.objects import Batch, Recorded, Result, Stage, Status, Task
 from gateway.batch.store import Store
 from gateway.batch.upkeep import Upkeep
 from gateway.batch.validate import Limits
@@ -212,3 +214,41 @@ async def test_a_lease_that_was_lost_is_told_of_and_a_new_one_taken(works: Works
     await other.reap()
     await works.upkeep.renew()
     await works.store.renew()
+
+
+def opened(folder: Path) -> list[str]:
+    """Files below it that this process has open."""
+    found = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return [path for path in found if path.startswith(f"{folder}/")]
+
+
+async def test_a_finalising_that_ends_early_lets_go_of_its_files(
+    works: Works, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ends it, and although the database does not hear of it."""
+    await works.submit(jsonl(row(1), row(2)))
+    await works.upkeep.work(Stage.VALIDATE)
+    await works.answer(1)
+    await works.answer(1, status=400)
+    doomed: list[str] = []
+
+    recorded = works.store.recorded
+
+    async def cut(task: Task, *, after: int, limit: int) -> list[Recorded]:
+        if after:
+            raise asyncio.CancelledError
+        return await recorded(task, after=after, limit=limit)
+
+    async def away(blobs: Sequence[str]) -> None:
+        doomed.extend(blobs)
+        assert not opened(works.folder)
+        raise StorageUnavailable("away")
+
+    monkeypatch.setattr(works.store, "recorded", cut)
+    monkeypatch.setattr(works.store, "doom", away)
+    with pytest.raises(asyncio.CancelledError):
+        await works.upkeep.work(Stage.FINALIZE)
+    assert len(doomed) == 1
