@@ -66,7 +66,7 @@ class Receiver:
             server = self.fleet[self.replaced_by]
             name = question["worker"]["name"] if self.keeps_name else server.name
             worker = {"name": name, "url": server.url}
-            worker["bootstrap_port"] = server.bootstrap_port  # type: ignore[assignment]  # JSON
+            worker["bootstrap_port"] = server.bootstrap_port
             return 200, {"status": "done", "worker": worker}
         return 200, {"status": "done"}
 
