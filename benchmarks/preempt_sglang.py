@@ -48,6 +48,7 @@ FULL, QUICK = (
 
 @dataclass(slots=True)
 class Found:
+    step_s: float = STEP_S
     freed_s: list[float] = field(default_factory=list)
     resumed_s: list[float] = field(default_factory=list)
     chunk_s: list[float] = field(default_factory=list)
@@ -119,7 +120,7 @@ class Bench:
         self.hold(held=True)
         # A report lags behind what runs: one that does not tell of the slot cannot tell it is free.
         await self.client.until(self.servers.relaxed, lambda load: load["num_running_reqs"])
-        await asyncio.sleep(self.random.uniform(0, STEP_S))  # anywhere in a step
+        await asyncio.sleep(self.random.uniform(0, self.found.step_s))  # anywhere in a step
         (job_id,) = self.gateway.backend._live
         seen, began_s = len(leg.chunks), time.perf_counter()
         self.gateway.driver.post(Recall(job_id))
@@ -253,6 +254,7 @@ async def measure(effort: Effort) -> Found:
         for _ in range(effort.prompts):
             await bench.prompt()
         await bench.slowed(STEP_S)
+        bench.found.step_s = await client.step_s(bench.url)
         for _ in range(effort.preemptions):
             await bench.preempt()
         for _ in range(effort.chats):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
 from typing import Any, Protocol
 
 import aiohttp
@@ -233,6 +236,16 @@ class Client:
 
     async def slow(self, url: str, step_s: float | None) -> None:
         await self.post(url + "/slow_down", {"forward_sleep_time": step_s})
+
+    async def step_s(self, url: str, tokens: int = 20) -> float:
+        """A decode step's time: the median between a lone request's tokens."""
+        leg = self.generate(url, self.prompt(30), tokens)
+        came_s = []
+        while not leg.task.done():
+            if len(leg.chunks) > len(came_s):
+                came_s += [time.perf_counter()] * (len(leg.chunks) - len(came_s))
+            await asyncio.sleep(0.001)
+        return median(after - before for before, after in pairwise(came_s))
 
     async def until(
         self,

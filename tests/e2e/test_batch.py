@@ -13,7 +13,6 @@ import pytest
 from openai.types import Batch
 
 from gateway.batch.settings import BatchSettings
-from policies.types import Kind
 from tests.conformance.under_test import Client
 from tests.e2e.site import REAL, SHARED, Site, standing
 
@@ -23,6 +22,8 @@ Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
 OVER = ("completed", "failed", "expired", "cancelled")
 MODEL_ROWS = 6
 TOKENS = 12
+STEP_S = 0.02
+"""Slow enough that neither row is whole before the other has begun."""
 
 
 def body(client: Client, endpoint: Endpoint, number: int, tokens: int = TOKENS) -> dict[str, Any]:
@@ -95,12 +96,14 @@ async def test_rows_go_on_from_their_tokens_in_the_next_gateway(
     settings = BatchSettings(folder=str(tmp_path), drain_s=0.0)
     bodies = [body(client, endpoint, i, 150) for i in range(2)]
     names = ("prefill", "decode")
+    await client.slow(client.fleet.decode, STEP_S)
     async with standing(client, *names, policies=SHARED, batch=settings) as site:
         async with openai.AsyncOpenAI(base_url=f"{site.url}/v1", api_key="none") as api:
             made = await submitted(site, api, bodies, endpoint)
-            await site.until(lambda: site.gateway.core.placed(Kind.OFFLINE) == 2, 20.0)
-            await asyncio.sleep(1.0)
+            attempts = site.gateway.backend._live
+            await site.until(lambda: len([a for a in attempts.values() if a.tokens > 5]) == 2, 20.0)
             await site.gateway.drain()
+            await client.slow(client.fleet.decode, None)
     async with standing(client, *names, policies=SHARED, batch=settings) as site:
         async with openai.AsyncOpenAI(base_url=f"{site.url}/v1", api_key="none") as api:
             batch = await ended(api, made.id)

@@ -47,7 +47,7 @@ async def test_log_probabilities_are_those_of_stock(trial: Trial) -> None:
         legs = [trial.send(ask) for ask in asks]
         await asyncio.gather(*(leg.task for leg in legs))
         tokens = [leg.meta.get("output_token_logprobs") or [] for leg in legs]
-        return [[round(token[0], 3) for token in one] for one in tokens]
+        return [[token[0] for token in one] for one in tokens]
 
     stock = await trial.stock(asks)
     alone = await told()
@@ -55,7 +55,11 @@ async def test_log_probabilities_are_those_of_stock(trial: Trial) -> None:
     await trial.same(asks, stock)
     # A retraction costs stock SGLang some of them: each request is asked until it is spared one.
     tries = [await told() for _ in range(3)]
-    assert [i for i, one in enumerate(alone) if one not in [it[i] for it in tries]] == []
+    # Sums in batches of other sizes differ in their last digits.
+    same = [
+        any(it[i] == pytest.approx(one, abs=1e-3) for it in tries) for i, one in enumerate(alone)
+    ]
+    assert all(same), same
     assert sum(map(len, alone)) > 100
 
 
