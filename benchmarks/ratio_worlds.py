@@ -41,6 +41,7 @@ class Closed:
 
     title: str
     model: str
+    """A known name, or a config.json."""
     device: str
     tp: int = 1
     fit: FitEntry = dataclasses.field(default_factory=FitEntry)
@@ -70,10 +71,12 @@ PROMPT_HEAVY = Closed(
     model="Llama-3.1-70B",
     device=DEVICE,
     tp=4,
-    clients=(8, 64, 128, 192, 256, 320, 392, 448, 512),
+    clients=(8, 128, 256, 320, 392, 448, 512),
     quick=(256, 392),
 )
 """The size of the paper's Llama: prompts are what takes time, and memory is plenty."""
+_KNEES = tuple(range(64, 136, 8))
+"""Where the curves bend, every eighth number of clients, as in the paper."""
 ANSWER_HEAVY = Closed(
     title="OPT-13B on A100",
     model="Llama-2-13b",
@@ -89,12 +92,31 @@ ANSWER_HEAVY = Closed(
     context_tokens=2048,
     input_max=1500,
     output_max=512,
-    clients=(8, 32, 64, 96, 128, 160, 192, 256, 320, 392),
-    quick=(96, 128, 160),
+    clients=(8, 32, *_KNEES, 160, 256, 392),
+    quick=(80, 128, 160),
 )
-"""DOPD was measured against DistServe on OPT models, whose KV cache is 6 times as large a token:
-few sequences fit, and answers are what takes time. Steps are DistServe's own fit of its engine;
-Llama-2-13b has the same layers, heads and size."""
+"""DOPD was measured against DistServe on OPT-30B. OPT models have many KV bytes a token: few
+sequences fit, and answers are what takes time. DistServe's authors have fitted their engine's steps
+on the next smaller one and on the next larger one; Llama-2-13b has the smaller one's layers, heads
+and size."""
+LARGER = dataclasses.replace(
+    ANSWER_HEAVY,
+    title="OPT-66B, tp 4 on A100",
+    model=str(Path(__file__).parent / "models" / "opt-66b-shaped.json"),
+    tp=4,
+    fit=FitEntry(
+        prefill_ms=29.44,
+        prefill_token_us=151.4,
+        prefill_pair_ns=16.63,
+        decode_ms=30.76,
+        decode_token_us=0.452,
+        decode_sequence_us=63.3,
+    ),
+    clients=(8, 32, *_KNEES, 136, 160, 256),
+    quick=(64, 104, 128),
+)
+"""Its steps alone take more than half of the TPOT target: what comes between them hurts more."""
+WORLDS = (PROMPT_HEAVY, ANSWER_HEAVY, LARGER)
 SWITCH_S, RELAUNCH_S = 5.0, 45.0
 PAPER_INTERVAL_S = 10.0
 """At which DOPD's authors ran their own and Dynamo's planners."""
@@ -132,6 +154,10 @@ def split(prefills: int, decodes: int, switch_s: float = SWITCH_S) -> FleetEntry
     return fleet(f"{prefills}P{decodes}D", entries)
 
 
+def elastic_name(switch_s: float) -> str:
+    return f"elastic, switch {switch_s:g} s"
+
+
 def elastic(switch_s: float) -> FleetEntry:
     """Half of it runs at the beginning."""
     quarter = GPUS // 4
@@ -140,7 +166,7 @@ def elastic(switch_s: float) -> FleetEntry:
         servers(Role.DECODE, quarter, switch_s),
         servers(Role.DECODE, GPUS - 2 * quarter, switch_s, parked=True),
     )
-    return fleet("elastic", entries)
+    return fleet(elastic_name(switch_s), entries)
 
 
 OURS = "dopd+"
@@ -214,14 +240,17 @@ def closed_plan(
 # (ii) Loads whose shape shifts.
 
 
-def _stretched(rows: Sequence[Ask], start_s: float, length_s: float, rate_scale: float) -> Trace:
-    """The first of them at another pace, from `start_s` on."""
+def _stretched(
+    rows: Sequence[Ask], start_s: float, length_s: float, rate_scale: float, turned: float
+) -> Trace:
+    """At another pace, from `start_s` on; the share `turned` of the recording comes last."""
+    whole_s = rows[-1].arrival_s
     asks = []
     for row in rows:
-        at_s = row.arrival_s / rate_scale
-        if at_s >= length_s:
-            break
-        asks.append(row._replace(arrival_s=start_s + at_s))
+        at_s = (row.arrival_s - turned * whole_s) % whole_s / rate_scale
+        if at_s < length_s:
+            asks.append(row._replace(arrival_s=start_s + at_s))
+    asks.sort(key=lambda it: it.arrival_s)
     return Trace(Path("shifted"), tuple(asks))
 
 
@@ -240,9 +269,9 @@ def _phase(name: str, trace: Trace) -> Source:
 def shifting(data: Path, phase_s: float, seed: int) -> list[Source]:
     """Bursty code, then reasoning, then chat: the best split is another one each time.
 
-    The times are those that were recorded, whatever the seed.
+    Each seed begins elsewhere in the recordings.
     """
-    folder = data / "traces"
+    folder, random = data / "traces", Random(f"{seed}/turned")
     phases = (
         ("code", "azure_2023_code.csv.gz", 2.85),
         ("reasoning", "servegen_deepseek_r1_2h_4rps.csv.gz", 1.0),
@@ -251,7 +280,8 @@ def shifting(data: Path, phase_s: float, seed: int) -> list[Source]:
     found = []
     for number, (name, file, rate_scale) in enumerate(phases):
         rows = read_trace(folder / file).rows
-        found.append(_phase(name, _stretched(rows, number * phase_s, phase_s, rate_scale)))
+        start_s, turned = number * phase_s, random.random()
+        found.append(_phase(name, _stretched(rows, start_s, phase_s, rate_scale, turned)))
     return found
 
 
@@ -281,39 +311,48 @@ def bursting(data: Path, phase_s: float, seed: int) -> list[Source]:
     return found
 
 
-RIVALS = ("dyn-load", "dyn-sla", "dopd")
-MORE_HEADROOM = {"dyn-load": (2.0, 4.0), "dyn-sla": (1.5, 2.0, 3.0)}
+RIVALS = ("dyn-load", "dyn-sla")
+MORE_HEADROOM = {"dyn-load": (1.0, 2.0, 4.0), "dyn-sla": (1.0, 1.5, 2.0, 3.0)}
 """How much more than Dynamo's planners want they would have to be given to keep the targets."""
+
+
+FIXED = ((2, 1), (3, 3), (4, 4))
+"""The cheapest that keeps the targets of the one load, and of the other, are among them."""
 
 
 def fixed_policies() -> list[PolicyEntry]:
     """That do not depend on how long a switch takes."""
     cost = Cost(model=MODEL, device=DEVICE)
-    names = [f"{count}P{GPUS - count}D" for count in (2, 4, 6)]
+    names = [f"{prefills}P{decodes}D" for prefills, decodes in FIXED]
     return [PolicyEntry(name=f"static {name}", fleet=name, cost=cost) for name in names]
 
 
-def acting_policies() -> list[PolicyEntry]:
-    cost = Cost(model=MODEL, device=DEVICE)
-    return [controlled(name, "elastic", name, cost) for name in (*RIVALS, OURS)]
+def switching(name: str, switch_s: float) -> str:
+    return f"{name}, switch {switch_s:g} s"
+
+
+def acting_policies(switch_s: float) -> list[PolicyEntry]:
+    cost, elastically = Cost(model=MODEL, device=DEVICE), elastic_name(switch_s)
+    return [
+        controlled(switching(name, switch_s), elastically, name, cost) for name in (*RIVALS, OURS)
+    ]
 
 
 def compared_policies() -> list[PolicyEntry]:
     """What makes the difference: the order, and how much is held in hand."""
     cost, order = Cost(model=MODEL, device=DEVICE), "salvage"
-    return [
-        controlled(f"{OURS}, fcfs", "elastic", OURS, cost, order="fcfs"),
+    each = [
+        ("dopd", "dopd", "fcfs", 1.0),
+        (f"{OURS}, fcfs", OURS, "fcfs", 1.0),
         *(
-            controlled(f"{name}, {order}", "elastic", name, cost, order=order)
-            for name in MORE_HEADROOM
-        ),
-        *(
-            controlled(
-                f"{name}, {order}, x{times:g}", "elastic", name, cost, order=order, headroom=times
-            )
+            (f"{name}, {order}, x{times:g}", name, order, times)
             for name, many in MORE_HEADROOM.items()
             for times in many
         ),
+    ]
+    return [
+        controlled(title, elastic_name(SWITCH_S), name, cost, order=order, headroom=headroom)
+        for title, name, order, headroom in each
     ]
 
 
@@ -321,11 +360,10 @@ def dynamic_plan(
     data: Path,
     sources: Sequence[Source],
     duration_s: float,
-    switch_s: float,
     seeds: Sequence[int],
     policies: Sequence[PolicyEntry],
 ) -> Plan:
-    fixed = [split(n, GPUS - n, switch_s) for n in (2, 4, 6)]
+    fixed = [split(*counts) for counts in FIXED]
     scenario = Scenario(
         name="shifting load",
         seeds=tuple(seeds),
@@ -333,7 +371,7 @@ def dynamic_plan(
         duration_s=duration_s,
         drain_s=120.0,
         gateway=GatewayEntry(tick_ms=250.0),
-        fleet=(elastic(switch_s), *fixed),
+        fleet=(elastic(SWITCH_S), elastic(RELAUNCH_S), *fixed),
         workload=tuple(
             dataclasses.replace(it.entry, arrivals="poisson", trace="") for it in sources
         ),

@@ -6,14 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from backends.actuators.settings import Kubernetes, Ray, Relaunch, Webhook
 from backends.sglang import Patience
-from gateway.actuation import (
-    Actuation,
-    Kubernetes,
-    Ray,
-    Relaunch,
-    Webhook,
-)
+from gateway.actuation import Actuation
 from gateway.batch.settings import BatchSettings, batch_beside, check_batch
 from gateway.chats import sampling_in
 from gateway.costs import Hardware, beside, costs_of

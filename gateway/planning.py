@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from backends.base import Post, Size
+from gateway.coming import Coming
 from gateway.core import Core
 from gateway.ingress import Ingress
 from policies.clock import Clock
@@ -20,6 +21,7 @@ from policies.events import (
     RoleSwitched,
     SwitchWanted,
     WorkerGone,
+    WorkerUp,
 )
 from policies.forecast import Outlook, Prediction
 from policies.ledger import Ledger
@@ -27,6 +29,9 @@ from policies.monitor import Seen
 from policies.ratio import DopdPlus, Memory, Plan, Ratio
 from policies.types import Kind, Role, Worker
 
+ANOTHER_KIND = 4.0
+"""Where prompts or answers are so many times as long as they were, or as short, what was learnt of
+the arrivals before is forgotten: peaks of short requests are no measure for long ones."""
 URGENT_S = 1.0
 """How often it is asked whether something is urgent between two looks."""
 
@@ -93,8 +98,13 @@ class Planner:
         self._memory = Memory()
         self._sites: dict[Role, Site] = {}
         self._rates = {kind: Outlook(quantile=control.quantile) for kind in Kind}
+        self._steady = Outlook(quantile=control.quantile)
+        """Of online requests, over as long as it takes to get a server: what comes and goes within
+        that time is not helped by one."""
         self._lasting = Outlook(quantile=control.quantile)
-        """Of online requests, over as long as one of them stays."""
+        """The same over as long as one of them stays, too."""
+        self._like: tuple[float, float] | None = None
+        """Prompts and answers of the kind of load that the forecasts have seen."""
         self._looked_us = self._now_us()
         self._flows: dict[Kind, Flow] = {}
         self.ingress = Ingress(self._looked_us)
@@ -103,12 +113,13 @@ class Planner:
         self._roles: dict[str, Role] = {}
         """As the servers said last, or as they were made here."""
         self._held_until_us = 0
+        self._coming = Coming()
 
     def adopt(self, control: Control) -> None:
         """Other rules from here on; what was seen of the load stays."""
         if control.policy != self.control.policy:
             self._memory = Memory()
-        for outlook in (*self._rates.values(), self._lasting):
+        for outlook in (*self._rates.values(), self._steady, self._lasting):
             outlook.quantile = control.quantile
         self.control = control
 
@@ -119,6 +130,8 @@ class Planner:
                 if by_another:
                     self._stand_back(now_us)
                 self._roles[name] = role
+            case WorkerUp(worker) if worker.name not in self._core.ledgers:
+                self._coming.arrived(worker.role)
             case WorkerGone(name):
                 self._roles.pop(name, None)  # it may come back as something else
             case LoadReport(name):
@@ -147,6 +160,8 @@ class Planner:
     def tick(self) -> None:
         """To be called every URGENT_S: looks when the interval is over, or when it cannot wait."""
         now_us = self._now_us()
+        if self._size is not None:
+            self._coming.look(self._size.starting, now_us)
         if now_us - self._looked_us >= self.control.interval_s * 1e6:
             self._observe(now_us)
         elif not self._is_urgent(now_us):
@@ -159,13 +174,33 @@ class Planner:
     def _observe(self, now_us: int) -> None:
         """The interval that has just ended."""
         for kind in Kind:
-            flow = self.ingress.look(kind, self.control.interval_s, now_us)
+            self._flows[kind] = self.ingress.look(kind, self.control.interval_s, now_us)
+        if self._is_another_kind(self._flows[Kind.ONLINE]):
+            for outlook in (self._rates[Kind.ONLINE], self._steady, self._lasting):
+                outlook.forget()
+        for kind, flow in self._flows.items():
             self._rates[kind].observe(flow.rate_per_s)
-            self._flows[kind] = flow
-        stay_s = self._flows[Kind.ONLINE].answer.mean * self.control.targets.tpot_s
-        span_us = round(max(self.control.interval_s, stay_s) * 1e6)
-        self._lasting.observe(self.ingress.monitor.rate_per_s(Kind.ONLINE, span_us, now_us))
+        control = self.control
+        stay_s = self._flows[Kind.ONLINE].answer.mean * control.targets.tpot_s
+        lead_s = control.launch_s if control.budget_gpus else control.switch_s
+        lead_s = max(control.interval_s, lead_s)
+        self._steady.observe(self._rate_per_s(lead_s, now_us))
+        self._lasting.observe(self._rate_per_s(max(lead_s, stay_s), now_us))
         self._looked_us = now_us
+
+    def _rate_per_s(self, span_s: float, now_us: int) -> float:
+        return self.ingress.monitor.rate_per_s(Kind.ONLINE, round(span_s * 1e6), now_us)
+
+    def _is_another_kind(self, flow: Flow) -> bool:
+        now = (flow.prompt.mean, flow.answer.mean)
+        if not all(now):
+            return False
+        was, self._like = self._like or now, self._like or now
+        factors = (max(a / b, b / a) for a, b in zip(now, was, strict=True))
+        if max(factors) < ANOTHER_KIND:
+            return False
+        self._like = now
+        return True
 
     def _is_urgent(self, now_us: int) -> bool:
         policy = self.control.policy
@@ -196,7 +231,7 @@ class Planner:
 
     @property
     def _moving(self) -> int:
-        coming = sum(self._size.starting.values()) if self._size is not None else 0
+        coming = self._coming.count(Role.PREFILL) + self._coming.count(Role.DECODE)
         return len(self._core.switching.moves) + coming
 
     def _demand(self, now_us: int) -> Demand:
@@ -207,8 +242,8 @@ class Planner:
         decodes = self._serving(Role.DECODE)
         waiting = ingress.waiting - len(self._serving(Role.PREFILL))
         return Demand(
-            online=replace(online, rate_per_s=forecasts[Kind.ONLINE].upper),
-            lasting_per_s=max(expected.rate_per_s, self._lasting.predict().upper),
+            online=replace(online, rate_per_s=self._steady.predict().upper),
+            lasting_per_s=self._lasting.predict().upper,
             expected=expected,
             offline=replace(offline, rate_per_s=forecasts[Kind.OFFLINE].point),
             targets=self.control.targets,
@@ -243,8 +278,8 @@ class Planner:
         control, count = self.control, {}
         for role in (Role.PREFILL, Role.DECODE):
             going = [it for it in self._core.switching.moves.values() if it.wanted.role is role]
-            starting = self._size.starting.get(role, 0) if self._size is not None else 0
-            count[role] = len(self._serving(role)) + len(going) + starting
+            coming = self._coming.count(role)
+            count[role] = len(self._serving(role)) + len(going) + coming
         return Fleet(
             prefills=count[Role.PREFILL],
             decodes=count[Role.DECODE],

@@ -11,7 +11,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from backends.bounds import bounded
 from backends.words import TYPES
+
+__all__ = ["ConfigError", "bounded", "decode", "one_of", "read_toml"]
 
 T = TypeVar("T")
 
@@ -27,11 +30,6 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
-
-
-def bounded(default: Any, *, low: float | None = None, high: float | None = None) -> Any:
-    """A field whose value has limits."""
-    return dataclasses.field(default=default, metadata={"low": low, "high": high})
 
 
 def one_of(default: str, choices: Mapping[str, object]) -> Any:

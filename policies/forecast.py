@@ -180,6 +180,15 @@ class Outlook:
     def __len__(self) -> int:
         return len(self._window)
 
+    def forget(self) -> None:
+        """Another kind of load has begun: how the last one went says nothing of it."""
+        self._window.clear()
+        self._loads.clear()
+        for track in self._tracks.values():
+            track.errors.clear()
+            track.excesses.clear()
+            track.told = None
+
     def observe(self, value: float | None) -> None:
         """What the interval that has just ended brought."""
         if value is None or not math.isfinite(value):

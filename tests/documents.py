@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from backends.actuators import settings as actuator_settings
 from gateway import actuation, plugin_settings
 from gateway import config as settings
 from gateway.batch import settings as batch_settings
@@ -20,7 +21,7 @@ from gateway.scenario import PolicyEntry, Scenario
 from gateway.simulation.budget import BudgetEntry
 
 ROOT = Path(__file__).parent.parent
-_MODULES = (settings, actuation, batch_settings, plugin_settings)
+_MODULES = (settings, actuation, actuator_settings, batch_settings, plugin_settings)
 README = ROOT / "README.md"
 CONFIG = ROOT / "config.toml"
 SIMULATOR = ROOT / "docs" / "simulator.md"

@@ -12,7 +12,7 @@ from typing import cast
 
 import pytest
 
-from backends.actuators.kubernetes import Cluster, rights_of, workloads_of
+from backends.actuators.kubernetes import rights_of, workloads_of
 from backends.kubernetes.api import Api
 from gateway.config import Config, check, workers_of
 from gateway.errors import Code
@@ -66,9 +66,8 @@ def test_the_example_that_scales_has_the_rights_that_are_asked_for_and_no_others
     told = config.ratio.kubernetes
     assert f"name: {told.prefill}\n" in SCALING
     assert f"name: {told.decode}\n" in SCALING
-    cluster = Cluster(prefill=told.prefill, decode=told.decode)
     api = cast(Api, SimpleNamespace(namespace=""))
-    wanted = {(verb, group, name) for verb, group, name in rights_of(workloads_of(cluster, api))}
+    wanted = {(verb, group, name) for verb, group, name in rights_of(workloads_of(told, api))}
     rules = re.findall(
         r"^  - \{apiGroups: \[(.*)\], resources: \[(.*)\], verbs: \[(.*)\]\}", SCALING, re.MULTILINE
     )

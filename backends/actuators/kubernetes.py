@@ -13,10 +13,10 @@ import random
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 import structlog
 
+from backends.actuators.settings import Kubernetes
 from backends.actuators.turning import Turned, UnfitError
 from backends.base import Roll, Size
 from backends.kubernetes.api import AbsentError, Api, ApiError, ConflictError, connected
@@ -37,24 +37,7 @@ LEAST_COST = str(-(2**31))
 _OTHER = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
-    """Where the servers are, as their operator says."""
-
-    prefill: str
-    decode: str
-    namespace: str = ""
-    kubeconfig: str = ""
-    group: str = ""
-    group_version: str = "v1alpha2"
-    port: int = 30000
-    bootstrap_port: int = 8998
-    lease: str = "slackwater"
-    start_s: float = 600.0
-    poll_s: float = 2.0
-
-
-def workloads_of(cluster: Cluster, api: Api) -> Workloads:
+def workloads_of(cluster: Kubernetes, api: Api) -> Workloads:
     names = {Role.PREFILL: cluster.prefill, Role.DECODE: cluster.decode}
     if cluster.group:
         return Group(api, cluster.group, cluster.group_version, names)
@@ -84,7 +67,7 @@ async def _problems(api: Api, workloads: Workloads) -> list[str]:
 class KubernetesTurn:
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: Kubernetes,
         clock: Clock,
         rng: random.Random,
         tasks: asyncio.TaskGroup,

@@ -9,12 +9,12 @@ import shlex
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import structlog
 
+from backends.actuators.settings import Ray
 from backends.actuators.turning import Turned, UnfitError
 from backends.base import Roll, Size
 from backends.fleet import interpreter
@@ -23,7 +23,7 @@ from backends.fleet.spec import FleetError
 from backends.pause import pause
 from backends.sglang import Server
 from policies.clock import Clock
-from policies.types import Pool, Role, Worker
+from policies.types import Role, Worker
 
 log = structlog.get_logger("slackwater.ray")
 
@@ -33,30 +33,10 @@ SLACK_S = 60.0
 """Beside the two starts that a switch may take."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Actors:
-    """Which cluster, and what runs on it."""
-
-    command: str
-    address: str = "auto"
-    namespace: str = "slackwater"
-    python: str = ""
-    prefill: int = 0
-    decode: int = 0
-    gpus: float = 1.0
-    cpus: float = 1.0
-    pool: Pool = Pool.STRICT
-    outlive: bool = False
-    start_s: float = 600.0
-    poll_s: float = 2.0
-    log: str = ""
-    join_s: float = 60.0
-
-
 class RayTurn:
     def __init__(
         self,
-        actors: Actors,
+        actors: Ray,
         clock: Clock,
         rng: random.Random,
         tasks: asyncio.TaskGroup,

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
+from backends.actuators.settings import Webhook
 from backends.actuators.turning import Turned, UnfitError, object_of
 from backends.base import Roll, Size
 from backends.fetch import fetch
@@ -38,18 +39,6 @@ from policies.clock import Clock
 from policies.types import Role, Worker
 
 SCHEMA = "slackwater.change/1"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hook:
-    url: str
-    secret: str = ""
-    answer_s: float = 10.0
-    """For one answer."""
-    poll_s: float = 2.0
-    """Until the question is put again."""
-    within_s: float = 600.0
-    """A change that is not over by then is cancelled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +53,7 @@ class _Told:
 class WebhookTurn:
     """The service does it, the server's own word counts: it is asked who it is afterwards."""
 
-    def __init__(self, hook: Hook, clock: Clock, rng: random.Random, roll: Roll) -> None:
+    def __init__(self, hook: Webhook, clock: Clock, rng: random.Random, roll: Roll) -> None:
         self.hook = hook
         self._clock = clock
         self._rng = rng

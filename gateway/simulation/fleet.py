@@ -10,12 +10,13 @@ from random import Random
 from backends.engine import Engine, EngineConfig, Fabric, patched
 from backends.simulated import worker_of
 from backends.steptimes import FittedStepTimes, Noisy, StepTimes, read_table
+from gateway.predict import read_model
 from gateway.scenario import FitEntry, FleetEntry, ServerEntry
 from gateway.settings import ConfigError
 from policies.clock import Clock
 from policies.constants import Constants, ConstantsError, lookup
 from policies.devices import UnknownDevice, device_named
-from policies.models import ModelError, model_named
+from policies.models import ModelError
 from policies.roofline import CostModel, DoesNotFit, Parallel, build, prefill_batch
 from policies.shipped import SHIPPED
 from policies.sizing import capacity_tokens
@@ -124,7 +125,7 @@ def _paid_once(plans: list[ServerPlan]) -> list[ServerPlan]:
 def _plan(fleet: FleetEntry, entry: ServerEntry, data: Path) -> ServerPlan:
     tp = entry.tp or fleet.tp
     device = device_named(entry.device or fleet.device)
-    model = model_named(entry.model or fleet.model)
+    model = read_model(entry.model or fleet.model)
     constants = lookup(SHIPPED, device.name, model.family, tp)
     cost = build(model, device, moved(constants), Parallel(tp=tp))
     times, source = _times(fleet, entry, data, cost, tp)

@@ -18,16 +18,16 @@ from benchmarks.ratio import (
     mean,
 )
 from benchmarks.ratio_worlds import (
-    ANSWER_HEAVY,
     GPUS,
     OURS,
-    PROMPT_HEAVY,
+    WORLDS,
     acting_policies,
     bursting,
     closed_plan,
     dynamic_plan,
     elastic,
     split,
+    switching,
 )
 from gateway.simulation.figures import Figures, Quantiles
 from gateway.simulation.runs import cases_of, run_case
@@ -116,7 +116,7 @@ def test_several_seeds_are_shown_as_their_mean() -> None:
 
 
 def test_every_system_of_the_closed_loop_has_the_same_gpus() -> None:
-    for world in (PROMPT_HEAVY, ANSWER_HEAVY):
+    for world in WORLDS:
         scenario = closed_plan(NOWHERE, world, (8,), 10.0, 1.0).scenario
         sizes = {sum(server.count for server in it.server) for it in scenario.fleet}
         assert len(sizes) == 1
@@ -126,8 +126,8 @@ def test_every_system_of_the_closed_loop_has_the_same_gpus() -> None:
 
 def test_a_shifting_load_is_served_and_paid_for_by_every_policy() -> None:
     sources = bursting(NOWHERE, 20.0, seed=3)
-    plan = dynamic_plan(NOWHERE, sources, 60.0, 5.0, (1,), acting_policies())
-    [case] = [it for it in cases_of(plan) if it.policy.name == OURS]
+    plan = dynamic_plan(NOWHERE, sources, 60.0, (1,), acting_policies(5.0))
+    [case] = [it for it in cases_of(plan) if it.policy.name == switching(OURS, 5.0)]
     quick = replace(case.policy, ratio=replace(case.policy.ratio, dwell_s=10.0, interval_s=5.0))
     found = held(run_case(plan, replace(case, policy=quick), with_records=False)[0])
     assert found.attained > 90.0

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from aiohttp import web
 
-from gateway.actuation import Actuation, Kubernetes, Relaunch, Webhook
+from backends.actuators.settings import Kubernetes, Relaunch, Webhook
+from gateway.actuation import Actuation
 from gateway.actuator_check import actuator_findings
 from gateway.config import Config, RatioSettings, WorkerEntry
 from gateway.suitability import Level

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from gateway.actuation import Actuation, Kubernetes
+from backends.actuators.settings import Kubernetes
+from gateway.actuation import Actuation
 from gateway.config import ConfigError, Cost
 from gateway.planning import Mode
 from policies.demand import Demand, Fleet

@@ -8,11 +8,20 @@ from gateway.core import Core, Rules
 from gateway.planning import Control, Planner
 from gateway.ratio_control import RatioControl
 from policies.clock import VirtualClock
-from policies.events import Event, LoadReport, Outcome, SwitchOver, WorkerGone, WorkerUp
+from policies.events import (
+    Arrived,
+    Event,
+    Finished,
+    LoadReport,
+    Outcome,
+    SwitchOver,
+    WorkerGone,
+    WorkerUp,
+)
 from policies.ratio import Static
 from policies.steps import Costs
 from policies.types import Role
-from tests.gateway.talk import decode, load, prefill
+from tests.gateway.talk import decode, load, online, prefill
 from tests.policies.sites import COST
 
 SECOND = 1_000_000
@@ -47,6 +56,18 @@ class Planned:
         for event in events:
             self.planner.hear(now_us, event)
 
+    def interval(self, rate_per_s: int, answer_tokens: int) -> float:
+        """Ten seconds of requests that are answered at once; the rate to be ready for then."""
+        for number in range(10 * rate_per_s):
+            self.clock.run(self.clock.time() + 1 / rate_per_s)
+            now_us = round(self.clock.time() * 1e6)
+            job = online(f"{now_us}-{number}", at_us=now_us)
+            self.planner.hear(now_us, Arrived(job))
+            self.planner.hear(now_us, Finished(job.id, answer_tokens))
+        self.planner.tick()
+        assert self.planner.last is not None
+        return self.planner.last.demand.online.rate_per_s
+
     def is_held(self) -> bool:
         self.clock.run(self.clock.time() + 10)
         self.planner.tick()
@@ -62,3 +83,14 @@ def test_a_server_that_was_started_anew_has_not_been_switched_by_another(goes: b
         planned.hear(WorkerGone("b"))
     planned.hear(WorkerUp(decode("b")), LoadReport("b", load()))
     assert planned.is_held() is not goes
+
+
+def test_peaks_of_short_requests_are_no_measure_for_long_ones() -> None:
+    ready_for = []
+    for answer_tokens in (20, 2000):
+        planned = Planned()
+        for rate in (5, 40, 5, 5, 40, 5, 40, 5):
+            planned.interval(rate, 20)
+        ready_for += [planned.interval(5, answer_tokens) for _ in range(6)][-1:]
+    assert ready_for[0] > 7.0
+    assert 5.0 <= ready_for[1] < 7.0

@@ -11,7 +11,8 @@ from typing import Any, cast
 import pytest
 from structlog.testing import capture_logs
 
-from backends.actuators.ray import Actors, RayTurn
+from backends.actuators.ray import RayTurn
+from backends.actuators.settings import Ray
 from backends.fleet import interpreter
 from policies.types import Role
 
@@ -37,7 +38,7 @@ def joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def turning(tasks: asyncio.TaskGroup) -> RayTurn:
     clock, roll = asyncio.get_running_loop(), cast("Any", None)
-    return RayTurn(Actors(command="serve"), clock, random.Random(0), tasks, roll)
+    return RayTurn(Ray(command="serve"), clock, random.Random(0), tasks, roll)
 
 
 async def test_a_process_that_cannot_be_started_for_a_while_is_tried_again(

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from backends.actuators.settings import Webhook
 from backends.emulator import EmulatedFleet
-from gateway.actuation import Actuation, Webhook
+from gateway.actuation import Actuation
 from policies.types import Role
 from tests.gateway.actuated import FOUR, by, names, roles, started_as, switched, usable
 from tests.gateway.gateway_under_test import OFFLINE, Site, spec, standing

@@ -90,6 +90,15 @@ def test_one_value_is_believed_with_a_margin() -> None:
     assert (told.point, told.upper) == (80.0, 96.0)
 
 
+def test_what_is_forgotten_is_no_measure_any_more() -> None:
+    random = Random(5)
+    outlook = fed([random.choice([10.0, 90.0]) for _ in range(40)])
+    assert outlook.predict().upper > 20.0
+    outlook.forget()
+    outlook.observe(10.0)
+    assert outlook.predict().upper == fed([10.0]).predict().upper
+
+
 def test_on_a_random_walk_the_last_value_is_believed() -> None:
     random, values = Random(5), [1000.0]
     for _ in range(200):

@@ -21,7 +21,8 @@ import pytest
 from ray.cluster_utils import Cluster
 from structlog.testing import capture_logs
 
-from gateway.actuation import Actuation, Ray
+from backends.actuators.settings import Ray
+from gateway.actuation import Actuation
 from gateway.actuator_check import actuator_findings
 from gateway.app import Gateway
 from gateway.clock import LiveClock
