@@ -45,6 +45,7 @@ from benchmarks.ratio_worlds import (
     compared_policies,
     dynamic_plan,
     fixed_policies,
+    is_ours,
     shifting,
     switching,
 )
@@ -61,6 +62,7 @@ LISTED = ("static 3P3D", "static 4P2D", "static 5P1D")
 NEAR = 0.03
 """Rates that differ by no more are the same."""
 PHASE_S, QUICK_PHASE_S = 1200.0, 150.0
+SWITCHES_S = (SWITCH_S, RELAUNCH_S)
 SEEDS, QUICK_SEEDS = (11, 12, 13), (1,)
 """Policies are tuned on others: on 1 and 2."""
 
@@ -262,13 +264,17 @@ def measure(asked: argparse.Namespace) -> Report:
         for world in WORLDS:
             _closed(world, asked, report)
     if "dynamic" in asked.parts:
-        _dynamic(asked, report)
+        _acting(SWITCH_S, asked, report)
+    if "relaunch" in asked.parts and not asked.quick:
+        _acting(RELAUNCH_S, asked, report)
+    if "headroom" in asked.parts:
+        _headroom(asked, report)
     if "forecast" in asked.parts:
         _forecast(asked, report)
     if asked.quick:
         report.notes.append(
             f"--quick: few loads of the closed loop; phases of {QUICK_PHASE_S:g} s instead of "
-            f"{PHASE_S:g} s, one seed, one way of switching, no planner with more in hand"
+            f"{PHASE_S:g} s, one seed, no relaunch, no planner with more in hand"
         )
     return report
 
@@ -290,39 +296,48 @@ def _closed(world: Closed, asked: argparse.Namespace, report: Report) -> None:
 LOADS = {"code, reasoning, chat": shifting, f"gamma {BURST_SHAPE:g}": bursting}
 
 
-def _dynamic(asked: argparse.Namespace, report: Report) -> None:
-    switches = (SWITCH_S,) if asked.quick else (SWITCH_S, RELAUNCH_S)
-    compared = fixed_policies() if asked.quick else fixed_policies() + compared_policies()
+def _acting(switch_s: float, asked: argparse.Namespace, report: Report) -> None:
+    """Ours and Dynamo's planners, with every seed."""
+    seeds = QUICK_SEEDS if asked.quick else SEEDS
     for load in LOADS:
-        runs = _runs(load, switches, compared, asked)
-        found = {name: mean(each) for name, each in runs.items()}
-        besides = {it.name: found[it.name] for it in compared}
-        for switch_s in switches:
-            title = switching(load, switch_s)
-            acting = {name: found[switching(name, switch_s)] for name in (*RIVALS, OURS)}
-            report.tables.append(dynamic_table(f"(ii) {title}", acting))
-            report.checks += dynamic_checks(title, acting)
-            rivals = {name: it for name, it in (acting | besides).items() if name != OURS}
-            report.checks.append(equal_check(title, acting[OURS], rivals))
-        report.tables.append(dynamic_table(f"(ii) {load}, besides, one seed", besides))
+        title = f"{load}, switch {switch_s:g} s"
+        policies = acting_policies(switch_s)
+        runs = _runs(load, seeds, policies, asked)
+        found = {name: mean(runs[switching(name, switch_s)]) for name in (*RIVALS, OURS)}
+        report.tables.append(dynamic_table(f"(ii) {title}", found))
         for name, each in runs.items():
             attained = Spread.of([it.attained for it in each])
             report.spread[f"{load}, {name}, attained %"] = attained
             report.spread[f"{load}, {name}, GPU-s"] = Spread.of([it.gpu_s for it in each])
+        report.checks += dynamic_checks(title, found)
+
+
+def _headroom(asked: argparse.Namespace, report: Report) -> None:
+    """What the targets cost everybody who keeps them, with one seed."""
+    switches_s, seeds = SWITCHES_S, SEEDS[:1]
+    if asked.quick:
+        switches_s, seeds = SWITCHES_S[:1], QUICK_SEEDS
+    ours = [it for switch_s in switches_s for it in acting_policies(switch_s) if is_ours(it)]
+    policies = [*ours, *fixed_policies(), *(() if asked.quick else compared_policies())]
+    for load in LOADS:
+        runs = _runs(load, seeds, policies, asked)
+        found = {name: mean(each) for name, each in runs.items()}
+        report.tables.append(dynamic_table(f"(ii) {load}, at equal attainment, one seed", found))
+        others = {name: it for name, it in found.items() if not name.startswith(OURS)}
+        for switch_s in switches_s:
+            own = found[switching(OURS, switch_s)]
+            report.checks.append(equal_check(f"{load}, switch {switch_s:g} s", own, others))
+
+
+LOADS = {"code, reasoning, chat": shifting, f"gamma {BURST_SHAPE:g}": bursting}
 
 
 def _runs(
-    load: str,
-    switches: Sequence[float],
-    compared: Sequence[PolicyEntry],
-    asked: argparse.Namespace,
+    load: str, seeds: Sequence[int], policies: Sequence[PolicyEntry], asked: argparse.Namespace
 ) -> dict[str, list[Held]]:
-    """What acts, once for each seed, and what it is compared with for the first one."""
-    phase_s, seeds = (QUICK_PHASE_S, QUICK_SEEDS) if asked.quick else (PHASE_S, SEEDS)
+    phase_s = QUICK_PHASE_S if asked.quick else PHASE_S
     found: dict[str, list[Held]] = {}
     for seed in seeds:
-        policies = [it for switch_s in switches for it in acting_policies(switch_s)]
-        policies += compared if seed == seeds[0] else ()
         sources = LOADS[load](asked.data, phase_s, seed)
         plan = dynamic_plan(asked.data, sources, phase_s * len(sources), (seed,), policies)
         for outcome in simulated(plan, asked.processes, f"{load}, seed {seed}"):
@@ -342,7 +357,7 @@ def main() -> int:
     parser = command_line("ratio", __doc__)
     parser.add_argument("--data", type=Path, default=forecast.DATA, help="where traces/ lies")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parts = ("closed", "dynamic", "forecast")
+    parts = ("closed", "dynamic", "relaunch", "headroom", "forecast")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="only these")
     asked = parser.parse_args()
     return reported(lambda: measure(asked), ConfigError, OSError, as_json=asked.json)

@@ -312,7 +312,7 @@ def bursting(data: Path, phase_s: float, seed: int) -> list[Source]:
 
 
 RIVALS = ("dyn-load", "dyn-sla")
-MORE_HEADROOM = {"dyn-load": (1.0, 2.0, 4.0), "dyn-sla": (1.0, 1.5, 2.0, 3.0)}
+MORE_HEADROOM = {"dyn-load": (2.0, 4.0), "dyn-sla": (1.5, 2.0, 3.0)}
 """How much more than Dynamo's planners want they would have to be given to keep the targets."""
 
 
@@ -336,6 +336,10 @@ def acting_policies(switch_s: float) -> list[PolicyEntry]:
     return [
         controlled(switching(name, switch_s), elastically, name, cost) for name in (*RIVALS, OURS)
     ]
+
+
+def is_ours(policy: PolicyEntry) -> bool:
+    return policy.ratio.policy == OURS
 
 
 def compared_policies() -> list[PolicyEntry]:
