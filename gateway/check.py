@@ -59,14 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_check(given: argparse.Namespace) -> int:
     """0: all fits; 1: some requests would fail. A wrong configuration is 2, by its own way."""
+    if given.fleet is not None:
+        raise ConfigError("--fleet starts servers: check looks at those that run already")
     config = serve.configuration(given)
     if not config.worker and not finds_servers(config):
         raise ConfigError(
             "no server to check: give --prefill, --decode or --worker-urls, "
             "or a --config FILE with [[worker]] tables"
         )
-    if given.fleet is not None:
-        raise ConfigError("--fleet starts servers: check looks at those that run already")
     if given.timeout_s <= 0:
         raise ConfigError("--timeout-s must be positive")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -59,7 +59,15 @@ class Turn(Protocol):
     async def close(self) -> None: ...
 
     async def problems(self, workers: Sequence[Worker]) -> list[str]:
-        """Asked in the place of `open`, and changes nothing: what would be in its way."""
+        """Asked in the place of `open`, and changes nothing: what would be in its way.
+
+        UnfitError where `open` would have it.
+        """
+        ...
+
+    async def ready(self) -> str:
+        """Asked before a server is taken out of rotation: why nothing can be changed just now;
+        empty where whoever does it answers. It changes nothing, and is cheap."""
         ...
 
     async def turn(self, server: Server, role: Role) -> Turned:
