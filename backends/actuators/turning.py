@@ -150,10 +150,14 @@ class Turning:
             return RoleSwitched(server.name, was, why, by_another=True)
         if not await self._has_others(server):
             return RoleSwitched(server.name, was, f"no other {was.value} server answers")
-        turned = await self.turn.turn(server, role)
-        if turned.is_gone:
-            return await self._succeeded(server, turned)
-        return await self._stayed(server, turned)
+        server.is_turning = True
+        try:
+            turned = await self.turn.turn(server, role)
+            if turned.is_gone:
+                return await self._succeeded(server, turned)
+            return await self._stayed(server, turned)
+        finally:
+            server.is_turning = False
 
     async def _stayed(self, server: Server, turned: Turned) -> RoleSwitched:
         role = await self.role_of(server)
