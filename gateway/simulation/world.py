@@ -20,6 +20,7 @@ from gateway.simulation.asks import Stream, opened, prefixes_of, prepared
 from gateway.simulation.budget import BudgetEntry
 from gateway.simulation.doors import DOORS, Door
 from gateway.simulation.fleet import ServerPlan, engines_of, servers_of, worker_for
+from gateway.simulation.moves import Moved
 from gateway.simulation.oracles import ORACLES, answer_left
 from gateway.simulation.records import Ended, Record, RunFacts
 from policies.clock import VirtualClock
@@ -37,6 +38,7 @@ from policies.events import (
     LoadReport,
     Preempted,
     Reject,
+    SwitchOver,
     WorkerUp,
 )
 from policies.ledger import Ledger
@@ -86,6 +88,8 @@ class Ran:
     """Where the step times of its servers come from."""
     looks: list[Look]
     """Of the ratio controller, where there is one."""
+    moves: list[Moved]
+    """What came of them."""
 
 
 class Recorder:
@@ -249,6 +253,7 @@ class World:
         self._recorder = Recorder(self._ended)
         self._by_prefix = PLACE[case.policy.policies.place]().by_prefix
         self._looks: list[Look] = []
+        self._moves: list[Moved] = []
         self._core = Core(self._rules(), self._first_workers())
         self._actuator = self._new_actuator()
         self._planner = self._new_planner()
@@ -293,6 +298,7 @@ class World:
             timeline=self._timeline,
             sources=tuple(dict.fromkeys(it.times_source for it in self._servers)),
             looks=self._looks,
+            moves=self._moves,
         )
 
     @property
@@ -415,6 +421,8 @@ class World:
 
     def _decided(self, now_us: int, decision: Decision) -> None:
         self._recorder.decided(now_us, decision)
+        if isinstance(decision, SwitchOver):
+            self._moves.append(Moved.of(decision, now_us))
         if self._planner is not None:
             self._planner.decided(decision)
 
