@@ -136,10 +136,12 @@ class EngineLink:
     async def _keep(self, server: Server, heard: Heard, features: frozenset[str]) -> None:
         try:
             async with asyncio.TaskGroup() as group:
+                listening: asyncio.Task[None] | None = None
                 if Feature.REPORTS in features:
-                    group.create_task(self._listen(server.worker, heard.reports))
+                    listening = group.create_task(self._listen(server.worker, heard.reports))
                 await self._renew(server, features)
-                raise asyncio.CancelledError  # the next introduction begins anew
+                if listening is not None:
+                    listening.cancel()  # the next introduction begins anew
         except Exception as error:  # noqa: BLE001  # the task's edge: one odd server ends no other
             log.warning("engine plug-in is lost", worker=server.name, error=repr(error))
             _doubt(server)
