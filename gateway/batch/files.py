@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, ParamSpec, Protocol, TypeVar
 
 from gateway.batch.faults import NotThere, StorageFull, StorageUnavailable, StoreFault
+from gateway.batch.throttle import Throttle
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -144,6 +145,7 @@ class Sink:
         """A write whose caller was cancelled goes on in its thread; the next waits for it."""
 
     async def write(self, data: bytes) -> None:
+        await self._blobs.let(len(data))
         await self._blobs.off_loop(self._write, data)
 
     async def finish(self) -> None:
@@ -167,19 +169,29 @@ class Sink:
 
 
 class Blobs:
-    """The shelf as the event loop sees it: everything runs in a few threads of its own."""
+    """The shelf as the event loop sees it: everything runs in a few threads of its own, and what
+    is long passes at a measured pace."""
 
-    def __init__(self, shelf: Shelf) -> None:
+    def __init__(self, shelf: Shelf, throttle: Throttle | None = None) -> None:
+        """Without a throttle, as fast as it goes."""
         self.shelf = shelf
+        self._throttle = throttle
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="slackwater-files")
 
     async def create(self, blob: str) -> Sink:
         return Sink(self, blob, await self.off_loop(self.shelf.create, blob))
 
+    async def let(self, size_bytes: int) -> None:
+        """To be awaited before so many bytes of a long file are worked on."""
+        if self._throttle is not None:
+            await self._throttle.let(size_bytes)
+
     async def read(self, blob: str, start: int, length: int) -> bytes:
+        await self.let(length)
         return (await self.off_loop(self.shelf.read, blob, [(start, length)]))[0]
 
     async def read_many(self, blob: str, ranges: Sequence[Range]) -> list[bytes]:
+        """Lines of rows that are to run: they do not wait behind files."""
         return await self.off_loop(self.shelf.read, blob, ranges)
 
     async def delete(self, blob: str) -> None:

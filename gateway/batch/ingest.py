@@ -45,4 +45,5 @@ async def _check(blobs: Blobs, blob: str, checker: Checker) -> None:
     start = 0
     while read := await blobs.off_loop(check, start):
         start += read
+        await blobs.let(read)
     await blobs.off_loop(checker.finish)
