@@ -1,4 +1,4 @@
-"""`python -m benchmarks.batch_load`: work that goes on until it is ended, from a process of its own.
+"""`python -m benchmarks.batch_load`: work that goes on until it is ended, in a process of its own.
 
 It steps back behind everything else (nice 19): on one machine with the gateway it would otherwise
 take the processor that a client elsewhere has for itself.
@@ -19,11 +19,10 @@ import aiohttp
 import orjson
 import uvloop
 
+from benchmarks.batch_site import CHAT, becomes
 from gateway.batch.client import BatchClient
 
-CHAT = "/v1/chat/completions"
 OFFLINE = {"x-slackwater-class": "offline"}
-_POLL_S = 0.2
 
 
 def bodies_of(path: Path) -> list[dict[str, Any]]:
@@ -52,7 +51,7 @@ async def _one_after_another(
 
 
 async def uploads(url: str, file: Path) -> AsyncIterator[float]:
-    """A file is uploaded and validated, and then again: its rows never run. Yields seconds."""
+    """A file is uploaded and validated, and then again. Yields the seconds of each upload."""
     loop = asyncio.get_running_loop()
     async with BatchClient.connected(url, "") as client:
         while True:
@@ -60,8 +59,7 @@ async def uploads(url: str, file: Path) -> AsyncIterator[float]:
             stored = await client.upload(file, lambda _: None)
             yield loop.time() - began_s
             batch = await client.create(stored["id"], CHAT, "30d", {})
-            while (await client.batch(batch["id"]))["status"] == "validating":
-                await asyncio.sleep(_POLL_S)
+            await becomes(client, batch["id"], ("in_progress",))
             await client.cancel(batch["id"])
 
 
@@ -75,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("offline", "upload"))
     parser.add_argument("url")
     parser.add_argument("file", type=Path)
-    parser.add_argument("--at-once", type=int, default=32)
+    parser.add_argument("--at-once", type=int, default=16)
     given = parser.parse_args(arguments)
     os.nice(19)
     if given.what == "offline":
