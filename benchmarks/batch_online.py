@@ -39,8 +39,6 @@ ARRIVALS_PER_S: Final = 4.0
 ANSWER_TOKENS, PROMPT_WORDS = 16, 1_000
 OFFLINE_TOKENS, OFFLINE_WORDS = 200, 8
 LARGE_WORDS: Final = 2_000
-NOBODYS: Final = "a-model-that-nobody-has"
-"""Of the large file only the bytes are wanted: no row of it shall run."""
 LARGE_ROWS_PER_MB: Final = 100
 _SETTLES_S: Final = 1.0
 _WARM_S: Final = 3.0
@@ -69,17 +67,17 @@ class Beside:
 
     name: str
     batch: bool = False
-    files: bool = False
-    """A large file is uploaded and validated, again and again."""
-    offline: bool = False
-    """The rows of the batch as plain offline requests, as many at once as there are seats."""
+    load: str = ""
+    """Of batch_load: a large file is uploaded, or submitted as a batch, too, again and again; or
+    the rows are plain offline requests, as many at once as there are seats."""
 
 
 ALONE: Final = Beside("alone")
-OFFLINE: Final = Beside("beside offline requests", offline=True)
-FILES: Final = Beside("beside uploads", files=True)
-BOTH: Final = Beside("beside a batch and uploads", batch=True, files=True)
-ALL: Final = (ALONE, OFFLINE, FILES, BOTH)
+OFFLINE: Final = Beside("beside offline requests", load="offline")
+UPLOADS: Final = Beside("beside uploads", load="upload")
+BATCH: Final = Beside("beside a batch", batch=True)
+BOTH: Final = Beside("beside a batch and uploads", batch=True, load="submit")
+ALL: Final = (ALONE, OFFLINE, UPLOADS, BATCH, BOTH)
 
 
 @dataclass(slots=True)
@@ -109,14 +107,11 @@ class Scene:
             batch_id = await submitted(self.client, self.rows)
             await becomes(self.client, batch_id, ("in_progress",))
         with all_stopped() as loads:
-            if beside.offline:
-                loads.append(self._load("offline", self.rows))
-            if beside.files:
-                loads.append(self._load("upload", self.large))
-            if loads:
+            if beside.load:
+                loads.append(self._load(beside.load))
                 await asyncio.sleep(_SETTLES_S)
             yield
-            took_s = loads[-1].last_words().split() if beside.files else []
+            took_s = loads[-1].last_words().split() if loads else []
         if took_s:
             mb = self.large.stat().st_size / 1e6
             self.notes.append(f"{beside.name}: {mb:.0f} MB took {', '.join(took_s)} s")
@@ -126,7 +121,8 @@ class Scene:
             self.notes.append(f"{beside.name}: {ended:,} rows ended")
         await all_cancelled(self.client)
 
-    def _load(self, what: str, file: Path) -> Running:
+    def _load(self, what: str) -> Running:
+        file = self.rows if what == OFFLINE.load else self.large
         command = [sys.executable, "-m", "benchmarks.batch_load", what, self.gateway.url]
         return start(what, [*command, str(file)], cwd=ROOT)
 
@@ -136,11 +132,11 @@ async def measure(
 ) -> None:
     rows, large = folder / "rows.jsonl", folder / "large.jsonl"
     write_rows(rows, 20_000, CHAT, chats(random.Random(2), OFFLINE_TOKENS, OFFLINE_WORDS))
-    some = list(islice(chats(random.Random(4), 8, LARGE_WORDS, NOBODYS), 100))
+    some = list(islice(chats(random.Random(4), 8, LARGE_WORDS), 100))
     write_rows(large, upload_mb * LARGE_ROWS_PER_MB, CHAT, cycle(some))
     seen = {beside: Seen() for beside in ALL}
     async with (
-        apart(folder, servers=SERVERS) as gateway,
+        apart(folder, servers=SERVERS, batch="max_window_s = 1e9") as gateway,
         BatchClient.connected(gateway.url, "") as client,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http,
     ):

@@ -207,9 +207,9 @@ def faults_in(rows: int, lines: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 @asynccontextmanager
 async def apart(
-    folder: Path, *, servers: str = "", sections: str = ""
+    folder: Path, *, servers: str = "", batch: str = ""
 ) -> AsyncIterator[GatewayProcess]:
-    """The fleet and the gateway, each a process of its own."""
+    """The fleet and the gateway, each a process of its own; `batch` holds more keys of [batch]."""
     with all_stopped() as started:
         workers = ""
         if servers:
@@ -221,7 +221,7 @@ async def apart(
             words = fleet.last_words(10_000)
             workers = words[words.index("[[worker]]") :]
         config = folder / "config.toml"
-        config.write_text(config_text(workers, sections=sections))
+        config.write_text(config_text(workers, batch=batch))
         gateway = GatewayProcess("gateway", config, started)
         gateway.start()
         await gateway.listens()
@@ -256,13 +256,11 @@ async def all_cancelled(client: BatchClient) -> None:
             await becomes(client, batch["id"], sorted(OVER))
 
 
-def chats(
-    rng: random.Random, tokens: int, words: int = 60, model: str = "emulated"
-) -> Iterator[dict[str, Any]]:
+def chats(rng: random.Random, tokens: int, words: int = 60) -> Iterator[dict[str, Any]]:
     while True:
         text = " ".join(str(rng.randrange(10_000)) for _ in range(words))
         yield {
-            "model": model,
+            "model": "emulated",
             "messages": [{"role": "user", "content": text}],
             "max_tokens": tokens,
             "ignore_eos": True,

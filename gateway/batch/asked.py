@@ -53,7 +53,7 @@ def files_listing(query: MultiMapping[str]) -> Listing:
         raise invalid("purpose", f"must be one of {', '.join(Purpose)}")
     return Listing(
         limit=_limit(query, FILES_AT_ONCE, FILES_AT_ONCE),
-        after=query.get("after") or None,
+        after=_after(query),
         order="asc" if order == "asc" else "desc",
         purpose=None if named is None else Purpose(named),
     )
@@ -61,7 +61,12 @@ def files_listing(query: MultiMapping[str]) -> Listing:
 
 def batches_listing(query: MultiMapping[str]) -> Listing:
     limit = _limit(query, BATCHES_AT_ONCE, _BATCHES_BY_DEFAULT)
-    return Listing(limit=limit, after=query.get("after") or None)
+    return Listing(limit=limit, after=_after(query))
+
+
+def _after(query: MultiMapping[str]) -> str | None:
+    given = query.get("after") or None
+    return None if given is None else _id(given, "after")
 
 
 def _limit(query: MultiMapping[str], most: int, default: int) -> int:
@@ -88,7 +93,7 @@ def new_batch(raw: bytes, tenant: str, batch_id: str, max_window_s: float) -> Ne
         endpoint=endpoint,
         window=window,
         window_us=window_s * 1_000_000,
-        input_file_id=_id(body.get("input_file_id")),
+        input_file_id=_id(body.get("input_file_id"), "input_file_id"),
         metadata=_metadata(body.get("metadata")),
         output_expires_s=_expiry(body.get("output_expires_after"), "output_expires_after"),
     )
@@ -121,9 +126,9 @@ def _object(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _id(value: Any) -> str:
+def _id(value: Any, where: str) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= _ID_CHARS or not value.isprintable():
-        raise invalid("input_file_id", "must be the id of a file")
+        raise invalid(where, "must be an id, as it was given")
     return value
 
 

@@ -24,6 +24,8 @@ Range = tuple[int, int]
 """Start and length, in bytes."""
 
 _THREADS: Final = 4
+_PATIENCE_S: Final = 60.0
+"""For a disk or a bucket that hangs."""
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -202,7 +204,11 @@ class Blobs:
             with naming_failures():
                 return work(*args, **kwargs)
 
-        return await self.beside_loop(named)
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                return await self.beside_loop(named)
+        except TimeoutError:  # its thread goes on: whatever it comes to, nobody waits for it
+            raise StorageUnavailable("the files: no answer in time") from None
 
     async def beside_loop(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What is no matter of storage fails under its own names."""

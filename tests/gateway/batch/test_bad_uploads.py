@@ -203,6 +203,15 @@ async def test_quotas_are_those_of_the_key(site: Served) -> None:
     assert (status, body["error"]["code"]) == (429, "quota_exceeded")
 
 
+async def test_an_id_that_cannot_be_one_is_nothing_to_look_for(site: Served) -> None:
+    for path in ("/v1/files/%00", "/v1/batches/a%0Ab", f"/v1/files/{'x' * 65}/content"):
+        status, body = await site.ask("GET", path, headers=headers())
+        assert (status, body["error"]["code"]) == (404, "not_found"), path
+    for path in ("/v1/files?after=%00", "/v1/batches?after=%00"):
+        status, body = await site.ask("GET", path, headers=headers())
+        assert (status, body["error"]["param"]) == (400, "after"), path
+
+
 async def test_content_comes_in_ranges(site: Served) -> None:
     file_id = await uploaded(site)
     whole = jsonl(row(1))
