@@ -28,6 +28,7 @@ from benchmarks.batch_site import (
     chats,
     quantile,
     submitted,
+    three_servers,
     write_rows,
 )
 from benchmarks.processes import Running, all_stopped, cpu_s, start
@@ -40,25 +41,9 @@ ANSWER_TOKENS, PROMPT_WORDS = 16, 1_000
 OFFLINE_TOKENS, OFFLINE_WORDS = 200, 8
 LARGE_WORDS: Final = 2_000
 LARGE_ROWS_PER_MB: Final = 100
+SEATS: Final = 16
 _SETTLES_S: Final = 1.0
 _WARM_S: Final = 3.0
-
-SERVERS: Final = """\
-[[server]]
-name = "prefill"
-role = "prefill"
-pool = "relaxed"
-[[server]]
-name = "strict"
-role = "decode"
-pool = "strict"
-[[server]]
-name = "relaxed"
-role = "decode"
-pool = "relaxed"
-max_running = 16
-"""
-"""The fleet is one process: with more seats, what is measured is how busy that is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +121,7 @@ async def measure(
     write_rows(large, upload_mb * LARGE_ROWS_PER_MB, CHAT, cycle(some))
     seen = {beside: Seen() for beside in ALL}
     async with (
-        apart(folder, servers=SERVERS, batch="max_window_s = 1e9") as gateway,
+        apart(folder, servers=three_servers(SEATS), batch="max_window_s = 1e9") as gateway,
         BatchClient.connected(gateway.url, "") as client,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http,
     ):

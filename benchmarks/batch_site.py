@@ -205,6 +205,21 @@ def faults_in(rows: int, lines: Sequence[dict[str, Any]]) -> dict[str, int]:
     }
 
 
+def three_servers(seats: int) -> str:
+    """So many seats for offline work: the fleet is one process, and with too many, what is
+    measured is how busy that is."""
+    servers = (
+        ("prefill", "prefill", "relaxed"),
+        ("strict", "decode", "strict"),
+        ("relaxed", "decode", "relaxed"),
+    )
+    tables = [
+        f'[[server]]\nname = "{name}"\nrole = "{role}"\npool = "{pool}"\n'
+        for name, role, pool in servers
+    ]
+    return f"{''.join(tables)}max_running = {seats}\n"
+
+
 @asynccontextmanager
 async def apart(
     folder: Path, *, servers: str = "", batch: str = ""

@@ -114,7 +114,7 @@ async def _sqlite(*args: Any, **options: Any) -> Any:
     """aiosqlite gives each connection a thread, and does not wait for the end of one that could
     not open: it would speak to an event loop that may be closed by then."""
     connection = aiosqlite.connect(*args, **options)
-    thread = getattr(connection, "_thread", connection)  # before 0.22 it was one
+    thread: Any = getattr(connection, "_thread", connection)  # before 0.22 it was one
     thread.daemon = True
     try:
         return await connection

@@ -13,8 +13,8 @@ from gateway.batch.verdicts import Again
 
 T = TypeVar("T")
 
-_AT_ONCE: Final = 256
-"""Rows in one transaction."""
+_AT_ONCE: Final = 64
+"""Rows in one transaction: more of them would be noticed by online requests."""
 
 
 class Told(Protocol):

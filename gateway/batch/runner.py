@@ -36,8 +36,8 @@ _GATHER_S = 0.02
 _SURVEY_S = 5.0
 _TROUBLE_S = 1.0
 """A store that fails is left alone for this long."""
-_AT_ONCE = 256
-"""Rows that are claimed in one transaction."""
+_AT_ONCE = 32
+"""Rows that are claimed, and begin, together: more would keep online requests waiting."""
 _FRESH_TOKENS = 16
 """A checkpoint is written once there are so many more."""
 _NOBODYS_FAULT = Again(pause_us=0, blameless=True)
