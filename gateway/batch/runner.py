@@ -31,8 +31,11 @@ log = structlog.get_logger("slackwater.batch")
 
 _TURN_S = 0.5
 """At least so often there is a look; what ends brings one sooner."""
-_GATHER_S = 0.02
-"""Rows that end within this time are recorded together."""
+_GATHER_S = 0.1
+"""Rows that end within this time are recorded together: each transaction costs the event loop some
+milliseconds, whatever is in it."""
+_BREATH_S = 0.02
+"""Between turns that follow each other: online requests have the event loop meanwhile."""
 _SURVEY_S = 5.0
 _TROUBLE_S = 1.0
 """A store that fails is left alone for this long."""
@@ -95,6 +98,8 @@ class Runner:
         """Of the lease: what was begun under an older one says nothing of this."""
         self._give_back_at_s: float | None = None
         self._in_trouble = False
+        self._is_behind = False
+        """There is room for more rows than one turn has taken."""
         self._claim_in_doubt = False
         """The store may hold rows for us that it could not tell us of."""
         self.open_batches: Sequence[Batch] = ()
@@ -205,7 +210,7 @@ class Runner:
         timer.cancel()
         self._wake.clear()
         if not self._drains:
-            await pause(self._clock, _GATHER_S)
+            await pause(self._clock, _BREATH_S if self._is_behind else _GATHER_S)
 
     # A turn: what has ended is recorded, and others take its place.
 
@@ -218,6 +223,7 @@ class Runner:
         now_us = self._now_us()
         waiting = len(self._held) - self.running
         room = self._pace.room(held=len(self._held), waiting=waiting, now_us=now_us)
+        self._is_behind = False
         if not (room := min(room, _AT_ONCE)):
             return
         if self._claim_in_doubt:
@@ -231,6 +237,7 @@ class Runner:
         for row, body in zip(rows, bodies, strict=True):
             self._begin(row, body, group)
         self._claim_in_doubt = False
+        self._is_behind = len(rows) == _AT_ONCE
         if len(rows) == room:
             self._wake.set()
 
