@@ -305,9 +305,9 @@ async def test_a_storage_that_is_away_costs_no_row() -> None:
 
         it.runner._bodies = broken
         it.ledger.add(CHAT, bodies(5), within_s=86_400.0)
-        await asyncio.sleep(3600.0)
+        await asyncio.sleep(600.0)
         assert not it.ledger.results()
-        assert len(it.rows.claims) < 1000
+        assert len(it.rows.claims) < 150
         is_away = False
         await it.done(60.0)
         assert it.statuses() == [200] * 5
