@@ -130,8 +130,13 @@ class Player:
         self._random = Random(f"{seed}/prompts")
         self._began = 0.0
         self.records: list[Record] = []
-        self.late_ms: list[float] = []
-        """How late requests were sent: what the client itself adds."""
+        self._late_ms: list[float] = []
+
+    def late_ms(self) -> float:
+        """How late online requests were sent, p99: what the client itself adds to their times. A
+        backlog that is there from the beginning is sent as fast as one process can."""
+        late = sorted(self._late_ms)
+        return late[int(len(late) * 0.99)] if late else 0.0
 
     async def play(self, patience_s: float) -> None:
         self._coming.sort(key=lambda it: it[1].arrival_s)
@@ -139,10 +144,10 @@ class Player:
         timeout = aiohttp.ClientTimeout(total=patience_s)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
             await self._ask(http, Ask(0.0, 8, 2), None)
+            bodies = [self._body(ask) for _, ask in self._coming]
             self._began = self._time()
             async with asyncio.TaskGroup() as group:
-                for stream, ask in self._coming:
-                    body = self._body(ask)
+                for (stream, ask), body in zip(self._coming, bodies, strict=True):
                     await asyncio.sleep(max(0.0, self._began + ask.arrival_s - self._time()))
                     group.create_task(self._one(http, stream, ask, body))
 
@@ -150,7 +155,8 @@ class Player:
         self, http: aiohttp.ClientSession, stream: Stream, ask: Ask, body: bytes
     ) -> None:
         record = opened(stream, ask, self._now_us(), self._room)[2]
-        self.late_ms.append(record.arrival_us / 1e3 - ask.arrival_s * 1e3)
+        if stream.entry.kind is Kind.ONLINE:
+            self._late_ms.append(record.arrival_us / 1e3 - ask.arrival_s * 1e3)
         self.records.append(record)
         await self._ask(http, ask, record, body, stream.entry.kind)
 
@@ -215,10 +221,8 @@ def played(site: Played, facts: RunFacts, seed: int, report: Report) -> Figures:
     wait_until_ready(site.url)
     player = Player(plan, seed, site.url, time.perf_counter, site.vocabulary)
     uvloop.run(player.play(plan.scenario.duration_s + plan.scenario.drain_s))
-    late = sorted(player.late_ms)
-    late_ms = late[int(len(late) * 0.99)]
-    name = f"seed {seed}: requests sent late, p99 (more: the machine is too busy to tell)"
-    report.checks.append(Check(name=name, value=late_ms, target=LATE_MS, unit="ms"))
+    name = f"seed {seed}: online requests sent late, p99 (more: the machine is too busy to tell)"
+    report.checks.append(Check(name=name, value=player.late_ms(), target=LATE_MS, unit="ms"))
     return figures_of(facts, player.records)[0]
 
 
