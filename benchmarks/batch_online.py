@@ -60,9 +60,8 @@ class Beside:
 ALONE: Final = Beside("alone")
 OFFLINE: Final = Beside("beside offline requests", load="offline")
 UPLOADS: Final = Beside("beside uploads", load="upload")
-BATCH: Final = Beside("beside a batch", batch=True)
 BOTH: Final = Beside("beside a batch and uploads", batch=True, load="submit")
-ALL: Final = (ALONE, OFFLINE, UPLOADS, BATCH, BOTH)
+ALL: Final = (ALONE, OFFLINE, UPLOADS, BOTH)
 
 
 @dataclass(slots=True)
