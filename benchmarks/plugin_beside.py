@@ -102,7 +102,9 @@ class Colocation:
         from_s = max(stream.events[0][0] for stream in streams)
         until_s = min(stream.events[-1][0] for stream in streams)
         made = sum(other.tokens_between(from_s, until_s) for other in others)
-        self.found.add(f"{name} online", statistics.fmean(it.tpot_ms for it in streams))
+        online_ms = statistics.fmean(it.tpot_ms for it in streams)
+        say(f"    {name}: {online_ms:.1f} ms, {made / (until_s - from_s):.0f} offline tokens/s")
+        self.found.add(f"{name} online", online_ms)
         self.found.add(f"{name} offline", made / (until_s - from_s))
 
     def tell(self, report: Report) -> None:

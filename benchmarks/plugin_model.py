@@ -19,11 +19,11 @@ class AsMeasured:
     """Prompts are computed elsewhere; here one only joins."""
 
     line: StepLine
-    join_s: float = 1e-9
+    join_s: float = 0.0
     """For so long nobody steps."""
 
     def prefill_s(self, chunks: Sequence[tuple[int, int]]) -> float:
-        return self.join_s * len(chunks)
+        return max(1e-9, self.join_s) * len(chunks)
 
     def decode_s(self, batch: int, context_tokens: int) -> float:
         return self.line.step_us(batch, context_tokens) * 1e-6
