@@ -102,7 +102,7 @@ class Trial:
         self._rng = random.Random(ground.name)
         """The same asks in every test, so that stock SGLang is asked but once."""
 
-    def asks(self, count: int, *, prompt: int = 150, tokens: int = 60, **more: Any) -> list[Ask]:
+    def asks(self, count: int, *, prompt: int = 150, tokens: int = 40, **more: Any) -> list[Ask]:
         """Of many lengths; every second one is offline."""
         return [
             Ask(

@@ -40,7 +40,7 @@ async def test_log_probabilities_are_those_of_stock(trial: Trial) -> None:
         replace(
             ask, more={"return_logprob": True, "top_logprobs_num": 2 * (i % 2)} if i % 3 else {}
         )
-        for i, ask in enumerate(trial.asks(8, tokens=40))
+        for i, ask in enumerate(trial.asks(8, tokens=30))
     ]
 
     async def told() -> list[list[float]]:
@@ -67,7 +67,7 @@ async def test_a_grammar_is_kept(trial: Trial) -> None:
     sampling = {"regex": "[a-f0-9]{12,30}z[0-9]{8}", "ignore_eos": False}
     asks = [
         replace(ask, sampling=sampling if i % 2 and not trial.ground.is_pair else None)
-        for i, ask in enumerate(trial.asks(8, tokens=40))
+        for i, ask in enumerate(trial.asks(8, tokens=30))
     ]
     stock = await trial.stock(asks)
     await trial.set("random", share=0.4)
@@ -81,7 +81,7 @@ async def test_penalties_count_every_token(trial: Trial) -> None:
         {},
         {},
     )
-    asks = [replace(ask, sampling=kinds[i % 4]) for i, ask in enumerate(trial.asks(12, tokens=40))]
+    asks = [replace(ask, sampling=kinds[i % 4]) for i, ask in enumerate(trial.asks(12, tokens=30))]
     await trial.set("all")
     await trial.slow(None)
     waves = [await trial.wave(asks) for _ in range(3)]
@@ -98,7 +98,7 @@ async def test_penalties_count_every_token(trial: Trial) -> None:
 
 
 async def test_an_abort_ends_a_request_that_waits_and_no_other(trial: Trial) -> None:
-    online = [Ask(trial.prompt(50), 200) for _ in range(3)]
+    online = [Ask(trial.prompt(50), 120) for _ in range(3)]
     offline = [Ask(trial.prompt(60), 30, offline=True) for _ in range(4)]
     stock = await trial.stock([*online, *offline])
     await trial.set(
