@@ -36,9 +36,19 @@ class Colocation:
     targets: dict[float, float] = field(default_factory=dict)
     """Share -> milliseconds."""
 
+    @property
+    def online_row(self) -> Row:
+        of = self.effort.of
+        return Row(prompt_tokens=of(ONLINE_PROMPT), tokens=of(ONLINE_TOKENS))
+
+    @property
+    def offline_row(self) -> Row:
+        of = self.effort.of
+        return Row(prompt_tokens=of(OFFLINE_PROMPT), tokens=2 * of(ONLINE_TOKENS), online=False)
+
     async def measure(self) -> None:
-        self.online = [self.site.prompt(ONLINE_PROMPT) for _ in range(ONLINE)]
-        self.offline = [self.site.prompt(OFFLINE_PROMPT) for _ in range(OFFLINE)]
+        self.online = [self.site.prompt(self.online_row.prompt_tokens) for _ in range(ONLINE)]
+        self.offline = [self.site.prompt(self.offline_row.prompt_tokens) for _ in range(OFFLINE)]
         async with self.site.listening() as steps:
             await self._beside("", "all", OFFLINE)  # prompts are in the cache from here on
             for number in range(self.effort.runs):
@@ -93,8 +103,8 @@ class Colocation:
         await outside.stop()
 
     def _come(self, target_ms: float = 0.0, **more: Any) -> list[Stream]:
-        send = self.site.send
-        return [send(ids, ONLINE_TOKENS, tpot_ms=target_ms, **more) for ids in self.online]
+        send, tokens = self.site.send, self.online_row.tokens
+        return [send(ids, tokens, tpot_ms=target_ms, **more) for ids in self.online]
 
     def _note(self, name: str, streams: Sequence[Stream], others: Sequence[Any]) -> None:
         if not name:
@@ -145,12 +155,11 @@ class Colocation:
             f"(a) measured step: {line.base_us:.0f} us + {line.request_us:.0f} us a request + "
             f"{line.token_us * 1000:.1f} us for 1,000 tokens of context ({len(self.steps)} steps)"
         )
-        online = Row(prompt_tokens=ONLINE_PROMPT, tokens=ONLINE_TOKENS)
-        offline = Row(prompt_tokens=OFFLINE_PROMPT, tokens=2 * ONLINE_TOKENS, online=False)
         cases = [("everyone", "all", 0.0)]
         cases += [(f"select {share}", "online-first", ms) for share, ms in self.targets.items()]
         for name, mode, target_ms in cases:
-            rows = [replace(online, tpot_ms=target_ms)] * ONLINE + [offline] * OFFLINE
+            rows = [replace(self.online_row, tpot_ms=target_ms)] * ONLINE
+            rows += [self.offline_row] * OFFLINE
             told = played(line, rows, mode, HOLD_STEPS)
             until_s = min(it.times_s[-1] for it in told[:ONLINE])
             from_s = max(it.times_s[0] for it in told[:ONLINE])

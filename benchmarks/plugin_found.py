@@ -18,6 +18,10 @@ class Effort:
     runs: int
     quick: bool = False
 
+    def of(self, tokens: int) -> int:
+        """Quick is on shorter prompts and answers."""
+        return tokens // 3 if self.quick else tokens
+
 
 @dataclass(slots=True)
 class Found:

@@ -21,6 +21,10 @@ class Displacement:
     effort: Effort
     found: Found
 
+    @property
+    def tokens(self) -> int:
+        return self.effort.of(LONG_PROMPT)
+
     async def measure(self) -> None:
         for number in range(self.effort.runs):
             say(f"(c) run {number + 1} of {self.effort.runs}")
@@ -30,7 +34,7 @@ class Displacement:
     async def _once(self, name: str, displace: int | None) -> None:
         site = self.site
         await site.set("all", displace=displace or 0)
-        long = site.send(site.prompt(LONG_PROMPT), 2, offline=True)
+        long = site.send(site.prompt(self.tokens), 2, offline=True)
         urgent: list[Stream] = []
         for wait_s in COME_S if displace is not None else ():
             await asyncio.sleep(wait_s)
@@ -42,7 +46,7 @@ class Displacement:
 
     def tell(self, report: Report) -> None:
         undisturbed_ms = self.found.median("undisturbed long")
-        chunk_ms = undisturbed_ms / (LONG_PROMPT / CHUNK_TOKENS)
+        chunk_ms = undisturbed_ms / (self.tokens / CHUNK_TOKENS)
         own = self.found.median("displaced long") / undisturbed_ms
         waited = self.found.median("displaced urgent") / chunk_ms
         report.notes.append(

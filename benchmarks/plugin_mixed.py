@@ -37,7 +37,7 @@ LOADS = (0.5, 1.0, 1.5, 2.0)
 LOOSE_OVER_TIGHT = 3.0
 TIGHT_PROMPTS, LOOSE_PROMPTS = (200, 500), (2500, 3600)
 ANSWERS = (40, 120)
-SECONDS, QUICK_SECONDS = 8.0, 3.0
+SECONDS, QUICK_SECONDS = 8.0, 2.5
 MOST_ASKS = 1_000
 REPORTED_WITHIN_S = 0.3
 
@@ -143,11 +143,11 @@ class Mixed:
     async def measure(self) -> None:
         site, most = self.site, round(max(self.loads) * KNEE)
         self.tight = [
-            Asker(prompt=site.prompt(tokens), is_tight=True)
+            Asker(prompt=site.prompt(self.effort.of(tokens)), is_tight=True)
             for tokens in spaced(TIGHT_PROMPTS, TIGHT)
         ]
         self.loose = [
-            Asker(prompt=site.prompt(tokens), is_tight=False)
+            Asker(prompt=site.prompt(self.effort.of(tokens)), is_tight=False)
             for tokens in mingled(spaced(LOOSE_PROMPTS, most))
         ]
         everybody = [site.send(it.prompt, 2) for it in (*self.tight, *self.loose)]

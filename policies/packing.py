@@ -99,6 +99,8 @@ class Slack:
     most_skipped: int = 15
     forgiven: float = 0.0
     """Who is late by more tokens than these is late for good; who by fewer, may yet catch up."""
+    haste: float = 0.5
+    """What `aim` is for those who have to catch up."""
     due_steps: int = 0
     """A choice may be good for so many steps of all: who is late by then is due now."""
     by_longest = False
@@ -140,7 +142,8 @@ class Slack:
             tpot_us, since_us = row.tpot_us, row.since_first_us
             due_us = tpot_us * (row.produced + 1)
             if tpot_us > 0 and since_us <= due_us + self.forgiven * tpot_us:
-                own_us = max(aim * due_us - since_us, aim * tpot_us)
+                pace = aim if since_us <= due_us else self.haste
+                own_us = max(aim * due_us - since_us, pace * tpot_us)
                 if own_us < least_us:
                     least_us = own_us
         return least_us
