@@ -139,10 +139,10 @@ class Player:
         timeout = aiohttp.ClientTimeout(total=patience_s)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
             await self._ask(http, Ask(0.0, 8, 2), None)
+            bodies = [self._body(ask) for _, ask in self._coming]
             self._began = self._time()
             async with asyncio.TaskGroup() as group:
-                for stream, ask in self._coming:
-                    body = self._body(ask)
+                for (stream, ask), body in zip(self._coming, bodies, strict=True):
                     await asyncio.sleep(max(0.0, self._began + ask.arrival_s - self._time()))
                     group.create_task(self._one(http, stream, ask, body))
 
