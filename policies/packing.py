@@ -90,7 +90,8 @@ class Slack:
       who would be late before they are asked again, then the shortest.
     * The limit is `aim` of the target, or what the least advanced request that is on time has in
       hand at that pace, where this is more. Who is late for good sets none: it would stop all.
-    * Tokens per second are never fewer than in a step of all: a busy server would fall behind.
+    * Tokens per second are never fewer than `keep` of those in a step of all: a busy server would
+      fall behind.
     * Nobody waits for more than `most_skipped` steps in a row; when a turn comes, all step, because
       a step that one long context makes slow costs the others least when they are in it.
     """
@@ -101,6 +102,7 @@ class Slack:
     """Who is late by more tokens than these is late for good; who by fewer, may yet catch up."""
     haste: float = 0.5
     """What `aim` is for those who have to catch up."""
+    keep: float = 1.0
     due_steps: int = 0
     """A choice may be good for so many steps of all: who is late by then is due now."""
     by_longest = False
@@ -131,7 +133,7 @@ class Slack:
             else:
                 high = middle
         took_us = step_us(low, sums[low - 1], tops[low - 1])
-        if low * all_us < len(running) * took_us:
+        if low * all_us < self.keep * len(running) * took_us:
             return list(range(len(running)))
         return sorted(everybody[:low])
 
@@ -202,7 +204,7 @@ PACKING: dict[str, Packing] = {
     "all": All(),
     "kairos": Kairos(),
     "slack": Slack(),
-    "slack-due": Slack(forgiven=32.0, due_steps=5),
+    "slack-due": Slack(forgiven=32.0, due_steps=5, keep=0.97),
     "online-first": OnlineFirst(),
     "online-exact": OnlineFirst(ask_every=1),
 }
