@@ -159,7 +159,7 @@ class Mixed:
             for number in range(self.effort.runs):
                 for load in self.loads:
                     say(f"(b) {load:g} of the knee, run {number + 1} of {self.effort.runs}")
-                    for mode in MODES[:: 1 - 2 * (number % 2)]:  # whoever drifts, drifts for both
+                    for mode in MODES[:: 1 - 2 * (number % 2)]:  # each first in every other run
                         got = await self._ask(mode, load, self.targets, steps, f"{number} {load}")
                         self._note(f"{load} {mode}", got)
 
