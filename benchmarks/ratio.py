@@ -315,9 +315,8 @@ def _acting(switch_s: float, asked: argparse.Namespace, report: Report) -> None:
 
 def _headroom(asked: argparse.Namespace, report: Report) -> None:
     """What the targets cost everybody who keeps them, with one seed."""
-    switches_s, seeds = SWITCHES_S, SEEDS[:1]
-    if asked.quick:
-        switches_s, seeds = SWITCHES_S[:1], QUICK_SEEDS
+    switches_s = SWITCHES_S[:1] if asked.quick else SWITCHES_S
+    seeds = QUICK_SEEDS if asked.quick else SEEDS[:1]
     ours = [it for switch_s in switches_s for it in acting_policies(switch_s) if is_ours(it)]
     policies = [*ours, *fixed_policies(), *(() if asked.quick else compared_policies())]
     for load in LOADS:
