@@ -90,8 +90,8 @@ class Slack:
       who would be late before they are asked again, then the shortest.
     * The limit is `aim` of the target, or what the least advanced request that is on time has in
       hand at that pace, where this is more. Who is late for good sets none: it would stop all.
-    * Tokens per second are never fewer than `keep` of those in a step of all: a busy server would
-      fall behind.
+    * Tokens per second are never fewer than in a step of all: a busy server would fall behind.
+      Where those who fit are too few for that, all step, or as few more as it takes.
     * Nobody waits for more than `most_skipped` steps in a row; when a turn comes, all step, because
       a step that one long context makes slow costs the others least when they are in it.
     """
@@ -100,9 +100,10 @@ class Slack:
     most_skipped: int = 15
     forgiven: float = 0.0
     """Who is late by more tokens than these is late for good; who by fewer, may yet catch up."""
-    haste: float = 0.5
+    haste: float = 0.7
     """What `aim` is for those who have to catch up."""
-    keep: float = 1.0
+    grows: bool = False
+    """Where too few fit: by as few as it takes, not to all."""
     due_steps: int = 0
     """A choice may be good for so many steps of all: who is late by then is due now."""
     by_longest = False
@@ -132,9 +133,8 @@ class Slack:
                 low = middle
             else:
                 high = middle
-        took_us = step_us(low, sums[low - 1], tops[low - 1])
-        if low * all_us < self.keep * len(running) * took_us:
-            return list(range(len(running)))
+        while low * all_us < len(running) * step_us(low, sums[low - 1], tops[low - 1]):
+            low = low + 1 if self.grows else len(running)
         return sorted(everybody[:low])
 
     def limit_us(self, running: Sequence[Running]) -> float:
@@ -204,7 +204,7 @@ PACKING: dict[str, Packing] = {
     "all": All(),
     "kairos": Kairos(),
     "slack": Slack(),
-    "slack-due": Slack(forgiven=32.0, due_steps=5, keep=0.97),
+    "slack-due": Slack(aim=0.8, forgiven=32.0, due_steps=5, grows=True),
     "online-first": OnlineFirst(),
     "online-exact": OnlineFirst(ask_every=1),
 }
