@@ -50,9 +50,10 @@ from benchmarks.ratio_worlds import (
     switching,
 )
 from benchmarks.report import Check, Goal, Report, Spread, command_line, reported
-from gateway.scenario import Plan, PolicyEntry
+from gateway.scenario import PolicyEntry
 from gateway.settings import ConfigError
 from gateway.simulation.figures import Figures
+from gateway.simulation.plan import Plan
 from gateway.simulation.runs import Outcome, run_all
 from gateway.simulation.summary import notes_of
 

@@ -111,7 +111,10 @@ class Planner:
         self.control = control
         self.last: Look | None = None
         self._roles: dict[str, Role] = {}
-        """As the servers said last, or as they were made here."""
+        """As the servers said last, or as they were made here. What a server says first is not a
+        change, whatever it is configured as."""
+        self._announced: dict[str, Role] = {}
+        """As whoever asked them said last: the core may hear of it only after us."""
         self._held_until_us = 0
         self._coming = Coming()
 
@@ -129,21 +132,33 @@ class Planner:
             case RoleSwitched(name, Role() as role, _, by_another):
                 if by_another:
                     self._stand_back(now_us)
-                self._roles[name] = role
-            case WorkerUp(worker) if worker.name not in self._core.ledgers:
-                self._coming.arrived(worker.role)
+                self._roles[name] = self._announced[name] = role
+            case WorkerUp(worker):
+                self._announce(worker)
             case WorkerGone(name):
-                self._roles.pop(name, None)  # it may come back as something else
+                self._forget(name)  # it may come back as something else
             case LoadReport(name):
                 self._watch(name, now_us)
             case _:
                 pass
 
+    def _announce(self, worker: Worker) -> None:
+        known = self._core.ledgers.get(worker.name)
+        if known is None:
+            self._coming.arrived(worker.role)
+        if known is None or known.worker.url != worker.url:
+            self._forget(worker.name)
+        self._announced[worker.name] = worker.role
+
+    def _forget(self, name: str) -> None:
+        self._roles.pop(name, None)
+        self._announced.pop(name, None)
+
     def _watch(self, name: str, now_us: int) -> None:
         """A role that changed while nothing moved here was changed by somebody else."""
         if (ledger := self._core.ledgers.get(name)) is None:
             return
-        role = ledger.worker.role
+        role = self._announced.get(name, ledger.worker.role)
         was = self._roles.setdefault(name, role)
         if role is not was:
             self._roles[name] = role

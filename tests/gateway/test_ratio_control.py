@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ from policies.events import (
     LoadReport,
     Outcome,
     SwitchOver,
+    WorkerDown,
     WorkerGone,
     WorkerUp,
 )
@@ -51,10 +53,11 @@ class Planned:
         self.planner = Planner(self.core, self.clock, lambda _: None, Control(policy=Static()))
 
     def hear(self, *events: Event) -> None:
+        """As a driver tells of them: whoever listens hears of them before the core."""
         now_us = round(self.clock.time() * 1e6)
-        self.core.handle(events, now_us)
         for event in events:
             self.planner.hear(now_us, event)
+        self.core.handle(events, now_us)
 
     def interval(self, rate_per_s: int, answer_tokens: int) -> float:
         """Ten seconds of requests that are answered at once; the rate to be ready for then."""
@@ -83,6 +86,25 @@ def test_a_server_that_was_started_anew_has_not_been_switched_by_another(goes: b
         planned.hear(WorkerGone("b"))
     planned.hear(WorkerUp(decode("b")), LoadReport("b", load()))
     assert planned.is_held() is not goes
+
+
+def test_what_a_server_says_first_is_no_change_whatever_it_is_configured_as() -> None:
+    planned = Planned()
+    planned.hear(WorkerUp(prefill("d")), WorkerDown("d"))
+    planned.hear(WorkerUp(decode("d")), LoadReport("d", load()))
+    planned.hear(LoadReport("d", load()))
+    assert not planned.is_held()
+    planned.hear(WorkerUp(prefill("d")), LoadReport("d", load()))
+    assert planned.is_held()
+
+
+def test_another_server_of_a_known_name_has_not_been_switched_by_another() -> None:
+    planned = Planned()
+    planned.hear(LoadReport("b", load()))
+    elsewhere = replace(decode("b"), url="http://elsewhere:1")
+    planned.hear(WorkerUp(elsewhere), LoadReport("b", load()))
+    planned.hear(LoadReport("b", load()))
+    assert not planned.is_held()
 
 
 def test_peaks_of_short_requests_are_no_measure_for_long_ones() -> None:

@@ -17,7 +17,7 @@ from policies.demand import Demand, Fleet
 from policies.events import SwitchWanted
 from policies.ratio import Memory, Plan, Why
 from policies.types import Role
-from tests.gateway.gateway_under_test import QUICK, Site, generate, spec, standing
+from tests.gateway.gateway_under_test import QUICK, Site, entry_of, generate, spec, standing
 from tests.gateway.test_live_switching import BUSY_PREFILLS, answers, roles
 
 TWO_PAIRS = tuple(
@@ -167,3 +167,21 @@ async def test_a_role_that_somebody_else_has_emptied_gets_a_server_in_spite_of_t
         assert site.now_s() - began_s < 5.0
         assert planner._held_until_us > 0
         assert all(it.status == 200 for it in told)
+
+
+async def test_a_gateway_that_comes_back_after_its_own_switches_acts() -> None:
+    """What it finds is where it begins, whatever its configuration says; so is what comes later."""
+    found = {"p3": {"role": Role.DECODE}}
+    known = [it.engine.name for it in BUSY_PREFILLS if it.engine.name != "p2"]
+    async with standing(BUSY_PREFILLS, workers=known, entries=found, **acting(1000.0)) as site:
+        planner = site.gateway.control._planner
+        assert planner is not None
+        entry = entry_of(site.fleet["p2"], role=Role.DECODE)
+        config = replace(site.config, worker=(*site.config.worker, entry))
+        site.gateway.adopt(config)
+        await asyncio.sleep(3.0)
+        assert roles(site) == {"p1": "prefill", "p2": "prefill", "p3": "prefill", "d1": "decode"}
+        assert planner._held_until_us == 0
+        planner.adopt(replace(planner.control, policy=OnePrefill()))
+        await answers(site, 20, 10, 0.05)
+        await site.until("it acts", lambda: list(roles(site).values()).count("decode") == 3)
