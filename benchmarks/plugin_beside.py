@@ -120,8 +120,8 @@ class Colocation:
     def tell(self, report: Report) -> None:
         for share in self.targets:
             ratio = self.found.median(f"select {share} of target")
-            name = f"(a) online TPOT over its target, target at {share:.0%}"
-            report.checks.append(Check(name=name, value=ratio, target=1.05, unit=""))
+            name = f"(a) online TPOT off its target, target at {share:.0%}"
+            report.checks.append(Check(name=name, value=abs(ratio - 1), target=0.05, unit=""))
         report.tables += [self._table(), self._predicted(report)]
 
     def _table(self) -> Table:
