@@ -88,6 +88,8 @@ class Server:
     """It has said what it is; else the next probe asks it."""
     is_doubted: bool = False
     """Only its plug-in may be another one: it serves whether or not it can be asked of it."""
+    is_turning: bool = False
+    """We change its role just now: what it says of it meanwhile is our own doing."""
     described: tuple[Worker, str] | None = None
     """What an operator said of it, its key included, before it was asked itself."""
     chat: ChatRoute | None = None

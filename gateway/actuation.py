@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from backends.actuators.ray import RayTurn
 from backends.actuators.relaunch import Relauncher, RelaunchTurn
@@ -20,7 +20,6 @@ from backends.actuators.webhook import WebhookTurn
 from backends.base import Roll
 from backends.fleet.control import FleetSocket
 from backends.sglang import Sglang
-from gateway.settings import ConfigError
 from policies.clock import Clock
 
 
@@ -49,6 +48,8 @@ LAUNCH_S = 45.0
 class Settings(Protocol):
     """What `[ratio]` says of actuators."""
 
+    @property
+    def policy(self) -> str: ...
     @property
     def actuator(self) -> Actuation: ...
     @property
@@ -79,6 +80,7 @@ class Surroundings:
 
 
 def turn_of(settings: Settings, around: Surroundings) -> Turn:
+    """Of settings that were looked at before: gateway/actuator_demands.py."""
     return _MAKERS[settings.actuator](settings, around)
 
 
@@ -93,11 +95,7 @@ def _sglang(settings: Settings, around: Surroundings) -> Turn:
 def _relaunch(settings: Settings, around: Surroundings) -> Turn:
     if settings.relaunch.control:
         return RelaunchTurn(FleetSocket(Path(settings.relaunch.control)))
-    if around.fleet is None:
-        raise ConfigError(
-            'ratio.actuator "relaunch" needs a fleet: `slackwater serve --fleet FLEET.toml`, or '
-            "ratio.relaunch.control and `slackwater fleet --control SOCKET`"
-        )
+    assert around.fleet is not None
     return RelaunchTurn(around.fleet)
 
 
@@ -106,19 +104,15 @@ def _webhook(settings: Settings, around: Surroundings) -> Turn:
 
 
 def _kubernetes(settings: Settings, around: Surroundings) -> Turn:
+    """What only some gateways need, and what is large, is imported where it is asked for."""
+    module = importlib.import_module("backends.actuators.kubernetes")
     told = settings.kubernetes
-    if not told.prefill or not told.decode:
-        raise ConfigError("ratio.kubernetes.prefill and ratio.kubernetes.decode are missing")
-    module = extra("backends.actuators.kubernetes", "kubernetes")
     turn: Turn = module.KubernetesTurn(told, around.clock, around.rng, around.tasks, around.roll)
     return turn
 
 
 def _ray(settings: Settings, around: Surroundings) -> Turn:
-    told = settings.ray
-    if not told.command.split():
-        raise ConfigError("ratio.ray.command is missing")
-    return RayTurn(told, around.clock, around.rng, around.tasks, around.roll)
+    return RayTurn(settings.ray, around.clock, around.rng, around.tasks, around.roll)
 
 
 _MAKERS: dict[Actuation, Callable[[Settings, Surroundings], Turn]] = {
@@ -128,13 +122,3 @@ _MAKERS: dict[Actuation, Callable[[Settings, Surroundings], Turn]] = {
     Actuation.KUBERNETES: _kubernetes,
     Actuation.RAY: _ray,
 }
-
-
-def extra(module: str, name: str) -> Any:
-    """What only some gateways need, and what is large, is imported where it is asked for."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"ratio.actuator {name!r} needs {error.name}: pip install 'slackwater[{name}]'"
-        ) from None

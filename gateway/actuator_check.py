@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from backends.actuators.turning import UnfitError
 from backends.http import Upstream
 from backends.sglang import Patience, Sglang
-from gateway.actuation import ELASTIC, Actuation, Surroundings, turn_of
+from gateway.actuation import ELASTIC, Surroundings
+from gateway.actuator_demands import is_used, turn_for
 from gateway.config import Config, workers_of
 from gateway.settings import ConfigError
 from gateway.suitability import Finding, Level
@@ -37,13 +38,12 @@ def finds_servers(config: Config) -> bool:
 
 
 async def actuator_findings(config: Config, clock: Clock, rng: random.Random) -> list[Finding]:
-    """Requests are served all the same: what is in its way is a warning."""
-    ratio = config.ratio
-    if ratio.policy == "static" and not finds_servers(config):
+    """Requests are served all the same: what is in its way is a warning.
+
+    ConfigError where the gateway would not start, with the same words.
+    """
+    if not is_used(config.ratio):
         return []
-    if ratio.actuator is Actuation.RELAUNCH and not ratio.relaunch.control:
-        text = "only the fleet of `slackwater serve --fleet` can relaunch servers"
-        return [Finding(level=Level.NOTE, subject=_SUBJECT, text=text)]
     problems = await _problems(config, clock, rng)
     return [Finding(level=Level.WARNING, subject=_SUBJECT, text=text) for text in problems]
 
@@ -53,9 +53,10 @@ async def _problems(config: Config, clock: Clock, rng: random.Random) -> list[st
     async with asyncio.TaskGroup() as tasks:
         around = Surroundings(backend=backend, clock=clock, rng=rng, tasks=tasks, roll=_NoRoll())
         try:
-            return await turn_of(config.ratio, around).problems(workers_of(config))
+            return await turn_for(config.ratio, around).problems(workers_of(config))
         except (ConfigError, UnfitError) as error:
-            return [str(error)]
+            refused = ConfigError(str(error))
+    raise refused  # not in the group, which would wrap it
 
 
 def _nobody(worker: Worker, api_key: str) -> Upstream:

@@ -22,7 +22,8 @@ from backends.actuators.turning import Turning, UnfitError
 from backends.http import Upstream
 from backends.pause import pause
 from backends.sglang import Sglang
-from gateway.actuation import ACTUATOR_KEYS, Surroundings, turn_of
+from gateway.actuation import ACTUATOR_KEYS, Surroundings
+from gateway.actuator_demands import demand, turn_for
 from gateway.batches import batches
 from gateway.changes import changed_keys
 from gateway.config import (
@@ -92,6 +93,7 @@ class Gateway:
         self._clock = clock
         self._rng = rng
         self._tasks = tasks
+        self._has_fleet = fleet is not None
         self.backend = Sglang(clock, rng, patience_of(config.timeouts), self._connect)
         self.core = Core(rules_of(config))
         self.link = EngineLink(
@@ -103,9 +105,9 @@ class Gateway:
         around = Surroundings(
             backend=self.backend, clock=clock, rng=rng, tasks=tasks, roll=self.roll, fleet=fleet
         )
-        turn = turn_of(config.ratio, around)
+        turn = turn_for(config.ratio, around)
         self._actuator = Turning(turn, self.backend, clock, tasks, self.roll)
-        self.control = RatioControl(self.core, clock, tasks, size=turn.size)
+        self.control = RatioControl(self.core, clock, tasks, size=turn.size, ready=turn.ready)
         self.driver = Driver(
             self.core, clock, self.backend, self.control.decided, actuator=self._actuator
         )
@@ -218,9 +220,9 @@ class Gateway:
         if asleep := changed_keys(running, config.server, "server."):
             log.warning("[server] has changed: that needs a restart", keys=asleep)
         batch = self._config.batch
+        ratio = self._with_its_actuator(config.ratio)
         if config.batch != batch:
             log.warning("[batch] has changed: that needs a restart")
-        ratio = self._with_its_actuator(config.ratio)
         config = replace(config, server=running, batch=batch, ratio=ratio)
         changed = changed_keys(self._config, config)
         self._config = config
@@ -249,6 +251,7 @@ class Gateway:
         running = replace(wanted, **{key: getattr(ours, key) for key in ACTUATOR_KEYS})
         if asleep := changed_keys(running, wanted, "ratio."):
             log.warning("the actuator's settings have changed: that needs a restart", keys=asleep)
+        demand(running, has_fleet=self._has_fleet)
         return running
 
     def _tell_engines(self, config: Config) -> None:

@@ -23,6 +23,7 @@ from gateway.actuator_check import actuator_findings, finds_servers
 from gateway.clock import LiveClock
 from gateway.config import Config, WorkerEntry, worker_of
 from gateway.facts import Facts, learn, load_age_s
+from gateway.ratio_notes import ratio_notes
 from gateway.settings import ConfigError
 from gateway.suitability import Finding, Level, findings, levers_of, same_model
 from gateway.trial import Route, Trial, try_out
@@ -59,14 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_check(given: argparse.Namespace) -> int:
     """0: all fits; 1: some requests would fail. A wrong configuration is 2, by its own way."""
+    if given.fleet is not None:
+        raise ConfigError("--fleet starts servers: check looks at those that run already")
     config = serve.configuration(given)
     if not config.worker and not finds_servers(config):
         raise ConfigError(
             "no server to check: give --prefill, --decode or --worker-urls, "
             "or a --config FILE with [[worker]] tables"
         )
-    if given.fleet is not None:
-        raise ConfigError("--fleet starts servers: check looks at those that run already")
     if given.timeout_s <= 0:
         raise ConfigError("--timeout-s must be positive")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -100,6 +101,7 @@ async def inspect(config: Config, clock: Clock, rng: random.Random, timeout_s: f
         stale_s=config.telemetry.stale_ms / 1000,
         keeps_pools=config.policies.pools == "latency",
     )
+    found += ratio_notes(config.ratio, [one.worker for one in facts])
     found += await actuator_findings(config, clock, rng)
     return Report(servers=tuple(facts), trials=tuple(trials), findings=tuple(found))
 

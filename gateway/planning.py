@@ -74,6 +74,15 @@ class Look:
         have = (self.fleet.prefills, self.fleet.decodes)
         return (self.plan.prefills, self.plan.decodes) != have
 
+    @property
+    def need(self) -> tuple[int, int] | None:
+        """The fewest prefill and decode servers that keep the targets, whatever there is. Of a role
+        that no fleet has enough of, one more than there can be. None: the policy does not say."""
+        terms = self.plan.terms
+        if "need_prefills" not in terms or "need_decodes" not in terms:
+            return None
+        return int(terms["need_prefills"]), int(terms["need_decodes"])
+
 
 class Planner:
     """One for all servers of a fleet; every look is a value that others may read."""
@@ -88,13 +97,16 @@ class Planner:
         gpus: Callable[[Worker], int] = lambda _: 1,
         size: Size | None = None,
         told: Callable[[Look], object] = lambda _: None,
+        ask_first: Callable[[Look], object] | None = None,
     ) -> None:
+        """`ask_first` gets what is to be done, and calls `act` if it can be; None: it can."""
         self._core = core
         self._clock = clock
         self._post = post
         self._gpus = gpus
         self._size = size
         self._told = told
+        self._act = ask_first or self.act
         self._memory = Memory()
         self._sites: dict[Role, Site] = {}
         self._rates = {kind: Outlook(quantile=control.quantile) for kind in Kind}
@@ -164,6 +176,10 @@ class Planner:
             self._roles[name] = role
             if name not in self._core.switching.moves:
                 self._stand_back(now_us)
+
+    def is_held(self, now_us: int) -> bool:
+        """Somebody else has changed roles of late."""
+        return now_us < self._held_until_us
 
     def _stand_back(self, now_us: int) -> None:
         self._held_until_us = now_us + round(self.control.lease_s * 1e6)
@@ -236,7 +252,7 @@ class Planner:
             fleet=fleet,
             plan=plan,
             forecast=forecast,
-            is_held=now_us < self._held_until_us and min(fleet.prefills, fleet.decodes) > 0,
+            is_held=self.is_held(now_us) and min(fleet.prefills, fleet.decodes) > 0,
         )
         self._told(look)
         if look.wants_change and self.control.mode is Mode.ACT and not look.is_held:
@@ -254,8 +270,8 @@ class Planner:
         forecasts = {kind: outlook.predict() for kind, outlook in self._rates.items()}
         online, offline = flows[Kind.ONLINE], flows[Kind.OFFLINE]
         expected = replace(online, rate_per_s=forecasts[Kind.ONLINE].point)
-        decodes = self._serving(Role.DECODE)
-        waiting = ingress.waiting - len(self._serving(Role.PREFILL))
+        decodes = self.serving(Role.DECODE)
+        waiting = ingress.waiting - len(self.serving(Role.PREFILL))
         return Demand(
             online=replace(online, rate_per_s=self._steady.predict().upper),
             lasting_per_s=self._lasting.predict().upper,
@@ -275,7 +291,7 @@ class Planner:
             interval_s=self.control.interval_s,
         )
 
-    def _serving(self, role: Role) -> list[Ledger]:
+    def serving(self, role: Role) -> list[Ledger]:
         ledgers = self._core.ledgers
         return [
             ledger
@@ -286,7 +302,7 @@ class Planner:
     def _fleet(self) -> Fleet | None:
         """None where the hardware of a role is not known."""
         for role in (Role.PREFILL, Role.DECODE):
-            if (site := self._site(self._serving(role))) is not None:
+            if (site := self._site(self.serving(role))) is not None:
                 self._sites[role] = site
         if len(self._sites) < 2:
             return None
@@ -294,7 +310,7 @@ class Planner:
         for role in (Role.PREFILL, Role.DECODE):
             going = [it for it in self._core.switching.moves.values() if it.wanted.role is role]
             coming = self._coming.count(role)
-            count[role] = len(self._serving(role)) + len(going) + coming
+            count[role] = len(self.serving(role)) + len(going) + coming
         return Fleet(
             prefills=count[Role.PREFILL],
             decodes=count[Role.DECODE],
@@ -324,7 +340,9 @@ class Planner:
 
     # What is done.
 
-    def _act(self, look: Look) -> None:
+    def act(self, look: Look) -> int:
+        """How many servers are asked to change, started ones included."""
+        began = 0
         more = {
             Role.PREFILL: look.plan.prefills - look.fleet.prefills,
             Role.DECODE: look.plan.decodes - look.fleet.decodes,
@@ -334,23 +352,25 @@ class Planner:
             while more[short] > 0 > more[spare]:
                 more[short] -= 1
                 more[spare] += 1
-                self._want(spare, short, look, asked)
+                began += self._want(spare, short, look, asked)
         for role, count in more.items():
             for _ in range(max(0, count)):
                 if self._size is not None and look.fleet.is_elastic:
-                    self._size.launch(role)
+                    began += self._size.launch(role)
             for _ in range(max(0, -count)):
                 if look.fleet.is_elastic:
-                    self._want(role, None, look, asked)
+                    began += self._want(role, None, look, asked)
+        return began
 
-    def _want(self, role: Role, to: Role | None, look: Look, asked: set[str]) -> None:
+    def _want(self, role: Role, to: Role | None, look: Look, asked: set[str]) -> bool:
         """The server with the least to end first; in a tie the last by name."""
-        free = [it for it in self._serving(role) if it.worker.name not in asked]
+        free = [it for it in self.serving(role) if it.worker.name not in asked]
         if len(free) < 2:
-            return
+            return False
         chosen = min(reversed(free), key=lambda it: (it.decodes + it.prefills, it.context_tokens))
         asked.add(chosen.worker.name)
         self._post(SwitchWanted(chosen.worker.name, to, look.plan.why.value))
+        return True
 
 
 def _kv_use(ledger: Ledger) -> float:

@@ -77,7 +77,7 @@ class Prober:
                 worker = None
                 if not server.is_known:
                     worker = await self._introduced(server, configured)
-                known_as = server.worker
+                known_as, is_turning = server.worker, server.is_turning
                 # Only whoever tells its load, or has no such page, is up.
                 ranks = await self._ranks(server)
                 load = load_of(ranks, round(self._clock.time() * 1e6)) if ranks else None
@@ -89,7 +89,8 @@ class Prober:
                     self._post(LoadReport(server.name, load))
                 failures, down = 0, False
                 # Known better meanwhile, it may have said this before it switched.
-                if ranks and server.worker is known_as:
+                is_turning = is_turning or server.is_turning
+                if ranks and server.worker is known_as and not is_turning:
                     await self._follow_role(server, configured, ranks[0])
             except Exception as error:  # noqa: BLE001  # whatever it says, it is asked again
                 failures += 1
@@ -120,7 +121,7 @@ class Prober:
         worker = replace(worker, engine=await self._meet(server, facts))
         if "sampling_defaults" in facts:
             server.chat = route_of(facts, await self._fetch(server, b"/model_info") or {})
-        if worker.role is not configured.role:
+        if worker.role not in (configured.role, server.worker.role) and not server.is_turning:
             log.warning(
                 "the server has another role than configured",
                 worker=worker.name,

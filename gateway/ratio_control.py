@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import replace
 
 import structlog
@@ -16,7 +16,9 @@ from gateway.config import Config, tp_of
 from gateway.core import Core
 from gateway.driver import Driver
 from gateway.planning import URGENT_S, Control, Look, Mode, Planner
+from gateway.reach import Reach
 from gateway.rulebook import control_of
+from gateway.shortage import Shortage
 from policies.clock import Clock
 from policies.demand import Targets
 from policies.events import Decision, Outcome, SwitchOver
@@ -26,19 +28,36 @@ from policies.types import Role
 log = structlog.get_logger("slackwater.ratio")
 
 
+async def _always() -> str:
+    return ""
+
+
 class RatioControl(Collector):
     """Nothing but a name while `ratio.policy` is static."""
 
     def __init__(
-        self, core: Core, clock: Clock, tasks: asyncio.TaskGroup, *, size: Size | None = None
+        self,
+        core: Core,
+        clock: Clock,
+        tasks: asyncio.TaskGroup,
+        *,
+        size: Size | None = None,
+        ready: Callable[[], Awaitable[str]] = _always,
     ) -> None:
+        """`ready`: why the actuator could change nothing now, asked before anything is done."""
         self._core = core
         self._clock = clock
         self._tasks = tasks
         self._size = size
         self._loop: asyncio.Task[None] | None = None
         self._planner: Planner | None = None
+        self._reach = Reach(ready, clock)
+        self._shortage = Shortage()
+        self._wish: Look | None = None
+        """What is to be done as soon as the actuator has answered."""
         self._told: tuple[int, int, bool] | None = None
+        """What was said last and not done."""
+        self._info = {"policy": "static", "mode": "advise", "actuator": "sglang"}
         self._outcomes: dict[Outcome, int] = {}
         self._drained_s = self._took_s = 0.0
         self._tp = {"": 1}
@@ -54,6 +73,8 @@ class RatioControl(Collector):
         if control is not None and self._switch_s is not None:
             control = replace(control, switch_s=self._switch_s)
         self._tp = tp_of(config)
+        ratio = config.ratio
+        self._info = {"policy": ratio.policy, "mode": ratio.mode, "actuator": ratio.actuator}
         if self._planner is not None and control is not None:
             self._planner.adopt(control)
             return
@@ -71,6 +92,7 @@ class RatioControl(Collector):
             gpus=lambda worker: self._tp.get(worker.name, self._tp[""]),
             size=self._size,
             told=self._look,
+            ask_first=self._wished,
         )
         self._planner, driver.listen = planner, planner.hear
         self._loop = self._tasks.create_task(self._tick(planner))
@@ -80,13 +102,15 @@ class RatioControl(Collector):
             await pause(self._clock, URGENT_S)
             try:
                 planner.tick()
+                await self._act(planner)
             except Exception:  # a bug here must not stop the requests
                 log.exception("the ratio controller failed")
 
     def close(self) -> None:
         if self._loop is not None:
             self._loop.cancel()
-        self._loop = self._planner = self._told = None
+        self._loop = self._planner = self._told = self._wish = None
+        self._shortage = Shortage()
 
     def decided(self, now_us: int, decision: Decision) -> None:
         if isinstance(decision, SwitchOver):
@@ -120,20 +144,42 @@ class RatioControl(Collector):
             planner.adopt(replace(planner.control, switch_s=self._switch_s))
 
     def _look(self, look: Look) -> None:
-        wanted = (look.plan.prefills, look.plan.decodes)
-        if not look.wants_change or (*wanted, look.is_held) == self._told:
+        self._shortage.look(look)
+        if look.wants_change and (not self._acts or look.is_held):
+            self._say_once(look)
+
+    def _wished(self, look: Look) -> None:
+        self._wish = look
+
+    async def _act(self, planner: Planner) -> None:
+        """No server is emptied for somebody who does not answer."""
+        look, self._wish = self._wish, None
+        if look is None:
             return
-        self._told = (*wanted, look.is_held)
+        if await self._reach.lost() or not self._acts or not planner.act(look):
+            self._say_once(look)
+            return
+        self._told = None
+        self._say(look, acts=True)
+
+    def _say_once(self, look: Look) -> None:
+        wish = (look.plan.prefills, look.plan.decodes, look.is_held)
+        if wish != self._told:
+            self._told = wish
+            self._say(look, acts=False)
+
+    def _say(self, look: Look, *, acts: bool) -> None:
+        fleet, plan = look.fleet, look.plan
         log.info(
             "ratio",
-            acts=self._acts and not look.is_held,
+            acts=acts,
             held=look.is_held,
-            have=f"{look.fleet.prefills}P{look.fleet.decodes}D",
-            wanted=f"{wanted[0]}P{wanted[1]}D",
-            why=look.plan.why.value,
-            forecast_per_s=round(look.forecast.upper, 3),
+            have=f"{fleet.prefills}P{fleet.decodes}D",
+            wanted=f"{plan.prefills}P{plan.decodes}D",
+            why=plan.why.value,
+            upper_per_s=round(look.forecast.upper, 3),
             by=look.forecast.by,
-            terms={name: round(value, 4) for name, value in look.plan.terms.items()},
+            terms={name: round(value, 4) for name, value in plan.terms.items()},
         )
 
     @property
@@ -155,11 +201,32 @@ class RatioControl(Collector):
         seconds.add_metric(["drain"], self._drained_s)
         seconds.add_metric(["switch"], self._took_s - self._drained_s)
         yield seconds
-        look = None if self._planner is None else self._planner.last
-        yield from _of_look(look)
+        yield _gauge(
+            "slackwater_ratio_moves", "Switches under way", len(self._core.switching.moves)
+        )
+        info = GaugeMetricFamily(
+            "slackwater_ratio_info", "What decides, and who changes servers", labels=[*self._info]
+        )
+        info.add_metric([*self._info.values()], 1)
+        yield info
+        held = reached = None
+        serving: dict[Role, int] = {}
+        if (planner := self._planner) is not None:
+            held = planner.is_held(round(self._clock.time() * 1e6))
+            reached = not self._reach.why
+            serving = {it: len(planner.serving(it)) for it in (Role.PREFILL, Role.DECODE)}
+        yield _gauge("slackwater_ratio_held", "1: stands back from somebody else's change", held)
+        yield _gauge("slackwater_ratio_actuator_up", "0: it did not answer when asked", reached)
+        yield from _of_look(None if planner is None else planner.last, serving)
 
 
-def _of_look(look: Look | None) -> Iterator[Metric]:
+def _gauge(name: str, words: str, value: float | None) -> Metric:
+    """Without a value it is named, and nothing is said of it."""
+    return GaugeMetricFamily(name, words, value=value)
+
+
+def _of_look(look: Look | None, serving: Mapping[Role, int]) -> Iterator[Metric]:
+    """As of the last look, but for what serves."""
     servers = GaugeMetricFamily(
         "slackwater_ratio_servers", "Servers of each role", labels=["role", "which"]
     )
@@ -170,13 +237,11 @@ def _of_look(look: Look | None) -> Iterator[Metric]:
         "slackwater_forecast_error", "Errors over load, of late", labels=["by"]
     )
     if look is not None:
-        fleet, plan = look.fleet, look.plan
-        for role, have, wanted in (
-            (Role.PREFILL, fleet.prefills, plan.prefills),
-            (Role.DECODE, fleet.decodes, plan.decodes),
-        ):
-            servers.add_metric([role.value, "had"], have)
-            servers.add_metric([role.value, "wanted"], wanted)
+        wanted = {Role.PREFILL: look.plan.prefills, Role.DECODE: look.plan.decodes}
+        need = {} if look.need is None else dict(zip(wanted, look.need, strict=True))
+        for which, counts in (("had", serving), ("wanted", wanted), ("need", need)):
+            for role, count in counts.items():
+                servers.add_metric([role.value, which], count)
         rate.add_metric([LAST], look.forecast.last)
         rate.add_metric(["forecast"], look.forecast.point)
         rate.add_metric(["upper"], look.forecast.upper)

@@ -19,6 +19,7 @@ from backends.fleet.command import Board
 from backends.fleet.fleet import Fleet
 from backends.fleet.spec import FleetSpec, read_spec
 from gateway import collector
+from gateway.actuator_demands import demand
 from gateway.app import Reading, run
 from gateway.clock import LiveClock
 from gateway.config import (
@@ -202,6 +203,7 @@ def configuration(given: argparse.Namespace) -> Config:
     if given.policy is not None:
         place = place_named(given.policy)
         config = replace(config, policies=replace(config.policies, place=place))
+    demand(config.ratio, has_fleet=given.fleet is not None)
     entries = _entries(given)
     return check(replace(config, worker=entries) if entries else config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import textwrap
@@ -16,9 +17,13 @@ from backends.actuators.kubernetes import rights_of, workloads_of
 from backends.kubernetes.api import Api
 from gateway.config import Config, check, workers_of
 from gateway.errors import Code
+from gateway.planning import Mode
 from gateway.settings import decode
+from policies.events import SwitchWanted
+from policies.types import Role
 from tests.documents import ROOT
 from tests.gateway.gateway_under_test import OFFLINE, UNIFIED, chat, standing
+from tests.gateway.test_live_switching import BUSY_PREFILLS, answers, controlled
 
 DEPLOY = ROOT / "deploy"
 FILES = sorted(path for path in DEPLOY.iterdir() if path.is_file())
@@ -31,6 +36,11 @@ async def test_every_metric_named_in_deploy_stands_on_the_metrics_page() -> None
         await site.ask("/v1/chat/completions", chat(4, stream=True))
         await site.ask("/v1/chat/completions", chat(4, stream=True), OFFLINE)
         page = (await site.get("/metrics")).raw.decode()
+    async with standing(BUSY_PREFILLS, **controlled(Mode.ACT)) as site:
+        await answers(site, 60, 30, 0.1)
+        site.gateway.driver.post(SwitchWanted("p3", Role.DECODE, "asked for"))
+        await asyncio.sleep(5.0)
+        page += (await site.get("/metrics")).raw.decode()
     shown = set(re.findall(r"^(slackwater_\w+)", page, re.MULTILINE))
     named = {n for path in FILES for n in re.findall(r"slackwater_[a-z_]+", path.read_text())}
     assert len(named) > 10

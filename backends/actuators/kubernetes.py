@@ -109,7 +109,7 @@ class KubernetesTurn:
         try:
             api = await connected(cluster.kubeconfig, cluster.namespace)
         except ApiError as error:
-            return [str(error)]
+            raise UnfitError(str(error)) from None
         try:
             return await _problems(api, workloads_of(cluster, api))
         except ApiError as error:
@@ -141,6 +141,13 @@ class KubernetesTurn:
                     log.warning("the Kubernetes API does not answer", error=str(error))
                 failing = True
             await pause(self._clock, self._cluster.poll_s)
+
+    async def ready(self) -> str:
+        try:
+            await self._presence.look()
+        except ApiError as error:
+            return str(error)
+        return ""
 
     # Roles.
 

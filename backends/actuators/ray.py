@@ -81,15 +81,15 @@ class RayTurn:
         waited = (self._joined, self._link.lost)
         await asyncio.wait(waited, timeout=self._actors.join_s, return_when=asyncio.FIRST_COMPLETED)
         if self._joined.done():
+            if self._joined.exception() is not None:
+                await self._link.close(0.0)
             self._joined.result()
             return
         ended = self._link.lost.done()
         await self._link.close(0.0)
-        python = interpreter.chosen(self._actors.python)
-        why = (
-            f"{python} has no Ray, or it ended" if ended else f"none in {self._actors.join_s:.0f} s"
+        raise FleetError(
+            f"no Ray cluster at {self._actors.address}: {self._silent(has_ended=ended)}"
         )
-        raise FleetError(f"no Ray cluster at {self._actors.address}: {why}")
 
     def _owner(self, hear: Callable[[dict[str, Any]], None], *, asks_only: bool = False) -> Link:
         actors = self._actors
@@ -109,7 +109,7 @@ class RayTurn:
         }
         arguments = (json.dumps(told), actors.log or "/dev/null")
         python = interpreter.chosen(actors.python)
-        return Link(interpreter.command(python, "backends.ray.owner", *arguments), hear)
+        return Link(interpreter.command(python, "backends.ray.start", *arguments), hear)
 
     async def problems(self, workers: Sequence[Worker]) -> list[str]:
         actors, heard = self._actors, list[dict[str, Any]]()
@@ -117,8 +117,9 @@ class RayTurn:
         try:
             await link.open()
         except FleetError as error:
-            return [str(error)]
+            raise UnfitError(str(error)) from None
         await asyncio.wait([link.lost], timeout=actors.join_s)
+        ended = link.lost.done()
         await link.close(0.0)
         needed = (actors.prefill + actors.decode) * actors.gpus
         match heard:
@@ -126,9 +127,20 @@ class RayTurn:
                 short = f"the Ray cluster has {gpus:g} GPUs, {needed:g} are needed"
                 return [short] if gpus < needed else []
             case [{"why": str(why)}]:
-                return [f"no Ray cluster at {actors.address}: {why}"]
+                raise UnfitError(f"no Ray cluster at {actors.address}: {why}")
             case _:
-                return [f"{interpreter.chosen(actors.python)} has no Ray, or no answer from it"]
+                raise UnfitError(
+                    f"no Ray cluster at {actors.address}: {self._silent(has_ended=ended)}"
+                )
+
+    def _silent(self, *, has_ended: bool) -> str:
+        python = interpreter.chosen(self._actors.python)
+        if has_ended:
+            return f"{python} has no Ray, or it ended: pip install 'slackwater[ray]' there"
+        return f"none in {self._actors.join_s:.0f} s"
+
+    async def ready(self) -> str:
+        return "the Ray cluster is lost" if self._link is None or self._link.lost.done() else ""
 
     async def _keep(self) -> None:
         """A cluster that is lost is joined again; its servers' own probes say how they are."""

@@ -44,6 +44,13 @@ class RelaunchTurn:
         theirs = [it for it in workers if it.role is not Role.UNIFIED and it.url not in owned]
         return [f"{it.name} is no server of the fleet: nobody can relaunch it" for it in theirs]
 
+    async def ready(self) -> str:
+        try:
+            await self._fleet.roles()
+        except FleetError as error:
+            return str(error)
+        return ""
+
     async def turn(self, server: Server, role: Role) -> Turned:
         done = await self._fleet.relaunch(server.worker.url, role)
         return Turned(why=done.why, is_restarted=done.is_restarted, by_another=done.by_another)

@@ -49,6 +49,9 @@ class SglangTurn:
     async def problems(self, workers: Sequence[Worker]) -> list[str]:
         return []  # each server says itself whether it takes a switch
 
+    async def ready(self) -> str:
+        return ""  # each server is asked itself, just before
+
     async def turn(self, server: Server, role: Role) -> Turned:
         """The server's reason where it refused, or why nothing came of it."""
         body: dict[str, Any] = {"new_role": role.value}

@@ -59,7 +59,15 @@ class Turn(Protocol):
     async def close(self) -> None: ...
 
     async def problems(self, workers: Sequence[Worker]) -> list[str]:
-        """Asked in the place of `open`, and changes nothing: what would be in its way."""
+        """Asked in the place of `open`, and changes nothing: what would be in its way.
+
+        UnfitError where `open` would have it.
+        """
+        ...
+
+    async def ready(self) -> str:
+        """Asked before a server is taken out of rotation: why nothing can be changed just now;
+        empty where whoever does it answers. It changes nothing, and is cheap."""
         ...
 
     async def turn(self, server: Server, role: Role) -> Turned:
@@ -142,10 +150,14 @@ class Turning:
             return RoleSwitched(server.name, was, why, by_another=True)
         if not await self._has_others(server):
             return RoleSwitched(server.name, was, f"no other {was.value} server answers")
-        turned = await self.turn.turn(server, role)
-        if turned.is_gone:
-            return await self._succeeded(server, turned)
-        return await self._stayed(server, turned)
+        server.is_turning = True
+        try:
+            turned = await self.turn.turn(server, role)
+            if turned.is_gone:
+                return await self._succeeded(server, turned)
+            return await self._stayed(server, turned)
+        finally:
+            server.is_turning = False
 
     async def _stayed(self, server: Server, turned: Turned) -> RoleSwitched:
         role = await self.role_of(server)

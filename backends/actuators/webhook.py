@@ -27,18 +27,22 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
+import structlog
 
 from backends.actuators.settings import Webhook
 from backends.actuators.turning import Turned, UnfitError, object_of
 from backends.base import Roll, Size
 from backends.fetch import fetch
-from backends.http import HttpError, Upstream
+from backends.http import HttpError, Reason, Upstream
 from backends.pause import pause
 from backends.sglang import Server
 from policies.clock import Clock
 from policies.types import Role, Worker
 
+log = structlog.get_logger("slackwater.webhook")
+
 SCHEMA = "slackwater.change/1"
+PENDING = "pending"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +84,16 @@ class WebhookTurn:
     async def problems(self, workers: Sequence[Worker]) -> list[str]:
         await self.open()
         try:
-            number = self._rng.getrandbits(128)
-            told = await self._put(_question("check", f"{number:032x}", self.hook.within_s))
+            why = await self.ready()
         finally:
             await self.close()
-        why = told.why if isinstance(told, _Told) else told
-        return [f"the webhook does not say that it is done with a check: {why}"] if why else []
+        return [why] if why else []
+
+    async def ready(self) -> str:
+        number = self._rng.getrandbits(128)
+        told = await self._put(_question("check", f"{number:032x}", self.hook.within_s))
+        why = told.why if isinstance(told, _Told) else str(told)
+        return why and f"the webhook does not say that it is done with a check: {why}"
 
     async def turn(self, server: Server, role: Role) -> Turned:
         told = await self._settled("switch", server.worker, role)
@@ -114,19 +122,26 @@ class WebhookTurn:
         }
         if role is not None:
             question["role"] = role.value
-        until_s = self._clock.time() + self.hook.within_s
-        last = "pending"
-        while self._clock.time() < until_s:
+        began_s = self._clock.time()
+        last: str | HttpError = PENDING
+        is_heard = is_away = False
+        while self._clock.time() - began_s < self.hook.within_s:
             told = await self._put(question)
             if isinstance(told, _Told):
                 return told
             last = told
+            is_heard = is_heard or not _is_unheard(told)
+            if not is_heard and self._clock.time() - began_s >= self.hook.answer_s:
+                return _Told(why=f"nobody was there to ask: {told}")
+            if told != PENDING and not is_away:
+                log.warning("the webhook does not answer", worker=worker.name, error=str(told))
+            is_away = told != PENDING
             await pause(self._clock, self.hook.poll_s)
         await self._put({**question, "action": "cancel"})
         return _Told(why=f"not over after {self.hook.within_s:.0f} s, last: {last}")
 
-    async def _put(self, question: dict[str, Any]) -> _Told | str:
-        """The last word, or how far it is."""
+    async def _put(self, question: dict[str, Any]) -> _Told | str | HttpError:
+        """The last word, or how far it is, or why nobody has said a thing."""
         assert self._upstream is not None
         body = orjson.dumps(question)
         headers = f"content-type: application/json\r\nidempotency-key: {question['id']}\r\n"
@@ -142,8 +157,13 @@ class WebhookTurn:
                 headers=headers.encode(),
             )
         except HttpError as error:
-            return str(error)
+            return error
         return _read(answer.status, object_of(answer.body))
+
+
+def _is_unheard(told: str | HttpError) -> bool:
+    """Nothing can have come of a question that found nobody."""
+    return isinstance(told, HttpError) and told.reason in (Reason.CONNECT, Reason.CONNECT_TIMEOUT)
 
 
 def _question(action: str, key: str, within_s: float) -> dict[str, Any]:
@@ -162,7 +182,7 @@ def _read(status: int, told: Mapping[str, Any]) -> _Told | str:
         return why
     match status, told.get("status"):
         case 200 | 202, "pending":
-            return "pending"
+            return PENDING
         case 200, "done":
             worker = told.get("worker")
             return _Told(worker=worker if isinstance(worker, dict) else None)

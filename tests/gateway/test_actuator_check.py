@@ -9,12 +9,14 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from aiohttp import web
 
 from backends.actuators.settings import Kubernetes, Relaunch, Webhook
 from gateway.actuation import Actuation
 from gateway.actuator_check import actuator_findings
 from gateway.config import Config, RatioSettings, WorkerEntry
+from gateway.settings import ConfigError
 from gateway.suitability import Level
 from policies.types import Role
 from tests.gateway.scripted_cluster import NAMES, NAMESPACE, ScriptedCluster, serving
@@ -63,8 +65,8 @@ async def test_a_webhook_that_refuses_or_is_away_is_told_of() -> None:
         assert text == "the webhook does not say that it is done with a check: who are you?"
     (text,) = await told(ratio)
     assert "connect_failed" in text
-    (text,) = await told(RatioSettings(actuator=Actuation.WEBHOOK))
-    assert text == "ratio.webhook.url is missing"
+    with pytest.raises(ConfigError, match=r"^ratio\.webhook\.url is missing$"):
+        await told(RatioSettings(actuator=Actuation.WEBHOOK))
 
 
 async def test_each_right_that_a_gateway_lacks_in_its_cluster_is_told_of(tmp_path: Path) -> None:
@@ -93,8 +95,8 @@ async def test_a_fleet_that_is_away_is_told_of(tmp_path: Path) -> None:
     control = Relaunch(control=str(tmp_path / "fleet.sock"))
     (text,) = await told(RatioSettings(actuator=Actuation.RELAUNCH, relaunch=control))
     assert text.startswith("no fleet listens on")
-    (text,) = await told(RatioSettings(actuator=Actuation.RELAUNCH))
-    assert text.startswith("only the fleet of")
+    with pytest.raises(ConfigError, match="needs a fleet"):
+        await told(RatioSettings(actuator=Actuation.RELAUNCH))
 
 
 async def test_nothing_is_asked_where_nothing_is_switched() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from backends.actuators.turning import Turning
 from gateway.config import Cost, RatioSettings
@@ -143,3 +144,26 @@ async def test_an_adviser_changes_nothing() -> None:
         assert list(roles(site).values()).count("decode") == 1
     assert 'slackwater_ratio_servers{role="decode",which="had"} 1.0' in metrics
     assert 'slackwater_ratio_servers{role="decode",which="wanted"} 1.0' not in metrics
+
+
+async def test_its_own_switch_is_not_told_as_somebody_elses() -> None:
+    """Probes come while it is under way, and one that asks anew who it is comes after it."""
+    probing = replace(QUICK.telemetry, poll_ms=10.0)
+    async with standing(FLEET, telemetry=probing) as site:
+        with capture_logs() as told:
+            site.gateway.driver.post(SwitchWanted("d2", Role.PREFILL, "asked for"))
+            await site.until("d2 has switched", lambda: roles(site)["d2"] == "prefill")
+            (server,) = [it for it in site.gateway.backend.servers() if it.name == "d2"]
+            server.is_known = False
+            await site.until("it was asked", lambda: server.is_known)
+            await asyncio.sleep(1.0)
+        said = {it["event"] for it in told}
+        assert "role switch" in said
+        assert (
+            said
+            & {
+                "worker has switched its role",
+                "the server has another role than configured",
+            }
+            == set()
+        )

@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 from backends.actuators.ray import RayTurn
 from backends.actuators.settings import Ray
+from backends.actuators.turning import UnfitError
 from backends.fleet import interpreter
 from policies.types import Role
 
@@ -70,3 +71,22 @@ async def test_a_launch_that_goes_wrong_ends_nothing_else(
             turn.launch(Role.DECODE)
     assert lines[0]["event"] == "no actor was started"
     assert turn.starting == {Role.DECODE: 0}
+
+
+async def test_an_interpreter_without_ray_is_told_of_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No package at all lies on its path, as on a machine where only the gateway is installed."""
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    actors = Ray(command="serve", python=str(bare))
+    wanted = "no Ray cluster at auto: .* has no ray: pip install 'slackwater.ray.' there"
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        clock, roll = asyncio.get_running_loop(), cast("Any", None)
+        turn = RayTurn(actors, clock, random.Random(0), tasks, roll)
+        with pytest.raises(UnfitError, match=wanted):
+            await turn.open()
+        with pytest.raises(UnfitError, match=wanted):
+            await turn.problems([])
+    assert capfd.readouterr().err == ""

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from structlog.testing import capture_logs
 
 from backends.actuators.settings import Webhook
 from backends.emulator import EmulatedFleet
 from gateway.actuation import Actuation
+from policies.events import SwitchWanted
 from policies.types import Role
 from tests.gateway.actuated import FOUR, by, names, roles, started_as, switched, usable
 from tests.gateway.gateway_under_test import OFFLINE, Site, spec, standing
@@ -50,7 +52,8 @@ class Receiver:
         question = json.loads(body)
         self.questions.append(question)
         self.heads.append(dict(request.headers))
-        if self.does and question["id"] not in self._changes:
+        changes = self.does and question["action"] != "check"
+        if changes and question["id"] not in self._changes:
             self._changes[question["id"]] = asyncio.create_task(self._do(question))
         status, told = self._reply(question)
         return web.json_response(told, status=status)
@@ -177,13 +180,27 @@ async def test_a_change_that_never_ends_is_cancelled_and_the_server_serves_on() 
         assert usable(site) == names(FOUR)
 
 
-async def test_a_service_that_is_not_there_changes_nothing() -> None:
-    hook = Webhook(url="http://127.0.0.1:9/none", answer_s=1.0, poll_s=1.0, within_s=5.0)
+async def test_a_service_that_is_not_there_is_not_waited_for_to_the_end() -> None:
+    """Nobody has heard the question, so that nothing can come of it."""
+    hook = Webhook(url="http://127.0.0.1:9/none", answer_s=1.0, poll_s=1.0, within_s=60.0)
     async with standing(FOUR, ratio=by(Actuation.WEBHOOK, webhook=hook)) as site:
+        began_s = site.now_s()
         (over,) = await switched(site, "d2", Role.PREFILL)
         assert over[0] == "failed"
-        assert "not over after 5 s, last: " in over[1]
+        assert over[1].startswith("nobody was there to ask: connect_failed")
+        assert site.now_s() - began_s < 5.0
         assert usable(site) == names(FOUR)
+
+
+async def test_who_falls_silent_in_a_change_is_told_of_once_and_asked_on() -> None:
+    silent = [(202, {"status": "pending"}), (503, {}), (503, {}), (202, {"status": "pending"})]
+    receiver = Receiver(script=silent, stays=False)
+    async with received(receiver) as site:
+        with capture_logs() as told:
+            site.gateway.driver.post(SwitchWanted("d2", Role.PREFILL, "asked for"))
+            await site.until("switched", lambda: roles(site)["d2"] == "prefill", within_s=60.0)
+    lost = [it for it in told if it["event"] == "the webhook does not answer"]
+    assert [(it["worker"], it["error"]) for it in lost] == [("d2", "the webhook answered 503")]
 
 
 async def test_another_server_may_come_in_its_place() -> None:
