@@ -91,6 +91,7 @@ def test_where_too_few_fit_the_engine_steps_as_few_more_as_tokens_per_second_ask
     """Each request costs less than a mean one: a step of one alone would halve the tokens."""
     members = [row(1_000, slack_ms=30)._replace(tpot_us=12_000.0) for _ in range(6)]
     members += [row(90_000, slack_ms=30_000)] * 2
+    assert isinstance(DUE, Slack)
     assert DUE.limit_us(members) < by_sum(1, 1_000, 1_000)
     assert Slack().choose(members, by_sum) == [*range(8)]
     assert DUE.choose(members, by_sum) == [*range(3)]
