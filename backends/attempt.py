@@ -10,9 +10,18 @@ import orjson
 from backends.exchange import Exchange
 from backends.http import Call, HttpError, Reason
 from backends.logprobs import with_prompt_logprobs
-from backends.sse import DONE, ends_stream, split_events
+from backends.sse import DONE, ends_stream, is_corrupt
 from backends.transcript import Splicer
-from backends.trouble import Blame, Trouble, judge, judge_answer, judge_event
+from backends.trouble import (
+    Blame,
+    Trouble,
+    blamed_by,
+    fault_of,
+    judge,
+    judge_answer,
+    judge_event,
+)
+from backends.whole import Whole
 from policies.events import Fault
 
 if TYPE_CHECKING:
@@ -28,9 +37,6 @@ _COMPLETION_TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s*(\d+)')
 _FINISHED = re.compile(rb'"finish_reason":\s*["{]')
 _TAIL_BYTES = 4096
 """Where an event's counts stand: after all of its text."""
-_OVERLOADED = frozenset({429, 503})
-_OUR_KEY = frozenset({401, 403})
-"""What a server says of the gateway's key, which no client has chosen."""
 _WHOLE = (b"}\n\n", b"[DONE]\n\n")
 """How a piece ends that holds only whole events: nearly all do."""
 _ABORTED = Trouble(status=499, message="aborted", retryable=False, blames=Blame.ABORTED)
@@ -43,33 +49,6 @@ _MARKS = {
 """What is counted as a token where events of other kinds are many."""
 _OTHER_EVENTS = {"chat": 2}
 """The role before the first token, and the finish reason after the last one."""
-
-
-class PrefillLeg:
-    """The prompt's side. Its answer is judged, never relayed."""
-
-    __slots__ = ("_attempt", "_pieces", "status")
-
-    def __init__(self, attempt: Attempt) -> None:
-        self._attempt = attempt
-        self._pieces: list[bytes] = []
-        self.status = 0
-
-    def on_head(self, status: int) -> None:
-        self.status = status
-
-    def on_body(self, piece: bytes) -> None:
-        self._pieces.append(piece)
-
-    def on_end(self) -> None:
-        body = b"".join(self._pieces)
-        exchange = self._attempt.exchange
-        trouble = judge_answer(exchange.dialect, self.status, body, leg=Blame.PREFILL)
-        self._attempt.prefill_ended(trouble, body)
-
-    def on_error(self, error: HttpError) -> None:
-        trouble = judge(502, str(error), leg=Blame.PREFILL)
-        self._attempt.prefill_ended(trouble, b"", _FAULT.get(error.reason, Fault.ENGINE))
 
 
 class Attempt:
@@ -157,7 +136,7 @@ class Attempt:
             self._rename = ((self.exchange.shown_rid or self.rid).encode(), shown)
         path = self.exchange.path
         if self.prefill is not None:
-            leg = PrefillLeg(self)
+            leg = Whole(self._prefill_answered, self._prefill_lost)
             self._prefill_call = self.prefill.upstream.send(b"POST", path, body, leg)
         self._decode_call = call = self.decode.upstream.send(b"POST", path, body, self)
         if self.exchange.stream:
@@ -237,7 +216,7 @@ class Attempt:
         whole, _, self._torn = (self._torn + piece).rpartition(b"\n\n")
         if not whole:
             return b""
-        if _is_corrupt(whole + b"\n\n"):
+        if is_corrupt(whole + b"\n\n"):
             self.fail(Fault.ENGINE, (self.decode.name,), judge(502, "a chunk is not JSON"))
             return b""
         return whole + b"\n\n"
@@ -246,7 +225,7 @@ class Attempt:
         trouble = judge_event(piece)
         if trouble is None or (self.exchange.aborted and trouble.blames is Blame.ABORTED):
             return False
-        self.fail(self._fault(trouble), self._blamed(trouble), trouble)
+        self.fail(fault_of(trouble), self._blamed(trouble), trouble)
         return True
 
     def _begin(self) -> None:
@@ -295,7 +274,7 @@ class Attempt:
         body = b"".join(self._answer)
         trouble = judge_answer(self.exchange.dialect, self._status, body)
         if trouble is not None and not (self.exchange.aborted and trouble.blames is Blame.ABORTED):
-            self.fail(self._fault(trouble), self._blamed(trouble), trouble)
+            self.fail(fault_of(trouble), self._blamed(trouble), trouble)
             return
         found = _COMPLETION_TOKENS.findall(body[-_TAIL_BYTES:])
         self.tokens = int(found[-1]) if found else 1
@@ -318,7 +297,16 @@ class Attempt:
 
     # The prefill leg.
 
-    def prefill_ended(
+    def _prefill_answered(self, status: int, body: bytes) -> None:
+        """It is judged, never relayed."""
+        trouble = judge_answer(self.exchange.dialect, status, body, leg=Blame.PREFILL)
+        self._prefill_ended(trouble, body)
+
+    def _prefill_lost(self, error: HttpError) -> None:
+        trouble = judge(502, str(error), leg=Blame.PREFILL)
+        self._prefill_ended(trouble, b"", _FAULT.get(error.reason, Fault.ENGINE))
+
+    def _prefill_ended(
         self, trouble: Trouble | None, body: bytes, fault: Fault | None = None
     ) -> None:
         self._prefill_call = None
@@ -333,7 +321,7 @@ class Attempt:
                 self._finish()
         elif not self.flowing and self.prefill is not None:
             # Decode would wait for its KV for minutes: nobody else tells it.
-            self.fail(fault or self._fault(trouble), self._blamed(trouble), trouble)
+            self.fail(fault or fault_of(trouble), self._blamed(trouble), trouble)
 
     # How it ends.
 
@@ -462,50 +450,11 @@ class Attempt:
             blamed = (self.prefill.name, self.decode.name)
         self.fail(Fault.TIMEOUT, blamed, judge(504, what))
 
-    # Whose fault it is.
-
-    @staticmethod
-    def _fault(trouble: Trouble) -> Fault:
-        if trouble.blames is Blame.ABORTED:
-            return Fault.ENGINE
-        if trouble.status in _OUR_KEY:
-            return Fault.ENGINE
-        if not trouble.retryable:
-            return Fault.REQUEST
-        if trouble.status in _OVERLOADED:
-            return Fault.BUSY
-        return Fault.PAIRING if trouble.blames is Blame.PAIR else Fault.ENGINE
-
     def _blamed(self, trouble: Trouble) -> tuple[str, ...]:
-        prefill = self.prefill.name if self.prefill is not None else self.decode.name
-        match trouble.blames:
-            case Blame.PREFILL:
-                return (prefill,)
-            case Blame.DECODE:
-                return (self.decode.name,)
-            case Blame.PAIR:
-                return (prefill, self.decode.name)
-            case Blame.REQUEST | Blame.ABORTED:
-                return ()
+        decode = self.decode.name
+        return blamed_by(trouble, self.prefill.name if self.prefill else decode, decode)
 
 
 def _told_in(event: bytes) -> int:
     found = _COMPLETION_TOKENS.findall(event)
     return int(found[-1]) if found else 0
-
-
-def _is_corrupt(events: bytes) -> bool:
-    """Asked only of pieces that look odd: JSON is not parsed for each token."""
-    return any(_is_unreadable(event) for event in split_events(events))
-
-
-def _is_unreadable(event: bytes) -> bool:
-    lines = [line[5:].strip() for line in event.splitlines() if line.startswith(b"data:")]
-    data = b"\n".join(lines)
-    if not data or data == b"[DONE]":
-        return False
-    try:
-        orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return True
-    return False

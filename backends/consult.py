@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from backends.http import Call, HttpError, Upstream
+from backends.whole import Whole
 from policies.clock import Clock, Timer
 
 PATIENCE_S = 10.0
@@ -28,8 +29,6 @@ class Consultation:
         self._body = body
         self._clock = clock
         self._then = then
-        self._status = 0
-        self._pieces: list[bytes] = []
         self._call: Call | None = None
         self._timer: Timer | None = None
         self._ask()
@@ -39,9 +38,9 @@ class Consultation:
         if upstream is None:
             self._then(None)
             return
-        self._status, self._pieces = 0, []
         self._timer = self._clock.call_at(self._clock.time() + PATIENCE_S, self._too_late)
-        self._call = upstream.send(b"POST", self._path, self._body, self)
+        listener = Whole(self._told, self._failed)
+        self._call = upstream.send(b"POST", self._path, self._body, listener)
 
     def _too_late(self) -> None:
         if self._call is not None:
@@ -52,21 +51,15 @@ class Consultation:
         if self._timer is not None:
             self._timer.cancel()
 
-    def on_head(self, status: int) -> None:
-        self._status = status
-
-    def on_body(self, piece: bytes) -> None:
-        self._pieces.append(piece)
-
-    def on_end(self) -> None:
+    def _told(self, status: int, body: bytes) -> None:
         self._rest()
-        answer = _object_in(b"".join(self._pieces)) if self._status == 200 else None
+        answer = _object_in(body) if status == 200 else None
         if answer is None:
             self._ask()
         else:
             self._then(answer)
 
-    def on_error(self, error: HttpError) -> None:
+    def _failed(self, error: HttpError) -> None:
         self._rest()
         self._ask()
 

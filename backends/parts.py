@@ -6,16 +6,14 @@ hold is computed again, and the answer is the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final
 
 import orjson
 
 from backends.exchange import Exchange
-from backends.http import HttpError
+from backends.whole import Ids
 from policies.events import Fail, Reject
 
-Ids = list[int]
 _KEPT: Final = ("model", "lora_path", "cache_salt", "extra_key")
 """With another one of these, the same tokens are another entry of the cache."""
 _TEMPLATED: Final = (
@@ -94,27 +92,3 @@ def part_of(exchange: Exchange, ids: Ids, upto: int) -> Exchange:
         first_token_timeout_s=exchange.first_token_timeout_s,
         is_part=True,
     )
-
-
-class Asked:
-    """Hears what /v1/tokenize answers; nothing that can be used is no failure of the job."""
-
-    def __init__(self, told: Callable[[Ids | None], None]) -> None:
-        self._told = told
-        self._pieces: list[bytes] = []
-
-    def on_head(self, status: int) -> None: ...
-
-    def on_body(self, piece: bytes) -> None:
-        self._pieces.append(piece)
-
-    def on_end(self) -> None:
-        try:
-            tokens = orjson.loads(b"".join(self._pieces))["tokens"]
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            tokens = None
-        is_list = type(tokens) is list and set(map(type, tokens)) == {int}
-        self._told(tokens if is_list else None)
-
-    def on_error(self, error: HttpError) -> None:
-        self._told(None)

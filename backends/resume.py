@@ -12,6 +12,7 @@ from backends.http import HttpError
 from backends.splice import Splicer
 from backends.transcript import resumed_body
 from backends.trouble import Blame, judge, judge_answer
+from backends.whole import Ids, Whole, ids_told
 from policies.events import Fault
 
 if TYPE_CHECKING:
@@ -28,17 +29,32 @@ def resume(attempt: Attempt, exchange: Exchange, tokenizer: Server, send: Send) 
         _go_on(attempt, exchange, ids, send)
         return
 
-    def go_on_with(found: list[int]) -> None:
+    def told(status: int, body: bytes) -> None:
+        found = ids_told(body)
+        if found is None:
+            _no_ids(attempt, tokenizer.name, status, body)
+            return
         exchange.prompt_ids = found
         _go_on(attempt, exchange, found, send)
 
+    def failed(error: HttpError) -> None:
+        attempt.fail(Fault.UNREACHABLE, (tokenizer.name,), judge(502, str(error)))
+
     asked = orjson.dumps(exchange.asks or _text_in(exchange.body))
-    listener = _Tokenized(attempt, tokenizer.name, go_on_with)
-    call = tokenizer.upstream.send(b"POST", b"/v1/tokenize", asked, listener)
+    call = tokenizer.upstream.send(b"POST", b"/v1/tokenize", asked, Whole(told, failed))
     attempt.waits_for(tokenizer, call)
 
 
-def _go_on(attempt: Attempt, exchange: Exchange, ids: list[int], send: Send) -> None:
+def _no_ids(attempt: Attempt, server: str, status: int, body: bytes) -> None:
+    trouble = judge_answer("chat", status, body)
+    if trouble is None or trouble.retryable:
+        trouble = judge(502, f"/v1/tokenize answered {status} and no ids")
+    is_request = trouble.blames is Blame.REQUEST
+    fault, blamed = (Fault.REQUEST, ()) if is_request else (Fault.ENGINE, (server,))
+    attempt.fail(fault, blamed, trouble)
+
+
+def _go_on(attempt: Attempt, exchange: Exchange, ids: Ids, send: Send) -> None:
     assert exchange.transcript is not None
     if not exchange.has_begun:
         send(attempt, exchange.body | {"input_ids": ids}, None)
@@ -47,7 +63,7 @@ def _go_on(attempt: Attempt, exchange: Exchange, ids: list[int], send: Send) -> 
     send(attempt, resumed_body(exchange.body, ids, earlier), Splicer(exchange.body, earlier))
 
 
-def _ids_in(body: dict[str, Any]) -> list[int] | None:
+def _ids_in(body: dict[str, Any]) -> Ids | None:
     for name in ("input_ids", "prompt"):
         if isinstance(value := body.get(name), list):
             return value
@@ -57,38 +73,3 @@ def _ids_in(body: dict[str, Any]) -> list[int] | None:
 def _text_in(body: dict[str, Any]) -> dict[str, Any]:
     text = str(body.get("text") or body.get("prompt") or "")
     return {"model": body.get("model") or "", "prompt": text}
-
-
-class _Tokenized:
-    """Waits for a prompt's token ids."""
-
-    def __init__(self, attempt: Attempt, server: str, found: Callable[[list[int]], None]) -> None:
-        self._attempt = attempt
-        self._server = server
-        self._found = found
-        self._pieces: list[bytes] = []
-        self._status = 0
-
-    def on_head(self, status: int) -> None:
-        self._status = status
-
-    def on_body(self, piece: bytes) -> None:
-        self._pieces.append(piece)
-
-    def on_end(self) -> None:
-        body = b"".join(self._pieces)
-        try:
-            tokens = orjson.loads(body)["tokens"]
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            tokens = None
-        if isinstance(tokens, list):
-            self._found(tokens)
-            return
-        trouble = judge_answer("chat", self._status, body)
-        if trouble is None or trouble.retryable:
-            trouble = judge(502, f"/v1/tokenize answered {self._status} and no ids")
-        fault = Fault.REQUEST if trouble.blames is Blame.REQUEST else Fault.ENGINE
-        self._attempt.fail(fault, (self._server,) if fault is Fault.ENGINE else (), trouble)
-
-    def on_error(self, error: HttpError) -> None:
-        self._attempt.fail(Fault.UNREACHABLE, (self._server,), judge(502, str(error)))

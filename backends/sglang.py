@@ -18,11 +18,12 @@ from backends.consult import Consultation, Then
 from backends.engine_words import told
 from backends.exchange import Exchange
 from backends.http import HttpError, Upstream
-from backends.parts import Asked, Ids, known_ids, part_of, question
+from backends.parts import known_ids, part_of, question
 from backends.progress import Kind
 from backends.resume import resume
 from backends.splice import Splicer
 from backends.standstill import Standstill
+from backends.whole import Ids, Whole, ids_told
 from policies.clock import Clock
 from policies.events import (
     Continue,
@@ -275,7 +276,8 @@ class Sglang:
             self._send(attempt, attempt.exchange.body, None)
             return
 
-        def told(found: Ids | None) -> None:
+        def go_on(found: Ids | None) -> None:
+            """Nothing that can be used is no failure of the job."""
             if attempt.over:
                 return
             if found is None or len(found) < 2:
@@ -288,7 +290,8 @@ class Sglang:
             self._send(attempt, attempt.exchange.body, None)
 
         tokenizer = pair[0] or pair[1]
-        call = tokenizer.upstream.send(b"POST", b"/v1/tokenize", asked or b"", Asked(told))
+        listener = Whole(lambda _, body: go_on(ids_told(body)), lambda _: go_on(None))
+        call = tokenizer.upstream.send(b"POST", b"/v1/tokenize", asked or b"", listener)
         attempt.waits_for(tokenizer, call)
 
     def _send(self, attempt: Attempt, body: dict[str, Any], splicer: Splicer | None) -> None:

@@ -11,7 +11,7 @@ from backends.addresses import respelled
 from backends.base import Post
 from backends.counters import counters_of
 from backends.engine import Engine, Prompt, Refused, Request, Resident
-from backends.trouble import Blame, Trouble, judge
+from backends.trouble import Blame, Trouble, blamed_by, fault_of, judge
 from policies.clock import Clock
 from policies.events import (
     Continue,
@@ -33,7 +33,6 @@ from policies.events import (
 )
 from policies.types import Job, Kind, Resume, Role, Worker
 
-_OVERLOADED = frozenset({429, 503})
 _PRIORITY = {Kind.ONLINE: 1, Kind.OFFLINE: 0}
 """Read by servers that order by priority, and ignored by the others."""
 FIRST_TOKEN_S: Mapping[Kind, float] = {Kind.ONLINE: 60.0, Kind.OFFLINE: 600.0}
@@ -218,8 +217,8 @@ class _Attempt:
         self.close()
         failed = Failed(
             self.job.id,
-            fault or _fault(trouble),
-            self._blamed(trouble),
+            fault or fault_of(trouble),
+            blamed_by(trouble, (self.prefill or self.decode).engine.name, self.decode.engine.name),
             generated if self._flows else 0,
         )
         self._backend.ended(self.job.id, failed)
@@ -246,18 +245,6 @@ class _Attempt:
     @staticmethod
     def _side(leg: _Leg) -> Blame:
         return Blame.PREFILL if leg.is_prefill else Blame.DECODE
-
-    def _blamed(self, trouble: Trouble) -> tuple[str, ...]:
-        prefill = (self.prefill or self.decode).engine.name
-        match trouble.blames:
-            case Blame.PREFILL:
-                return (prefill,)
-            case Blame.DECODE:
-                return (self.decode.engine.name,)
-            case Blame.PAIR:
-                return (prefill, self.decode.engine.name)
-            case Blame.REQUEST | Blame.ABORTED:
-                return ()
 
 
 class SimulatedBackend:
@@ -466,16 +453,6 @@ def _judge_abort(reason: dict[str, Any], leg: Blame) -> Trouble:
     if status is not None:
         return judge(status, message, leg=leg)
     return Trouble(status=499, message=message, retryable=False, blames=Blame.ABORTED)
-
-
-def _fault(trouble: Trouble) -> Fault:
-    if trouble.blames is Blame.ABORTED:
-        return Fault.ENGINE
-    if not trouble.retryable:
-        return Fault.REQUEST
-    if trouble.status in _OVERLOADED:
-        return Fault.BUSY
-    return Fault.PAIRING if trouble.blames is Blame.PAIR else Fault.ENGINE
 
 
 def _nobody(event: object) -> None:

@@ -59,6 +59,23 @@ def payloads(events: bytes) -> Iterator[dict[str, Any]]:
     return (found for event in split_events(events) if (found := payload(event)) is not None)
 
 
+def is_corrupt(events: bytes) -> bool:
+    """Asked only of pieces that look odd: JSON is not parsed for each token."""
+    return any(_is_unreadable(event) for event in split_events(events))
+
+
+def _is_unreadable(event: bytes) -> bool:
+    lines = [line[5:].strip() for line in event.splitlines() if line.startswith(b"data:")]
+    data = b"\n".join(lines)
+    if not data or data == b"[DONE]":
+        return False
+    try:
+        orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return True
+    return False
+
+
 def as_event(value: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 import orjson
 
 from backends.sse import ends_stream, payloads
+from policies.events import Fault
 
 MESSAGE_CHARS: Final = 2_000
 
@@ -176,3 +177,31 @@ def _refusal(body: bytes) -> str:
         if type(value) is dict and value.get(key):
             value = value[key]
     return value if type(value) is str else body[:MESSAGE_CHARS].decode(errors="replace")
+
+
+_OVERLOADED: Final = frozenset({429, 503})
+_OUR_KEY: Final = frozenset({401, 403})
+"""What a server says of the gateway's key, which no client has chosen."""
+
+
+def fault_of(trouble: Trouble) -> Fault:
+    if trouble.blames is Blame.ABORTED or trouble.status in _OUR_KEY:
+        return Fault.ENGINE
+    if not trouble.retryable:
+        return Fault.REQUEST
+    if trouble.status in _OVERLOADED:
+        return Fault.BUSY
+    return Fault.PAIRING if trouble.blames is Blame.PAIR else Fault.ENGINE
+
+
+def blamed_by(trouble: Trouble, prefill: str, decode: str) -> tuple[str, ...]:
+    """Which of the two servers; they may be one."""
+    match trouble.blames:
+        case Blame.PREFILL:
+            return (prefill,)
+        case Blame.DECODE:
+            return (decode,)
+        case Blame.PAIR:
+            return (prefill, decode)
+        case Blame.REQUEST | Blame.ABORTED:
+            return ()

@@ -8,55 +8,45 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import random
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import orjson
 import uvloop
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.batch_site import ROOT, GatewayProcess, config_text, write_rows
-from benchmarks.processes import Watch, all_stopped, kib, start
+from benchmarks import batch_online
+from benchmarks.batch_load import OFFLINE, bodies_of
+from benchmarks.batch_site import (
+    CHAT,
+    apart,
+    becomes,
+    chats,
+    quantile,
+    submitted,
+    three_servers,
+    write_rows,
+)
+from benchmarks.processes import Watch, kib
 from benchmarks.report import Check, Goal, Report, Spread, add_report_options
 from gateway.batch.client import BatchClient
 from gateway.batch.objects import NewBatch, NewRow, Purpose, Quota, Stage, StoredFile
 from gateway.batch.store import Store
 
-CHAT = "/v1/chat/completions"
 HOUR_US = 3_600_000_000
 PLENTY = Quota(stored_bytes=10**15, open_batches=10**9, open_rows=10**12)
-OFFLINE = {"x-slackwater-class": "offline"}
 
 INGEST_S, INGEST_MB = 20.0, 300.0
 ANSWER_MS = 10.0
-TTFT_SHARE, THROUGHPUT_SHARE = 1.10, 0.95
-
-SERVERS = """\
-[[server]]
-name = "prefill"
-role = "prefill"
-pool = "relaxed"
-[[server]]
-name = "strict"
-role = "decode"
-pool = "strict"
-[[server]]
-name = "relaxed"
-role = "decode"
-pool = "relaxed"
-"""
-FEW_SEATS = f"{SERVERS}max_running = 16\n"
-"""The fleet is one process: with more, what is measured is how busy that is."""
+THROUGHPUT_SHARE = 0.95
+OFFLINE_SEATS = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +54,22 @@ class Size:
     rows: int = 50_000
     stored_rows: int = 1_000_000
     upload_mb: int = 200
-    phase_s: float = 30.0
-    phases: int = 4
+    phase_s: float = 15.0
+    rounds: int = 3
     offline_rows: int = 1500
+    repeats: int = 2
     looks: int = 300
 
 
 QUICK = Size(
-    rows=5_000, stored_rows=50_000, upload_mb=20, phase_s=10.0, phases=2, offline_rows=200, looks=50
+    rows=5_000,
+    stored_rows=50_000,
+    upload_mb=20,
+    phase_s=3.0,
+    rounds=1,
+    offline_rows=200,
+    repeats=1,
+    looks=50,
 )
 
 
@@ -80,60 +78,6 @@ class Bench:
     size: Size
     report: Report
     tick: Callable[[str], object]
-
-
-@asynccontextmanager
-async def standing(
-    folder: Path, *, servers: str = "", sections: str = ""
-) -> AsyncIterator[GatewayProcess]:
-    """The fleet and the gateway, each a process of its own."""
-    with all_stopped() as started:
-        workers = ""
-        if servers:
-            (folder / "servers.toml").write_text(servers)
-            command = [sys.executable, "-m", "gateway", "emulate", "--config"]
-            fleet = start("fleet", [*command, str(folder / "servers.toml")], cwd=ROOT)
-            started.append(fleet)
-            await _until(lambda: "[[worker]]" in fleet.last_words(10_000))
-            words = fleet.last_words(10_000)
-            workers = words[words.index("[[worker]]") :]
-        config = folder / "config.toml"
-        config.write_text(config_text(workers, sections=sections))
-        gateway = GatewayProcess("gateway", config, started)
-        gateway.start()
-        await gateway.listens()
-        yield gateway
-
-
-async def _until(holds: Callable[[], bool], within_s: float = 30.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not holds():  # noqa: ASYNC110 - another process
-            await asyncio.sleep(0.05)
-
-
-async def submitted(client: BatchClient, path: Path) -> str:
-    file = await client.upload(path, lambda _: None)
-    return str((await client.create(file["id"], CHAT, "24h", {}))["id"])
-
-
-async def becomes(
-    client: BatchClient, batch_id: str, statuses: Sequence[str], within_s: float = 900.0
-) -> dict[str, Any]:
-    async with asyncio.timeout(within_s):
-        while (batch := await client.batch(batch_id))["status"] not in statuses:  # noqa: ASYNC110 - another process
-            await asyncio.sleep(0.05)
-    return batch
-
-
-def chats(rng: random.Random, tokens: int, words: int = 60) -> Iterator[dict[str, Any]]:
-    while True:
-        text = " ".join(str(rng.randrange(10_000)) for _ in range(words))
-        yield {
-            "model": "emulated",
-            "messages": [{"role": "user", "content": text}],
-            "max_tokens": tokens,
-            "ignore_eos": True,
-        }
 
 
 # Ingestion.
@@ -145,7 +89,7 @@ async def ingestion(bench: Bench, folder: Path) -> None:
     path = folder / "rows.jsonl"
     write_rows(path, rows, CHAT, chats(random.Random(1), 64))
     async with (
-        standing(folder) as gateway,
+        apart(folder) as gateway,
         BatchClient.connected(gateway.url, "") as client,
     ):
         assert gateway.running is not None
@@ -173,7 +117,7 @@ async def stored(bench: Bench, folder: Path) -> None:
     await _fill(folder / "batches", rows // each, each)
     filled_s = time.monotonic() - began_s
     async with (
-        standing(folder) as gateway,
+        apart(folder) as gateway,
         BatchClient.connected(gateway.url, "") as client,
     ):
         page = await client.page(100, None)
@@ -250,122 +194,54 @@ async def _timed_ms(ask: Callable[[], Awaitable[Any]]) -> float:
     return (time.perf_counter() - began_s) * 1e3
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
-
-
-# What online requests notice.
-
-ONLINE_PER_S = 4.0
-ONLINE_TOKENS, ONLINE_WORDS = 16, 1_000
-
-
-async def beside_online(bench: Bench, folder: Path) -> None:
-    """Phases with and without a batch and an upload take turns, so that both see the same day."""
-    size, rng = bench.size, random.Random(5)
-    rows = folder / "rows.jsonl"
-    write_rows(rows, 20_000, CHAT, chats(random.Random(2), 200, words=8))
-    large = folder / "large.jsonl"
-    write_rows(large, size.upload_mb * 100, CHAT, chats(random.Random(4), 8, words=2_000))
-    alone_ms: list[float] = []
-    beside_ms: list[float] = []
-    async with (
-        standing(folder, servers=FEW_SEATS) as gateway,
-        BatchClient.connected(gateway.url, "") as client,
-        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http,
-    ):
-        await _online(http, gateway.url, 3.0, rng)
-        for number in range(size.phases):
-            if number % 2 == 0:
-                alone_ms += await _online(http, gateway.url, size.phase_s, rng)
-                continue
-            batch_id = await submitted(client, rows)
-            await becomes(client, batch_id, ("in_progress",))
-            with all_stopped() as uploads:
-                command = [sys.executable, "-m", "gateway", "batch", "submit", str(large)]
-                uploads.append(start("upload", [*command, "--url", gateway.url], cwd=ROOT))
-                beside_ms += await _online(http, gateway.url, size.phase_s, rng)
-            ran = await client.cancel(batch_id)
-            await becomes(client, batch_id, ("cancelled",))
-            bench.report.notes.append(
-                f"{ran['request_counts']['completed']:,} rows ended in a phase of "
-                f"{size.phase_s:g} s beside online requests"
-            )
-            await _all_cancelled(client)
-    for name, values in (("alone", alone_ms), ("beside a batch", beside_ms)):
-        bench.report.spread[f"online TTFT {name}, ms"] = Spread.of(values)
-    ratio = quantile(beside_ms, 0.99) / quantile(alone_ms, 0.99)
-    bench.report.checks.append(
-        Check(name="online TTFT p99, beside over alone", value=ratio, target=TTFT_SHARE, unit="x")
+async def online(bench: Bench, folder: Path) -> None:
+    size = bench.size
+    await batch_online.measure(
+        bench.report,
+        folder,
+        rounds=size.rounds,
+        phase_s=size.phase_s,
+        upload_mb=size.upload_mb,
     )
-
-
-async def _all_cancelled(client: BatchClient) -> None:
-    for batch in (await client.page(100, None))["data"]:
-        if batch["status"] in ("validating", "in_progress"):
-            await client.cancel(batch["id"])
-            await becomes(client, batch["id"], ("cancelled",))
-
-
-async def _online(
-    http: aiohttp.ClientSession, url: str, seconds: float, rng: random.Random
-) -> list[float]:
-    """Arrivals at random times, whatever becomes of those before."""
-    found: list[float] = []
-
-    async def one(body: dict[str, Any]) -> None:
-        began_s = time.perf_counter()
-        async with http.post(url + CHAT, json=body) as response:
-            assert response.status == 200, await response.text()
-            await response.content.readany()
-            found.append((time.perf_counter() - began_s) * 1e3)
-            await response.read()
-
-    bodies = chats(rng, ONLINE_TOKENS, words=ONLINE_WORDS)
-    until_s = time.monotonic() + seconds
-    async with asyncio.TaskGroup() as group:
-        while time.monotonic() < until_s:
-            group.create_task(one(next(bodies) | {"stream": True}))
-            await asyncio.sleep(rng.expovariate(ONLINE_PER_S))
-    return found
 
 
 # A batch beside raw requests.
 
 
 async def throughput(bench: Bench, folder: Path) -> None:
-    """The same bodies, first as offline requests that are all there at once, then as a batch."""
+    """The same bodies as offline requests that are all there at once, and as a batch, in turns."""
     rows = bench.size.offline_rows
     path = folder / "rows.jsonl"
     write_rows(path, rows, CHAT, chats(random.Random(6), 100, words=20))
+    raw_s: list[float] = []
+    batch_s: list[float] = []
     async with (
-        standing(folder, servers=SERVERS) as gateway,
+        apart(folder, servers=three_servers(OFFLINE_SEATS)) as gateway,
         BatchClient.connected(gateway.url, "") as client,
     ):
         await _raw(gateway.url, bodies_of(path)[:20])
-        raw_s = await _raw(gateway.url, bodies_of(path))
-        began = await becomes(client, await submitted(client, path), ("in_progress", "completed"))
-        began_s = time.monotonic()
-        ended = await becomes(client, began["id"], ("finalizing", "completed"))
-        batch_s = time.monotonic() - began_s
-        assert ended["request_counts"]["completed"] == rows, ended
+        for _ in range(bench.size.repeats):
+            raw_s.append(await _raw(gateway.url, bodies_of(path)))
+            batch_s.append(await _as_batch(client, path, rows))
     bench.report.checks.append(
         Check(
             name="throughput of a batch over that of raw offline requests",
-            value=raw_s / batch_s,
+            value=sum(raw_s) / sum(batch_s),
             target=THROUGHPUT_SHARE,
             unit="x",
             goal=Goal.AT_LEAST,
         )
     )
-    bench.report.notes.append(
-        f"{rows:,} rows of 100 tokens: {raw_s:.1f} s as requests, {batch_s:.1f} s as a batch"
-    )
+    for name, seconds in (("requests", raw_s), ("a batch", batch_s)):
+        bench.report.spread[f"{rows:,} rows of 100 tokens as {name}, s"] = Spread.of(seconds)
 
 
-def bodies_of(path: Path) -> list[dict[str, Any]]:
-    return [orjson.loads(line)["body"] for line in path.read_bytes().splitlines()]
+async def _as_batch(client: BatchClient, path: Path, rows: int) -> float:
+    began = await becomes(client, await submitted(client, path), ("in_progress", "completed"))
+    began_s = time.monotonic()
+    ended = await becomes(client, began["id"], ("finalizing", "completed"))
+    assert ended["request_counts"]["completed"] == rows, ended
+    return time.monotonic() - began_s
 
 
 async def _raw(url: str, bodies: Sequence[dict[str, Any]]) -> float:
@@ -390,7 +266,7 @@ async def _raw(url: str, bodies: Sequence[dict[str, Any]]) -> float:
 PARTS: dict[str, Callable[[Bench, Path], Awaitable[None]]] = {
     "ingestion": ingestion,
     "stored": stored,
-    "online": beside_online,
+    "online": online,
     "throughput": throughput,
 }
 

@@ -1,12 +1,14 @@
-"""Gateways as processes of their own over an emulated fleet in this one: either can be killed."""
+"""Gateways as processes of their own, over an emulated fleet in this one or in one of its own."""
 
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 import signal
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ from benchmarks.processes import Running, all_stopped, free_port, start
 from gateway.batch.client import BatchClient, BatchError
 from policies.types import Pool, Role
 
+CHAT = "/v1/chat/completions"
 ROOT = Path(__file__).parent.parent
 OVER = frozenset({"completed", "failed", "expired", "cancelled"})
 _POLL_S = 0.1
@@ -200,3 +203,85 @@ def faults_in(rows: int, lines: Sequence[dict[str, Any]]) -> dict[str, int]:
         "doubled": sum(count - 1 for count in seen.values()),
         "unknown": len(seen.keys() - wanted),
     }
+
+
+def three_servers(seats: int) -> str:
+    """So many seats for offline work: the fleet is one process, and with too many, what is
+    measured is how busy that is."""
+    servers = (
+        ("prefill", "prefill", "relaxed"),
+        ("strict", "decode", "strict"),
+        ("relaxed", "decode", "relaxed"),
+    )
+    tables = [
+        f'[[server]]\nname = "{name}"\nrole = "{role}"\npool = "{pool}"\n'
+        for name, role, pool in servers
+    ]
+    return f"{''.join(tables)}max_running = {seats}\n"
+
+
+@asynccontextmanager
+async def apart(
+    folder: Path, *, servers: str = "", batch: str = ""
+) -> AsyncIterator[GatewayProcess]:
+    """The fleet and the gateway, each a process of its own; `batch` holds more keys of [batch]."""
+    with all_stopped() as started:
+        workers = ""
+        if servers:
+            (folder / "servers.toml").write_text(servers)
+            command = [sys.executable, "-m", "gateway", "emulate", "--config"]
+            fleet = start("fleet", [*command, str(folder / "servers.toml")], cwd=ROOT)
+            started.append(fleet)
+            await _until(lambda: "[[worker]]" in fleet.last_words(10_000))
+            words = fleet.last_words(10_000)
+            workers = words[words.index("[[worker]]") :]
+        config = folder / "config.toml"
+        config.write_text(config_text(workers, batch=batch))
+        gateway = GatewayProcess("gateway", config, started)
+        gateway.start()
+        await gateway.listens()
+        yield gateway
+
+
+async def _until(holds: Callable[[], bool], within_s: float = 30.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not holds():  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.05)
+
+
+async def submitted(client: BatchClient, path: Path) -> str:
+    file = await client.upload(path, lambda _: None)
+    return str((await client.create(file["id"], CHAT, "24h", {}))["id"])
+
+
+async def becomes(
+    client: BatchClient, batch_id: str, statuses: Sequence[str], within_s: float = 900.0
+) -> dict[str, Any]:
+    async with asyncio.timeout(within_s):
+        while (batch := await client.batch(batch_id))["status"] not in statuses:  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.05)
+    return batch
+
+
+async def all_cancelled(client: BatchClient) -> None:
+    for batch in (await client.page(100, None))["data"]:
+        if batch["status"] in ("validating", "in_progress"):
+            await client.cancel(batch["id"])
+        if batch["status"] not in OVER:
+            await becomes(client, batch["id"], sorted(OVER))
+
+
+def chats(rng: random.Random, tokens: int, words: int = 60) -> Iterator[dict[str, Any]]:
+    while True:
+        text = " ".join(str(rng.randrange(10_000)) for _ in range(words))
+        yield {
+            "model": "emulated",
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": tokens,
+            "ignore_eos": True,
+        }
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]

@@ -30,7 +30,8 @@ from benchmarks.coloc_shape import (
 from benchmarks.fidelity import LATE_MS, ROOT, Player, emulate, wait_for, wait_until_ready
 from benchmarks.processes import Watch, all_stopped, free_port, start, wait_until_listening
 from benchmarks.report import Check, Goal, Report, number
-from gateway.scenario import Plan, PolicyEntry, Scenario, planned
+from gateway.scenario import PolicyEntry, Scenario
+from gateway.simulation.plan import Plan, planned
 from gateway.simulation.world import Case, World
 
 LIVE = Shape(cycles=1, phase_s=30.0, rows=28, speed=0.25)

@@ -25,10 +25,11 @@ from benchmarks.coloc_systems import (
     told,
 )
 from benchmarks.fluid import Bound, Mix, Servers, Targets, bound
-from gateway.scenario import Plan, PolicyEntry, Scenario, Sweep, Swept, planned
+from gateway.scenario import PolicyEntry, Scenario, Sweep, Swept
 from gateway.simulation.asks import prepared
 from gateway.simulation.budget import BudgetEntry
 from gateway.simulation.fleet import servers_of
+from gateway.simulation.plan import Plan, planned
 from gateway.simulation.records import Ended, Record, RunFacts
 from gateway.simulation.world import Case, World
 from policies.types import Kind, Role

@@ -30,8 +30,9 @@ from benchmarks.coloc_shape import (
 from benchmarks.coloc_sweep import quiet
 from benchmarks.processes import DidNotStart, Watch
 from benchmarks.report import Check, Goal, Report, Spread, command_line, number, reported
-from gateway.scenario import PolicyEntry, planned
+from gateway.scenario import PolicyEntry
 from gateway.settings import ConfigError
+from gateway.simulation.plan import planned
 from gateway.simulation.world import Case, World
 
 QUICK_CYCLES = 1

@@ -44,11 +44,12 @@ from benchmarks.processes import (
 from benchmarks.report import Check, Report, command_line, number
 from gateway.asking import CLASS_HEADER
 from gateway.clock import LiveClock
-from gateway.scenario import Plan, WorkloadEntry, load
+from gateway.scenario import WorkloadEntry
 from gateway.settings import ConfigError
 from gateway.simulation.asks import Stream, opened, prepared
 from gateway.simulation.figures import Figures, figures_of
 from gateway.simulation.fleet import servers_of
+from gateway.simulation.plan import Plan, load
 from gateway.simulation.records import Ended, Record, RunFacts
 from gateway.simulation.runs import cases_of, run_case
 from policies.calibration import CalibrationError

@@ -26,7 +26,8 @@ from benchmarks.processes import DidNotStart, Running, start
 from gateway.calibrate import fit_servers
 from gateway.calibrate_live import Asked, Measured, measure_servers
 from gateway.clock import LiveClock
-from gateway.scenario import Plan, ServerEntry, load
+from gateway.scenario import ServerEntry
+from gateway.simulation.plan import Plan, load
 from policies.roofline import CostModel, prefill_batch
 from policies.types import Role
 

@@ -24,14 +24,13 @@ from gateway.scenario import (
     FitEntry,
     FleetEntry,
     GatewayEntry,
-    Plan,
     PolicyEntry,
     Scenario,
     ServerEntry,
     WorkloadEntry,
-    planned,
 )
 from gateway.simulation.oracles import NO_ORACLE
+from gateway.simulation.plan import Plan, planned
 from policies.registry import DISPLACE, ORDER, PLACE
 from policies.types import Kind, Role
 

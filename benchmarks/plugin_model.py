@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,17 +11,19 @@ from policies.clock import VirtualClock
 from policies.step_line import StepLine
 from policies.types import Role
 
-PACKINGS = {"all": "all", "online-first": "online-exact", "slack": "slack"}
+PACKINGS = {"all": "all", "online-first": "online-exact", "slack": "slack-due"}
 
 
 @dataclass(frozen=True, slots=True)
 class AsMeasured:
-    """Prompts cost nothing here: they are computed elsewhere."""
+    """Prompts are computed elsewhere; here one only joins."""
 
     line: StepLine
+    join_s: float = 0.0
+    """For so long nobody steps."""
 
     def prefill_s(self, chunks: Sequence[tuple[int, int]]) -> float:
-        return 1e-9 * len(chunks)
+        return max(1e-9, self.join_s) * len(chunks)
 
     def decode_s(self, batch: int, context_tokens: int) -> float:
         return self.line.step_us(batch, context_tokens) * 1e-6
@@ -32,13 +34,17 @@ class Told:
     """When its tokens came."""
 
     clock: VirtualClock
+    over: Callable[[], object] | None = None
     times_s: list[float] = field(default_factory=list)
+    has_ended: bool = False
 
     def tokens(self, resident: Resident) -> None:
         self.times_s.append(self.clock.time())
 
     def finished(self, resident: Resident, reason: dict[str, Any]) -> None:
-        return
+        self.has_ended = True
+        if self.over is not None:
+            self.over()
 
     def lost(self, resident: Resident) -> None:
         return
@@ -56,23 +62,27 @@ class Row:
     tpot_ms: float = 0.0
 
 
-def played(line: StepLine, rows: Sequence[Row], mode: str, hold_steps: int) -> list[Told]:
-    """All of them decode from the first instant on."""
-    clock = VirtualClock()
-    config = EngineConfig(
-        role=Role.UNIFIED,
-        kv_tokens=1_000_000,
-        chunk_tokens=1_000_000,
-        packing=PACKINGS[mode],
-        hold_steps=hold_steps,
-    )
-    engine = patched(config, clock, AsMeasured(line))
-    heard = []
-    for index, row in enumerate(rows):
-        start = 1 + index * 100_000
-        told = Told(clock)
+class Model:
+    """One engine of which the requests are told apart by number."""
+
+    def __init__(self, times: AsMeasured, mode: str, hold_steps: int) -> None:
+        self.clock = VirtualClock()
+        config = EngineConfig(
+            role=Role.UNIFIED,
+            kv_tokens=1_000_000,
+            chunk_tokens=1_000_000,
+            packing=PACKINGS[mode],
+            hold_steps=hold_steps,
+        )
+        self._engine = patched(config, self.clock, times)
+        self._sent = 0
+
+    def send(self, row: Row, over: Callable[[], object] | None = None) -> Told:
+        self._sent += 1
+        start = self._sent * 100_000
+        told = Told(self.clock, over)
         request = Request(
-            rid=str(index),
+            rid=str(self._sent),
             prompt=ids_prompt(range(start, start + row.prompt_tokens)),
             max_new_tokens=row.tokens,
             ignore_eos=True,
@@ -80,7 +90,40 @@ def played(line: StepLine, rows: Sequence[Row], mode: str, hold_steps: int) -> l
             is_online=row.online,
             tpot_s=row.tpot_ms / 1e3,
         )
-        engine.submit(request, told)
-        heard.append(told)
-    clock.run()
+        self._engine.submit(request, told)
+        return told
+
+
+def played(line: StepLine, rows: Sequence[Row], mode: str, hold_steps: int) -> list[Told]:
+    """All of them decode from the first instant on."""
+    model = Model(AsMeasured(line), mode, hold_steps)
+    heard = [model.send(row) for row in rows]
+    model.clock.run()
+    return heard
+
+
+def circled(
+    times: AsMeasured,
+    circles: Sequence[Sequence[Row]],
+    mode: str,
+    hold_steps: int,
+    *,
+    again_s: float,
+    until_s: float,
+) -> list[list[Told]]:
+    """In each circle a request comes so long after the one before it has ended."""
+    model = Model(times, mode, hold_steps)
+    heard: list[list[Told]] = []
+
+    def begin(rows: Iterator[Row], told: list[Told]) -> None:
+        if (row := next(rows, None)) is not None:
+            told.append(model.send(row, lambda: again(rows, told)))
+
+    def again(rows: Iterator[Row], told: list[Told]) -> None:
+        model.clock.call_at(model.clock.time() + again_s, begin, rows, told)
+
+    for circle in circles:
+        heard.append([])
+        begin(iter(circle), heard[-1])
+    model.clock.run(until_s)
     return heard

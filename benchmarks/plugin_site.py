@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import aiohttp
+import orjson
 import zmq
 import zmq.asyncio
 
@@ -32,9 +34,14 @@ MODES = {"all": 0, "online-first": 1, "slack": 2}
 class Stream:
     """One request and when each of its events came, with the tokens so far."""
 
+    rid: str = ""
+    limit: int = 0
+    """Tokens that it asks for."""
     task: asyncio.Task[None] | None = None
     sent_s: float = 0.0
     events: list[tuple[float, int]] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    """What it has answered."""
 
     @property
     def ttft_ms(self) -> float:
@@ -51,8 +58,11 @@ class Stream:
         return max((b - a for a, b in pairwise(times)), default=0.0)
 
     def tokens_between(self, from_s: float, until_s: float) -> int:
-        counts = [count for at_s, count in self.events if from_s <= at_s <= until_s]
-        return counts[-1] - counts[0] if counts else 0
+        return self.tokens_until(until_s) - self.tokens_until(from_s)
+
+    def tokens_until(self, until_s: float) -> int:
+        at = bisect_right(self.events, until_s, key=itemgetter(0))
+        return self.events[at - 1][1] if at else 0
 
 
 class Site:
@@ -77,6 +87,7 @@ class Site:
         told: dict[str, Any] = {"slackwater_class": "offline" if offline else "online"}
         if tpot_ms:
             told["slackwater_tpot_ms"] = tpot_ms
+        rid = f"{self._rng.getrandbits(128):032x}"
         body = {
             "input_ids": ids,
             "sampling_params": {
@@ -86,13 +97,13 @@ class Site:
                 "custom_params": told,
             },
             "stream": True,
-            "rid": f"{self._rng.getrandbits(128):032x}",
+            "rid": rid,
             "bootstrap_host": "127.0.0.1",
             "bootstrap_port": self._bootstrap_port,
             "bootstrap_room": self._rng.getrandbits(62) + 1,
             **more,
         }
-        stream = Stream(sent_s=time.monotonic())
+        stream = Stream(rid=rid, limit=tokens, sent_s=time.monotonic())
         stream.task = asyncio.create_task(self._both(stream, body))
         return stream
 
@@ -105,8 +116,9 @@ class Site:
         async with self._http.post(url + "/generate", json=body) as answer:
             async for line in answer.content:
                 if line.startswith(b"data: {"):
-                    tokens = json.loads(line[6:])["meta_info"]["completion_tokens"]
-                    stream.events.append((time.monotonic(), tokens))
+                    told = orjson.loads(line[6:])
+                    stream.events.append((time.monotonic(), told["meta_info"]["completion_tokens"]))
+                    stream.ids = told["output_ids"]
 
     async def over(self, streams: Sequence[Stream]) -> None:
         for stream in streams:
@@ -125,6 +137,13 @@ class Site:
             *(stream.task for stream in streams if stream.task), return_exceptions=True
         )
         await self.idle()
+
+    async def abort(self, stream: Stream) -> None:
+        """As a gateway takes back a request that is decoding; its answer so far stays with us."""
+        async with self._http.post(self.decode + "/abort_request", json={"rid": stream.rid}):
+            pass
+        if stream.task is not None:
+            await stream.task
 
     async def idle(self) -> None:
         for url in (self.prefill, self.decode):

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of our own for as long as a measurement takes: a socket in a folder."""
+"""A PostgreSQL server of our own, for a measurement or a test: a socket in a folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-LEFT_OUT = "left out: two gateways on PostgreSQL, whose initdb is not installed"
+LEFT_OUT = "left out: what needs PostgreSQL, whose initdb is not installed"
 
 
 def programs() -> Path | None:
@@ -27,7 +27,7 @@ def is_installed() -> bool:
 
 
 @contextmanager
-def running() -> Iterator[str]:
+def running(*, durable: bool = True) -> Iterator[str]:
     """The address of an empty database; the server ends with the block."""
     bin_folder = programs()
     assert bin_folder is not None, LEFT_OUT
@@ -35,6 +35,8 @@ def running() -> Iterator[str]:
     user = _user(folder)
     control = [str(bin_folder / "pg_ctl"), "-D", str(folder / "data"), "-w"]
     options = f"-k {folder} -c listen_addresses= -c max_connections=60"
+    if not durable:
+        options += " -c fsync=off"
 
     def run(*command: str) -> None:
         group = None if user is None else pwd.getpwnam(user).pw_gid

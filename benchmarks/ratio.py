@@ -50,9 +50,10 @@ from benchmarks.ratio_worlds import (
     switching,
 )
 from benchmarks.report import Check, Goal, Report, Spread, command_line, reported
-from gateway.scenario import Plan, PolicyEntry
+from gateway.scenario import PolicyEntry
 from gateway.settings import ConfigError
 from gateway.simulation.figures import Figures
+from gateway.simulation.plan import Plan
 from gateway.simulation.runs import Outcome, run_all
 from gateway.simulation.summary import notes_of
 
@@ -314,9 +315,8 @@ def _acting(switch_s: float, asked: argparse.Namespace, report: Report) -> None:
 
 def _headroom(asked: argparse.Namespace, report: Report) -> None:
     """What the targets cost everybody who keeps them, with one seed."""
-    switches_s, seeds = SWITCHES_S, SEEDS[:1]
-    if asked.quick:
-        switches_s, seeds = SWITCHES_S[:1], QUICK_SEEDS
+    switches_s = SWITCHES_S[:1] if asked.quick else SWITCHES_S
+    seeds = QUICK_SEEDS if asked.quick else SEEDS[:1]
     ours = [it for switch_s in switches_s for it in acting_policies(switch_s) if is_ours(it)]
     policies = [*ours, *fixed_policies(), *(() if asked.quick else compared_policies())]
     for load in LOADS:

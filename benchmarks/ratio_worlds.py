@@ -14,15 +14,13 @@ from gateway.scenario import (
     FitEntry,
     FleetEntry,
     GatewayEntry,
-    Plan,
     PolicyEntry,
     Scenario,
     ServerEntry,
-    Source,
     Sweep,
     WorkloadEntry,
-    planned,
 )
+from gateway.simulation.plan import Plan, Source, planned
 from policies.types import Role
 
 MODEL, DEVICE = "Llama-3.1-8B", "h100"

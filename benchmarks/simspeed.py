@@ -21,8 +21,9 @@ from pathlib import Path
 
 from benchmarks.processes import Watch
 from benchmarks.report import Check, Report, Spread, command_line, reported
-from gateway.scenario import Plan, Scenario, WorkloadEntry, load, planned
+from gateway.scenario import Scenario, WorkloadEntry
 from gateway.settings import ConfigError
+from gateway.simulation.plan import Plan, load, planned
 from gateway.simulation.records import REQUESTS, RUNS, LogWriter
 from gateway.simulation.runs import cases_of, run_case
 

@@ -22,7 +22,6 @@ from backends.actuators.turning import Turning, UnfitError
 from backends.http import Upstream
 from backends.pause import pause
 from backends.sglang import Sglang
-from backends.words import in_words
 from gateway.actuation import ACTUATOR_KEYS, Surroundings
 from gateway.actuator_demands import demand, turn_for
 from gateway.batches import batches
@@ -42,6 +41,7 @@ from gateway.door import Door
 from gateway.driver import Driver
 from gateway.engine_link import EngineLink
 from gateway.front import Front
+from gateway.listening import listening
 from gateway.log import WriteRequest, configure
 from gateway.metrics import Metrics
 from gateway.pages import Pages
@@ -152,11 +152,8 @@ class Gateway:
         self.relaxed.start()
         self._runner = web.ServerRunner(listener, shutdown_timeout=1.0)
         await self._runner.setup()
-        try:
+        with listening(server):
             await web.TCPSite(self._runner, server.host, server.port, backlog=4096).start()
-        except OSError as error:
-            problem = f"cannot listen on {server.host}:{server.port}: {in_words(error)}"
-            raise ConfigError(problem) from None
         self.port = self._runner.addresses[0][1]
         log.info("listening", host=server.host, port=self.port, workers=len(self._entries))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from gateway.agenda import Agenda
 from gateway.lifecycle import State, Step, advance
 from gateway.servers import Candidates
 from policies.breaker import Breaker
 from policies.events import Reason
-from policies.gather import Bucket
 from policies.ledger import Ledger
 from policies.order import Key, Movement, Order, Outlook
 from policies.queue import KeyedHeap
@@ -261,6 +262,19 @@ class Ticket:
             else:
                 self.decode.online.went(self.job.tpot_us)
             self.decode = None
+
+
+@dataclass(slots=True)
+class Bucket:
+    """What a queue knows of its short prompts that are held back."""
+
+    since_us: int | None = None
+    """When the first of them might have gone."""
+    opened_us: int = -1
+    """In the instant in which it is opened, nobody is held back."""
+
+    def open(self, now_us: int) -> None:
+        self.since_us, self.opened_us = None, now_us
 
 
 class Lane:

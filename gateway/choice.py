@@ -182,7 +182,7 @@ def unserved(job: Job, candidates: Candidates, rules: Rules, now_us: int) -> Rej
     """Nobody in rotation could ever take it: offline work waits for those that could."""
     is_offline = job.kind is Kind.OFFLINE
     if not candidates.can_serve:
-        return None if rules.holds(job.kind) else Reject(job, Reason.NO_WORKER)
+        return None if rules.pools.holds(job.kind) else Reject(job, Reason.NO_WORKER)
     if not fits_ever(job, candidates, rules.admit):
         return Reject(job, Reason.TOO_LARGE)
     if is_offline:

@@ -104,7 +104,13 @@ class Core:
             self._lanes.forget_candidates,
             self._say,
         )
-        self._on: dict[type[Event], Callable[[Any, int], None]] = {
+        self._on = self._handlers()
+        for worker in workers:
+            self._fleet.add(worker)
+        self._neighbours.regroup()
+
+    def _handlers(self) -> dict[type[Event], Callable[[Any, int], None]]:
+        return {
             Arrived: self._arrived,
             Left: self._left,
             PrefillDone: self._prefill_done,
@@ -127,9 +133,6 @@ class Core:
             PauseRefused: self._neighbours.refused,
             Wakeup: self._wakeup,
         }
-        for worker in workers:
-            self._fleet.add(worker)
-        self._neighbours.regroup()
 
     def handle(self, events: Sequence[Event], now_us: int) -> list[Decision]:
         if now_us >= self._fleet.stale_us and self._fleet.forget_stale(now_us):

@@ -8,17 +8,15 @@ fails, the levers of stock SGLang stay in use.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any
-from urllib.parse import urlsplit
+import importlib
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any, cast
 
 import orjson
 import structlog
-import zmq
-import zmq.asyncio
 
 from backends.base import Post
-from backends.engine_words import MODES, TOPIC, Feature, Heard, setting, states_of, steps_of
+from backends.engine_words import MODES, Feature, Heard, setting, states_of
 from backends.fetch import fetch
 from backends.http import HttpError
 from backends.pause import pause
@@ -26,15 +24,15 @@ from backends.sglang import Server
 from gateway.core import Core
 from gateway.plugin_settings import OFF, PluginSettings
 from policies.clock import Clock
-from policies.events import StepsSeen
 from policies.types import Worker
 
 log = structlog.get_logger("slackwater.worker")
 
 ASK_S = 5.0
+UNHEARD = "this gateway has no pyzmq: pip install 'slackwater[plugin]'"
 _NUMBERS = {name: number for number, name in MODES.items()}
-_HIGH_WATER = 1_000
-_ALL_ADDRESSES = frozenset({"0.0.0.0", "[::]", "::", "*"})
+
+Hearing = Callable[[Post, Worker, Iterable[str]], Coroutine[Any, Any, None]]
 
 
 class EngineLink:
@@ -50,6 +48,7 @@ class EngineLink:
         """What each server with a plug-in said of it last."""
         self.settings = PluginSettings()
         self.tpot_us = tpot_us
+        self._hearing = hearing()
 
     async def meet(self, server: Server, info: Mapping[str, Any]) -> frozenset[str]:
         """What this engine does from now on; called whenever the server introduces itself."""
@@ -110,7 +109,7 @@ class EngineLink:
         wants = {
             Feature.DECODE.value: settings.decode != OFF,
             Feature.PREFILL.value: settings.displace,
-            Feature.REPORTS.value: settings.reports,
+            Feature.REPORTS.value: settings.reports and self._hearing is not None,
         }
         return frozenset(name for name, is_on in wants.items() if is_on and name in heard.features)
 
@@ -128,18 +127,24 @@ class EngineLink:
 
     def _say(self, name: str, heard: Heard, features: frozenset[str]) -> None:
         """Once, and again when it has changed."""
-        said = (features, tuple(heard.why_off.items()))
+        off = dict(heard.why_off)
+        if self.settings.reports and self._hearing is None:
+            off.setdefault(Feature.REPORTS.value, UNHEARD)
+        said = (features, tuple(off.items()))
         if self._said.get(name) != said:
             self._said[name] = said
-            log.info("engine plug-in", worker=name, uses=sorted(features), off=dict(heard.why_off))
+            log.info("engine plug-in", worker=name, uses=sorted(features), off=off)
 
     async def _keep(self, server: Server, heard: Heard, features: frozenset[str]) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                if Feature.REPORTS in features:
-                    group.create_task(self._listen(server.worker, heard.reports))
+                listening: asyncio.Task[None] | None = None
+                if Feature.REPORTS in features and self._hearing is not None:
+                    hearing_on = self._hearing(self._post, server.worker, heard.reports)
+                    listening = group.create_task(hearing_on)
                 await self._renew(server, features)
-                raise asyncio.CancelledError  # the next introduction begins anew
+                if listening is not None:
+                    listening.cancel()  # the next introduction begins anew
         except Exception as error:  # noqa: BLE001  # the task's edge: one odd server ends no other
             log.warning("engine plug-in is lost", worker=server.name, error=repr(error))
             _doubt(server)
@@ -174,35 +179,16 @@ class EngineLink:
         self.heard[server.name] = heard
         return True
 
-    async def _listen(self, worker: Worker, endpoints: tuple[str, ...]) -> None:
-        name = worker.name
-        context = zmq.asyncio.Context.instance()
-        with context.socket(zmq.SUB) as socket:
-            socket.setsockopt(zmq.RCVHWM, _HIGH_WATER)
-            socket.setsockopt(zmq.LINGER, 0)
-            for told in endpoints:
-                endpoint = reachable(told, worker.url)
-                try:
-                    socket.setsockopt(zmq.IPV6, int("[" in endpoint))
-                    socket.connect(endpoint)
-                except zmq.ZMQError as error:
-                    why = f"{endpoint}: {error}"
-                    log.warning("engine's reports are not heard", worker=name, error=why)
-            socket.subscribe(TOPIC)
-            while True:
-                frames = await socket.recv_multipart()
-                if len(frames) == 3 and (steps := tuple(steps_of(frames[2]))):
-                    self._post(StepsSeen(name, steps))
 
-
-def reachable(endpoint: str, url: str) -> str:
-    """An engine that listens on all of its addresses does not know by which one we reach it."""
-    scheme, _, address = endpoint.partition("://")
-    told, _, port = address.rpartition(":")
-    if scheme != "tcp" or told not in _ALL_ADDRESSES:
-        return endpoint
-    host = urlsplit(url).hostname or ""
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+def hearing() -> Hearing | None:
+    """None where pyzmq is not installed: not every gateway has engines that report."""
+    try:
+        module = importlib.import_module("gateway.step_reports")
+    except ModuleNotFoundError as error:
+        if error.name != "zmq":
+            raise
+        return None
+    return cast("Hearing", module.heard)
 
 
 def _doubt(server: Server) -> None:

@@ -133,6 +133,11 @@ class Lanes:
         others = self._fleet.candidates(lane.model, kind, shared=True)
         return Reason.NO_RELAXED if others.can_serve else Reason.NO_WORKER
 
+    def keeps_waiting(self, lane: Lane, kind: Kind, now_us: int) -> bool:
+        """The same, where it waits until somebody is."""
+        holds = self._rules.pools.holds(kind)
+        return holds and not self.candidates(lane, kind, now_us).has_relaxed(now_us)
+
     def outlook(self, lane: Lane, kind: Kind, now_us: int) -> Outlook:
         """What lies before the first of the queue; online work lies before all offline work."""
         before = lane.waiting_tokens[_ONLINE] if kind is _OFFLINE else 0
@@ -163,11 +168,15 @@ class Lanes:
 
     def holds(self, job: Job, lane: Lane, agenda: Agenda, now_us: int) -> bool:
         """The first of a queue, for others to go with it; until the agenda says."""
-        kind = job.kind
+        kind, bucket = job.kind, lane.buckets[job.kind]
+        if bucket.opened_us == now_us:
+            return False
+        since_us = now_us if bucket.since_us is None else bucket.since_us
         tokens = max(lane.waiting_tokens[kind], job.prompt_tokens)
         prefills = self.candidates(lane, kind, now_us).prefills
-        due_us = self._rules.gather.due_us(job, lane.buckets[kind], tokens, prefills, now_us)
+        due_us = self._rules.gather.due_us(job, since_us, tokens, prefills, now_us)
         if due_us:
+            bucket.since_us = since_us
             agenda.put(agenda.held, f"{kind}/{lane.model}", due_us)
         return due_us > 0
 

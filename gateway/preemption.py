@@ -120,7 +120,7 @@ class Preemptor:
         Of the servers where it may pay one is looked at, in turn: a look at all who are there
         costs more than anything else that a report asks for.
         """
-        worth = [e for e in others if self._may_pull(strict, e)]
+        worth = [e for e in others if self._may_pull(strict, e) and e.usable(now_us)]
         if not worth:
             return
         relaxed = min(worth, key=lambda e: (self._looked.get(e, 0), e.worker.name))

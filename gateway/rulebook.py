@@ -20,7 +20,7 @@ from policies.demand import Targets
 from policies.hold import ForSlack as HoldForSlack
 from policies.hold import Hold
 from policies.planners import DynLoad, DynSla
-from policies.pools import ByLatency, Pools, WithoutRelaxed
+from policies.pools import ByLatency, Pools
 from policies.preempt import AbortRule, ForSlack, GiveWay, Stay
 from policies.ratio import DopdPlus
 from policies.registry import DISPLACE, GATHER, HOLD, ORDER, PLACE, POOLS, PREEMPT, RATIO
@@ -66,7 +66,6 @@ def rules_of(config: Config) -> Rules:
             per_s=colocation.aborts_per_s,
             burst=colocation.abort_burst,
         ),
-        holds_offline=colocation.without_relaxed is WithoutRelaxed.HOLD,
         breaker=BreakerRule(
             failures=breaker.failures,
             cooldown_us=_us(breaker.cooldown_ms),

@@ -18,7 +18,6 @@ from policies.preempt import AbortRule, GiveWay, Stay
 from policies.retry import RetryRule
 from policies.standstill import Standstill
 from policies.steps import Costs
-from policies.types import Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +39,6 @@ class Rules:
     switch: SwitchRule = field(default_factory=SwitchRule)
     standstill: Standstill | None = None
     """When servers stand still for others on the same GPU; None: never."""
-    holds_offline: bool = False
-    """Offline work waits where no server of its pool is known, instead of being refused."""
     max_queued: int = 10_000
     """Jobs of one kind that may wait for one model."""
     load_stale_us: int = 5_000_000
@@ -55,6 +52,3 @@ class Rules:
     def holds_back(self) -> bool:
         """Whether the first of a queue may wait though a server has room for it."""
         return self.gather.holds or self.hold.holds
-
-    def holds(self, kind: Kind) -> bool:
-        return self.holds_offline and kind is Kind.OFFLINE

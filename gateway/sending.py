@@ -61,7 +61,7 @@ class Sender:
     def goes_at_once(self, ticket: Ticket, lane: Lane, now_us: int) -> bool:
         kind = ticket.job.kind
         if kind is _OFFLINE and (
-            self._lanes.shut_out(lane, kind, now_us) or self._lanes.online_waits_beside(lane)
+            self._lanes.shut_out(lane, kind, now_us) or not self._may_send(lane, now_us)
         ):
             return False
         candidates = self._lanes.candidates(lane, kind, now_us)
@@ -93,8 +93,13 @@ class Sender:
         for lane in lanes:
             if lane.queued(_OFFLINE):
                 self._turn_away(lane, now_us)
-            if lane.offline.entries and not self._lanes.online_waits_beside(lane):
+            if lane.offline.entries and self._may_send(lane, now_us):
                 self._fill(lane, _OFFLINE, now_us)
+
+    def _may_send(self, lane: Lane, now_us: int) -> bool:
+        """Whether offline work may go at all."""
+        lanes = self._lanes
+        return not (lanes.online_waits_beside(lane) or lanes.keeps_waiting(lane, _OFFLINE, now_us))
 
     def _turn_away(self, lane: Lane, now_us: int) -> None:
         """All offline work that waits, also where online work would go first."""
@@ -145,7 +150,7 @@ class Sender:
             if job.kind is _ONLINE:
                 self._make_room(ticket, lane, candidates, now_us)
             return False
-        if not candidates.can_serve and self.rules.holds(job.kind):
+        if not candidates.can_serve and self.rules.pools.holds(job.kind):
             return False
         if not candidates.can_serve:
             self._reject(ticket, Reason.NO_WORKER, now_us)

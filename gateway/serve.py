@@ -32,6 +32,7 @@ from gateway.config import (
     with_workers,
     worker_of,
 )
+from gateway.listening import try_to_listen
 from gateway.router_flags import LEVELS, add_idle, idle_flags, is_stand_in, place_named
 from gateway.settings import ConfigError, decode
 from policies.clock import Clock
@@ -157,6 +158,7 @@ async def _run_over_fleet(
     given: argparse.Namespace, spec: FleetSpec, clock: Clock, rng: random.Random
 ) -> None:
     """Real servers of our own, started before the gateway and ended after it."""
+    await try_to_listen(configuration(given).server)
     with Board(Console(stderr=True)) as board:
         async with Fleet(spec, report=board.hear) as fleet:
             board.settle()

@@ -14,11 +14,11 @@ from rich.console import Console
 
 from backends.words import in_words
 from gateway import terminal
-from gateway.scenario import Plan, load
 from gateway.settings import ConfigError
 from gateway.simulation.asks import prepared
 from gateway.simulation.moves import idle_note
 from gateway.simulation.page import page
+from gateway.simulation.plan import Plan, load
 from gateway.simulation.progress import shown
 from gateway.simulation.runs import Outcome, cases_of, run_all
 from gateway.simulation.show import show_outcome

@@ -11,19 +11,6 @@ from policies.order import target_us
 from policies.types import Job
 
 
-@dataclass(slots=True)
-class Bucket:
-    """What a queue knows of its short prompts that are held back."""
-
-    since_us: int | None = None
-    """When the first of them might have gone."""
-    opened_us: int = -1
-    """In the instant in which it is opened, nobody is held back."""
-
-    def open(self, now_us: int) -> None:
-        self.since_us, self.opened_us = None, now_us
-
-
 class Gather(Protocol):
     @property
     def holds(self) -> bool:
@@ -36,14 +23,12 @@ class Gather(Protocol):
         ...
 
     def due_us(
-        self,
-        job: Job,
-        bucket: Bucket,
-        waiting_tokens: int,
-        ledgers: Sequence[Ledger],
-        now_us: int,
+        self, job: Job, since_us: int, tokens: int, ledgers: Sequence[Ledger], now_us: int
     ) -> int:
-        """Until when the first of a queue is held back, if nothing else comes; 0: it is not."""
+        """Until when the first of a queue is held back, if nothing else comes; 0: it is not.
+
+        It might have gone `since_us`, and so many tokens wait with it.
+        """
         ...
 
     def servers(self, job: Job, free: list[Ledger], now_us: int) -> list[Ledger]:
@@ -59,12 +44,7 @@ class AtOnce:
     whole_tokens: ClassVar[int] = 0
 
     def due_us(
-        self,
-        job: Job,
-        bucket: Bucket,
-        waiting_tokens: int,
-        ledgers: Sequence[Ledger],
-        now_us: int,
+        self, job: Job, since_us: int, tokens: int, ledgers: Sequence[Ledger], now_us: int
     ) -> int:
         return 0
 
@@ -93,20 +73,11 @@ class ByLength:
     """Dynamo's limit: the prompt costs a decode step or two, and its KV need not be sent."""
 
     def due_us(
-        self,
-        job: Job,
-        bucket: Bucket,
-        waiting_tokens: int,
-        ledgers: Sequence[Ledger],
-        now_us: int,
+        self, job: Job, since_us: int, tokens: int, ledgers: Sequence[Ledger], now_us: int
     ) -> int:
-        if not ledgers or bucket.opened_us == now_us:
+        if not ledgers or tokens >= min(map(self.batch_tokens, ledgers)):
             return 0
-        if waiting_tokens >= min(map(self.batch_tokens, ledgers)):
-            return 0
-        if bucket.since_us is None:
-            bucket.since_us = now_us
-        due_us = bucket.since_us + min(self.most_wait_us, int(self.wait_share * target_us(job)))
+        due_us = since_us + min(self.most_wait_us, int(self.wait_share * target_us(job)))
         return due_us if due_us > now_us else 0
 
     def servers(self, job: Job, free: list[Ledger], now_us: int) -> list[Ledger]:

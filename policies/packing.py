@@ -86,16 +86,26 @@ class Kairos:
 class Slack:
     """Whoever is on time gets ahead of its target, and what is ahead is spent on long contexts.
 
-    * Everybody steps, unless that takes longer than the limit: then the shortest that fit do.
+    * Everybody steps, unless that takes longer than the limit: then as many as fit do, first those
+      who would be late before they are asked again, then the shortest.
     * The limit is `aim` of the target, or what the least advanced request that is on time has in
-      hand at that pace, where this is more. Late requests set none: they would stop the whole.
+      hand at that pace, where this is more. Who is late for good sets none: it would stop all.
     * Tokens per second are never fewer than in a step of all: a busy server would fall behind.
+      Where those who fit are too few for that, all step, or as few more as it takes.
     * Nobody waits for more than `most_skipped` steps in a row; when a turn comes, all step, because
       a step that one long context makes slow costs the others least when they are in it.
     """
 
     aim: float = 0.7
     most_skipped: int = 15
+    forgiven: float = 0.0
+    """Who is late by more tokens than these is late for good; who by fewer, may yet catch up."""
+    haste: float = 0.7
+    """What `aim` is for those who have to catch up."""
+    grows: bool = False
+    """Where too few fit: by as few as it takes, not to all."""
+    due_steps: int = 0
+    """A choice may be good for so many steps of all: who is late by then is due now."""
     by_longest = False
 
     def choose(self, running: Sequence[Running], step_us: StepUs) -> list[int]:
@@ -108,6 +118,9 @@ class Slack:
         if all_us <= limit_us:
             return everybody
         everybody.sort(key=contexts.__getitem__)  # stable: in a tie, who joined first
+        if self.due_steps:
+            soon_us = self.due_steps * all_us
+            everybody.sort(key=lambda i: not self._is_due(running[i], soon_us))
         must = [i for i in everybody if running[i].must_step]
         everybody = must + [i for i in everybody if not running[i].must_step]
         least = max(1, len(must))
@@ -120,22 +133,26 @@ class Slack:
                 low = middle
             else:
                 high = middle
-        took_us = step_us(low, sums[low - 1], tops[low - 1])
-        if low * all_us < len(running) * took_us:
-            return list(range(len(running)))
+        while low * all_us < len(running) * step_us(low, sums[low - 1], tops[low - 1]):
+            low = low + 1 if self.grows else len(running)
         return sorted(everybody[:low])
 
     def limit_us(self, running: Sequence[Running]) -> float:
-        """How long a step may take for the sake of those who are on time."""
+        """How long a step may take for the sake of those who can be on time."""
         least_us, aim = inf, self.aim
         for row in running:
             tpot_us, since_us = row.tpot_us, row.since_first_us
             due_us = tpot_us * (row.produced + 1)
-            if tpot_us > 0 and since_us <= due_us:
-                own_us = max(aim * due_us - since_us, aim * tpot_us)
+            if tpot_us > 0 and since_us <= due_us + self.forgiven * tpot_us:
+                pace = aim if since_us <= due_us else self.haste
+                own_us = max(aim * due_us - since_us, pace * tpot_us)
                 if own_us < least_us:
                     least_us = own_us
         return least_us
+
+    def _is_due(self, row: Running, soon_us: float) -> bool:
+        left_us = _slack_us(row)
+        return -self.forgiven * row.tpot_us <= left_us < soon_us
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +204,7 @@ PACKING: dict[str, Packing] = {
     "all": All(),
     "kairos": Kairos(),
     "slack": Slack(),
+    "slack-due": Slack(aim=0.8, forgiven=32.0, due_steps=5, grows=True),
     "online-first": OnlineFirst(),
     "online-exact": OnlineFirst(ask_every=1),
 }

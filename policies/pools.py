@@ -26,6 +26,10 @@ class Pools(Protocol):
         """Whether it may use any server while nobody of its pool is in rotation."""
         ...
 
+    def holds(self, kind: Kind) -> bool:
+        """Whether it waits meanwhile, whatever other servers could lend it."""
+        ...
+
     def refuses(self, kind: Kind) -> bool:
         """Whether it is refused meanwhile: neither what runs nor what is lent makes it wait."""
         ...
@@ -45,6 +49,9 @@ class Shared:
 
     def shares(self, kind: Kind) -> bool:
         return True
+
+    def holds(self, kind: Kind) -> bool:
+        return False
 
     def refuses(self, kind: Kind) -> bool:
         return False
@@ -85,6 +92,9 @@ class ByLatency:
     def shares(self, kind: Kind) -> bool:
         """Whether it may use the other pool while nobody of its own is in rotation."""
         return kind is Kind.ONLINE or self.without_relaxed is WithoutRelaxed.SHARE
+
+    def holds(self, kind: Kind) -> bool:
+        return kind is Kind.OFFLINE and self.without_relaxed is WithoutRelaxed.HOLD
 
     def refuses(self, kind: Kind) -> bool:
         return kind is Kind.OFFLINE and self.without_relaxed is WithoutRelaxed.REJECT

@@ -12,6 +12,11 @@ OUTLIER = 3.0
 """Steps that took so many times the median of those like them say nothing of the line."""
 
 
+ROUNDS = 4
+LOW, HIGH = 0.7, 1.3
+"""Steps that took so many times what the line says are left out, and the line is fitted anew."""
+
+
 class StepLine(NamedTuple):
     """Of terms that are never negative, so that more work never seems to take less time."""
 
@@ -30,8 +35,22 @@ class SeenStep(NamedTuple):
 
 
 def fitted(steps: list[SeenStep]) -> StepLine | None:
-    """The best line whose terms are all positive or absent; None where there is nothing to see."""
+    """The best line whose terms are all positive or absent; None where there is nothing to see.
+
+    What holds a step up makes it longer, never shorter: with such steps in it, the line would lie
+    above the usual ones, most of all where steps are short.
+    """
     steps = _usual(steps)
+    line = _least(steps)
+    for _ in range(ROUNDS):
+        if line is None:
+            return None
+        near = [step for step in steps if LOW <= step.took_us / line.step_us(*step[:2]) <= HIGH]
+        line = _least(near) or line
+    return line
+
+
+def _least(steps: list[SeenStep]) -> StepLine | None:
     if not steps:
         return None
     products = Products(

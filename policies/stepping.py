@@ -11,9 +11,10 @@ from policies.packing import PACKING, Packing, Running, StepUs
 STEPPING: dict[str, Packing] = {
     "all": PACKING["all"],
     "online-first": PACKING["online-exact"],
-    "slack": PACKING["slack"],
+    "slack": PACKING["slack-due"],
 }
-"""What a real engine offers; a step predicted wrongly by two requests is a target missed."""
+"""What a real engine offers. A step predicted wrongly by two requests is a target missed, and
+whoever joins halts all for some steps: without forgiveness nobody would be on time afterwards."""
 
 FREE_SHARE = 0.02
 """Places that a captured size leaves empty are filled while the step grows by no more than this."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,8 +29,34 @@ def modules(package: str) -> list[Path]:
 EVERY_MODULE = [path for package in LAYERS for path in modules(package)]
 
 
-def imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+@dataclass(frozen=True)
+class Seen:
+    """What the tests ask of a module; it is parsed once."""
+
+    imports: frozenset[str]
+    called: frozenset[str]
+    awaits: bool
+    is_told: bool
+    lines: int
+
+
+@cache
+def seen(path: Path) -> Seen:
+    text = path.read_text()
+    tree = ast.parse(text)
+    nodes = list(ast.walk(tree))
+    calls = (node.func for node in nodes if isinstance(node, ast.Call))
+    return Seen(
+        imports=frozenset(imported(nodes)),
+        called=frozenset(func.id for func in calls if isinstance(func, ast.Name)),
+        awaits=any(isinstance(node, ast.Await) for node in nodes),
+        is_told=bool(ast.get_docstring(tree)),
+        lines=len(text.splitlines()),
+    )
+
+
+def imported(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    for node in nodes:
         match node:
             case ast.Import(names):
                 yield from (alias.name.split(".")[0] for alias in names)
@@ -38,46 +66,41 @@ def imports(path: Path) -> Iterator[str]:
                 yield "a relative import"
 
 
-def called(path: Path) -> set[str]:
-    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
-    return {call.func.id for call in calls if isinstance(call.func, ast.Name)}
-
-
 @pytest.mark.parametrize("package", LAYERS)
 def test_imports_point_inwards(package: str) -> None:
     ours = LAYERS.keys() | {"benchmarks", "tests", "a relative import"}
     for path in modules(package):
-        assert set(imports(path)) & ours <= LAYERS[package], path
+        assert seen(path).imports & ours <= LAYERS[package], path
 
 
 def test_policies_need_the_standard_library_and_nothing_else() -> None:
     for path in modules("policies"):
-        foreign = set(imports(path)) - sys.stdlib_module_names - {"policies", "numpy"}
+        foreign = seen(path).imports - sys.stdlib_module_names - {"policies", "numpy"}
         assert not foreign, path
 
 
 def test_policies_are_pure() -> None:
     for path in modules("policies"):
-        assert not set(imports(path)) & IMPURE, path
-        assert not called(path) & IMPURE_CALLS, path
+        assert not seen(path).imports & IMPURE, path
+        assert not seen(path).called & IMPURE_CALLS, path
 
 
 def test_the_core_is_synchronous_and_silent() -> None:
     """The driver is the one interpreter of its decisions."""
     for name in ("core", "books", "choice", "lifecycle"):
         path = ROOT / "gateway" / f"{name}.py"
-        assert not set(imports(path)) & (IMPURE | {"structlog", "aiohttp"}), path
-        assert not any(isinstance(n, ast.Await) for n in ast.walk(ast.parse(path.read_text())))
+        assert not seen(path).imports & (IMPURE | {"structlog", "aiohttp"}), path
+        assert not seen(path).awaits
 
 
 def test_every_module_says_what_is_decided_there() -> None:
-    silent = [path for path in EVERY_MODULE if not ast.get_docstring(ast.parse(path.read_text()))]
+    silent = [path for path in EVERY_MODULE if not seen(path).is_told]
     assert not silent
 
 
 def test_files_stay_short() -> None:
-    lengths = {path.name: len(path.read_text().splitlines()) for path in EVERY_MODULE}
-    assert not {name: length for name, length in lengths.items() if length > 600}
+    lengths = {path: seen(path).lines for path in EVERY_MODULE}
+    assert not {path: length for path, length in lengths.items() if length > 600}
 
 
 def test_the_checks_see_the_modules_they_are_about() -> None:

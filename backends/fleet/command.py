@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_fleet(args: argparse.Namespace) -> int:
-    """Until Ctrl-C; 1 when the fleet cannot be started."""
+    """Until Ctrl-C; 2 when the fleet cannot be started."""
     console = Console(stderr=True)
     try:
         if args.install:
@@ -102,7 +102,7 @@ def complain(console: Console, problem: str) -> int:
     """The exit status that goes with it."""
     told = f"slackwater fleet: {problem}"
     console.print(told, style="red", markup=False, highlight=False, soft_wrap=True)
-    return 1
+    return 2
 
 
 async def serve(

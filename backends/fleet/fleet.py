@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import aiohttp
 
 from backends.fleet import interpreter, memory, models, plug
 from backends.fleet.link import Link
+from backends.fleet.logs import Logs
 from backends.fleet.plan import Server, planned, turned
 from backends.fleet.spec import Device, FleetError, FleetSpec
 from policies.types import Role
@@ -78,7 +78,8 @@ class Fleet:
     async def __aenter__(self) -> Self:
         path = await self._checked_model()
         self.servers = planned(self.spec, path)
-        self.logs = log_folder(self.spec)
+        self._kept = Logs(self.spec)
+        self.logs = self._kept.folder
         if self.spec.plugin:
             self._more = plug.offered(self.logs / "plugin")
         loop = asyncio.get_running_loop()
@@ -113,6 +114,7 @@ class Fleet:
         try:
             await self._link.close()
         finally:
+            self._kept.close()
             await self._http.close()
 
     async def _checked_model(self) -> str:
@@ -299,16 +301,6 @@ class Fleet:
 
 def _first_line(text: str) -> str:
     return text.partition("\n")[0]
-
-
-def log_folder(spec: FleetSpec) -> Path:
-    if spec.logs:
-        folder = Path(spec.logs)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    parent = models.cache_folder() / "logs"
-    parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix="fleet-", dir=parent))
 
 
 async def first_of(*futures: asyncio.Future[Any], timeout_s: float | None = None) -> bool:

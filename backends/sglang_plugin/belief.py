@@ -10,7 +10,7 @@ from policies.step_table import StepTable
 
 FEWEST_STEPS: Final = 32
 """Before so many were seen, nothing is claimed without a gateway's word."""
-REMEMBERED: Final = 512
+REMEMBERED: Final = 2048
 
 
 class Belief:

@@ -12,7 +12,7 @@ from multidict import MultiMapping
 from gateway.batch.kept import Order
 from gateway.batch.objects import NewBatch, Purpose
 from gateway.batch.progress import KEY
-from gateway.batch.window import seconds_of
+from gateway.batch.window import in_words, seconds_of
 from gateway.errors import ApiError, Code, invalid
 
 ENDPOINTS: Final = (
@@ -29,6 +29,7 @@ _METADATA: Final = 16
 _KEY_CHARS: Final = 64
 _VALUE_CHARS: Final = 512
 _ID_CHARS: Final = 64
+_SHOWN_CHARS: Final = 40
 _NAME_CHARS: Final = 255
 FILES_AT_ONCE: Final = 10_000
 BATCHES_AT_ONCE: Final = 100
@@ -52,7 +53,7 @@ def files_listing(query: MultiMapping[str]) -> Listing:
         raise invalid("purpose", f"must be one of {', '.join(Purpose)}")
     return Listing(
         limit=_limit(query, FILES_AT_ONCE, FILES_AT_ONCE),
-        after=query.get("after") or None,
+        after=_after(query),
         order="asc" if order == "asc" else "desc",
         purpose=None if named is None else Purpose(named),
     )
@@ -60,7 +61,12 @@ def files_listing(query: MultiMapping[str]) -> Listing:
 
 def batches_listing(query: MultiMapping[str]) -> Listing:
     limit = _limit(query, BATCHES_AT_ONCE, _BATCHES_BY_DEFAULT)
-    return Listing(limit=limit, after=query.get("after") or None)
+    return Listing(limit=limit, after=_after(query))
+
+
+def _after(query: MultiMapping[str]) -> str | None:
+    given = query.get("after") or None
+    return None if given is None else _id(given, "after")
 
 
 def _limit(query: MultiMapping[str], most: int, default: int) -> int:
@@ -80,21 +86,34 @@ def new_batch(raw: bytes, tenant: str, batch_id: str, max_window_s: float) -> Ne
     endpoint = body.get("endpoint")
     if endpoint not in ENDPOINTS:
         raise invalid("endpoint", f"must be one of {', '.join(ENDPOINTS)}")
-    window = body.get("completion_window")
-    window_s = seconds_of(window) if isinstance(window, str) else None
-    if window_s is None or window_s > max_window_s:
-        problem = f"must be a duration such as 24h or 30m, of at most {max_window_s:g} seconds"
-        raise invalid("completion_window", problem)
+    window, window_s = _window(body.get("completion_window"), max_window_s)
     return NewBatch(
         id=batch_id,
         tenant=tenant,
         endpoint=endpoint,
-        window=str(window),
+        window=window,
         window_us=window_s * 1_000_000,
-        input_file_id=_id(body.get("input_file_id")),
+        input_file_id=_id(body.get("input_file_id"), "input_file_id"),
         metadata=_metadata(body.get("metadata")),
         output_expires_s=_expiry(body.get("output_expires_after"), "output_expires_after"),
     )
+
+
+def _window(value: Any, most_s: float) -> tuple[str, int]:
+    if not isinstance(value, str):
+        raise invalid("completion_window", "must be a duration such as 24h, 90m or 1h30m")
+    if (seconds := seconds_of(value)) is None:
+        problem = f"is {_shown(value)}, which is no duration: 24h, 90m, 1h30m and 7d are some"
+        raise invalid("completion_window", problem)
+    if seconds > most_s:
+        problem = f"is {_shown(value)}, and may be {in_words(most_s)} at most"
+        raise invalid("completion_window", problem)
+    return value, seconds
+
+
+def _shown(value: str) -> str:
+    """What a client has sent, in a message."""
+    return ascii(value if len(value) <= _SHOWN_CHARS else value[:_SHOWN_CHARS] + "...")
 
 
 def _object(raw: bytes) -> dict[str, Any]:
@@ -107,9 +126,9 @@ def _object(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _id(value: Any) -> str:
+def _id(value: Any, where: str) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= _ID_CHARS or not value.isprintable():
-        raise invalid("input_file_id", "must be the id of a file")
+        raise invalid(where, "must be an id, as it was given")
     return value
 
 
@@ -160,7 +179,8 @@ def file_name(given: str | None) -> str:
 
 def check_purpose(given: str | None) -> None:
     if given != Purpose.INPUT:
-        raise invalid("purpose", f"must be {Purpose.INPUT}: files are the input of batches here")
+        problem = "is missing" if given is None else f"is {_shown(given)}"
+        raise invalid("purpose", f"{problem}; the one that there is here is '{Purpose.INPUT}'")
 
 
 def form_expiry(fields: Mapping[str, str]) -> int | None:

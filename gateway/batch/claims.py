@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from typing import Any, Final
 
-from sqlalchemy import RowMapping, and_, delete, insert, or_, select, update
+from sqlalchemy import and_, delete, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.batch.counting import Sum, count_back, count_claimed, count_results
 from gateway.batch.moves import finalize
 from gateway.batch.objects import Result, Row, RowState, Status
+from gateway.batch.records import claimed_row
 from gateway.batch.tables import BATCHES, CHECKPOINTS, RESULTS, ROWS
 from gateway.batch.turns import Standing, deal
 
@@ -69,7 +70,7 @@ async def _claim_of(
         .limit(share)
         .with_for_update(skip_locked=True, of=ROWS)
     )  # fmt: skip
-    claimed = [_row_of(one) for one in found.mappings()]
+    claimed = [claimed_row(one) for one in found.mappings()]
     if claimed:
         await connection.execute(
             update(ROWS)
@@ -88,26 +89,6 @@ async def _counted(connection: AsyncConnection, rows: Sequence[Row], now_us: int
         else:
             await _requeue(connection, batch, held)
     return kept
-
-
-def _row_of(found: RowMapping) -> Row:
-    return Row(
-        batch=found["batch"],
-        batch_id=found["id"],
-        tenant=found["tenant"],
-        endpoint=found["endpoint"],
-        number=found["number"],
-        custom_id=found["custom_id"],
-        blob=found["input_blob"],
-        offset=found["start"],
-        length=found["length"],
-        fence=found["fence"] + 1,
-        attempts=found["attempts"],
-        created_us=found["created_us"],
-        deadline_us=found["deadline_us"],
-        checkpoint=found["data"] or b"",
-        checkpoint_tokens=found["tokens"] or 0,
-    )
 
 
 def _by_batch(rows: Iterable[Row]) -> dict[int, list[Row]]:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, Final, Self, TypeVar
 
+import aiosqlite
 from sqlalchemy import Connection, event, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
@@ -102,11 +103,24 @@ def _engine_of(url: URL) -> AsyncEngine:
         pool_size=_CONNECTIONS,
         max_overflow=0,
         pool_timeout=_PATIENCE_S,
-        connect_args={"timeout": _PATIENCE_S},
+        connect_args={"timeout": _PATIENCE_S, "async_creator_fn": _sqlite},
     )
     event.listen(engine.sync_engine, "connect", _prepare)
     event.listen(engine.sync_engine, "begin", _begin)
     return engine
+
+
+async def _sqlite(*args: Any, **options: Any) -> Any:
+    """aiosqlite gives each connection a thread, and does not wait for the end of one that could
+    not open: it would speak to an event loop that may be closed by then."""
+    connection = aiosqlite.connect(*args, **options)
+    thread: Any = getattr(connection, "_thread", connection)  # before 0.22 it was one
+    thread.daemon = True
+    try:
+        return await connection
+    except BaseException:
+        await asyncio.to_thread(thread.join)
+        raise
 
 
 def _prepare(connection: Any, _: object) -> None:

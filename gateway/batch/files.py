@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, ParamSpec, Protocol, TypeVar
 
 from gateway.batch.faults import NotThere, StorageFull, StorageUnavailable, StoreFault
+from gateway.batch.throttle import Throttle
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -23,6 +24,8 @@ Range = tuple[int, int]
 """Start and length, in bytes."""
 
 _THREADS: Final = 4
+_PATIENCE_S: Final = 60.0
+"""For a disk or a bucket that hangs."""
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -144,6 +147,7 @@ class Sink:
         """A write whose caller was cancelled goes on in its thread; the next waits for it."""
 
     async def write(self, data: bytes) -> None:
+        await self._blobs.let(len(data))
         await self._blobs.off_loop(self._write, data)
 
     async def finish(self) -> None:
@@ -167,19 +171,29 @@ class Sink:
 
 
 class Blobs:
-    """The shelf as the event loop sees it: everything runs in a few threads of its own."""
+    """The shelf as the event loop sees it: everything runs in a few threads of its own, and what
+    is long passes at a measured pace."""
 
-    def __init__(self, shelf: Shelf) -> None:
+    def __init__(self, shelf: Shelf, throttle: Throttle | None = None) -> None:
+        """Without a throttle, as fast as it goes."""
         self.shelf = shelf
+        self._throttle = throttle
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="slackwater-files")
 
     async def create(self, blob: str) -> Sink:
         return Sink(self, blob, await self.off_loop(self.shelf.create, blob))
 
+    async def let(self, size_bytes: int) -> None:
+        """To be awaited before so many bytes of a long file are worked on."""
+        if self._throttle is not None:
+            await self._throttle.let(size_bytes)
+
     async def read(self, blob: str, start: int, length: int) -> bytes:
+        await self.let(length)
         return (await self.off_loop(self.shelf.read, blob, [(start, length)]))[0]
 
     async def read_many(self, blob: str, ranges: Sequence[Range]) -> list[bytes]:
+        """Lines of rows that are to run: they do not wait behind files."""
         return await self.off_loop(self.shelf.read, blob, ranges)
 
     async def delete(self, blob: str) -> None:
@@ -190,7 +204,11 @@ class Blobs:
             with naming_failures():
                 return work(*args, **kwargs)
 
-        return await self.beside_loop(named)
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                return await self.beside_loop(named)
+        except TimeoutError:  # its thread goes on: whatever it comes to, nobody waits for it
+            raise StorageUnavailable("the files: no answer in time") from None
 
     async def beside_loop(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What is no matter of storage fails under its own names."""

@@ -12,7 +12,7 @@ from gateway.batch.lines import unanswered
 from gateway.batch.objects import Batch, Purpose, Recorded, Status, StoredFile, Task
 from gateway.batch.store import Store
 
-_ROWS: Final = 200
+_ROWS: Final = 100
 _HOLD_US: Final = 60_000_000
 _ENDS: Final = {
     Status.EXPIRED: (

@@ -13,8 +13,10 @@ from gateway.batch.validate import Checker, Limits, reported
 
 _PIECE_BYTES: Final = 65_536
 """Checked at a time, in a thread: about as long as an event loop may wait for the interpreter."""
-_ROWS: Final = 250
+_ROWS: Final = 100
 """Stored in one transaction."""
+_ROW_BYTES: Final = 1_000
+"""To store a row keeps the event loop as long as so many bytes that pass."""
 _DROPPED: Final = 1_000
 
 
@@ -33,6 +35,7 @@ async def ingest(store: Store, blobs: Blobs, task: Task, limits: Limits) -> Batc
     rows = await blobs.off_loop(checker.rows)
     while slice_of := list(islice(rows, _ROWS)):
         await store.add_rows(task, slice_of)
+        await blobs.let(len(slice_of) * _ROW_BYTES)
     return await store.begin(task, model=checker.model, total=checker.total)
 
 
@@ -45,4 +48,5 @@ async def _check(blobs: Blobs, blob: str, checker: Checker) -> None:
     start = 0
     while read := await blobs.off_loop(check, start):
         start += read
+        await blobs.let(read)
     await blobs.off_loop(checker.finish)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final, Literal
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Final, Literal, TypeVar
 
-from sqlalchemy import ColumnElement, Table, delete, insert, select, true, update
+from sqlalchemy import ColumnElement, RowMapping, Table, delete, insert, select, true, update
 from sqlalchemy.engine import MappingResult
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -16,9 +16,12 @@ from gateway.batch.records import file_of, file_values
 from gateway.batch.tables import BLOBS, FILES
 
 Order = Literal["asc", "desc"]
+T = TypeVar("T")
 
 _DOOMED: Final = -1
 _EXPIRE_AT_ONCE: Final = 100
+_SLICE: Final = 200
+_MANY: Final = 2**62
 
 
 # Blobs.
@@ -95,34 +98,58 @@ async def page(
     wanted: list[ColumnElement[bool]] = [FILES.c.tenant == tenant, _lives(now_us)]
     if purpose is not None:
         wanted.append(FILES.c.purpose == purpose.value)
-    found, has_more = await paged(connection, FILES, tenant, wanted, limit, after, order)
-    return [file_of(one) for one in found], has_more
+    return await paged(connection, FILES, file_of, tenant, wanted, limit, after, order)
 
 
 async def paged(
     connection: AsyncConnection,
     table: Table,
+    made: Callable[[RowMapping], T],
     tenant: str,
     wanted: Sequence[ColumnElement[bool]],
     limit: int,
     after: str | None,
     order: Order,
-) -> tuple[Sequence[Any], bool]:
+) -> tuple[list[T], bool]:
     """One more than asked for says whether there are more."""
-    seq = table.c.seq
-    rising = order == "asc"
+    start = None
     if after is not None:
         start = await connection.scalar(
-            select(seq).where(table.c.tenant == tenant, table.c.id == after)
+            select(table.c.seq).where(table.c.tenant == tenant, table.c.id == after)
         )
         if start is None:
             raise NotThere(f"there is no {after} to go on after")
-        wanted = [*wanted, seq > start if rising else seq < start]
-    found = await connection.execute(
-        select(table).where(*wanted).order_by(seq if rising else seq.desc()).limit(limit + 1)
-    )
-    rows = found.mappings().all()
-    return rows[:limit], len(rows) > limit
+    found: list[T] = []
+    async for some in slices(connection, table, wanted, order, start, limit + 1):
+        found += map(made, some)
+    return found[:limit], len(found) > limit
+
+
+async def slices(
+    connection: AsyncConnection,
+    table: Table,
+    wanted: Sequence[ColumnElement[bool]],
+    order: Order,
+    start: int | None = None,
+    most: int = _MANY,
+) -> AsyncIterator[Sequence[RowMapping]]:
+    """By number, so few at a time that nobody else notices."""
+    seq = table.c.seq
+    rising = order == "asc"
+    while most > 0:
+        after = true() if start is None else seq > start if rising else seq < start
+        found = await connection.execute(
+            select(table)
+            .where(*wanted, after)
+            .order_by(seq if rising else seq.desc())
+            .limit(min(most, _SLICE))
+        )
+        rows = found.mappings().all()
+        yield rows
+        if len(rows) < _SLICE:
+            return
+        most -= len(rows)
+        start = rows[-1]["seq"]
 
 
 async def remove(connection: AsyncConnection, tenant: str, file_id: str) -> None:

@@ -15,6 +15,7 @@ from gateway.batch.objects import (
     NewRow,
     Problem,
     Purpose,
+    Row,
     Status,
     StoredFile,
     Usage,
@@ -25,6 +26,10 @@ _BATCH: Final = (
     "seq", "id", "tenant", "endpoint", "input_file_id", "input_blob", "created_us", "deadline_us",
     "model", "claimed", "output_expires_s", "output_file_id", "error_file_id", "recent_us",
     "recent_rows", "recent_tokens",
+)  # fmt: skip
+_ROW: Final = (
+    "batch", "tenant", "endpoint", "number", "custom_id", "length", "attempts", "created_us",
+    "deadline_us",
 )  # fmt: skip
 _COUNTS: Final = ("total", "completed", "failed")
 _USAGE: Final = ("prompt_tokens", "generated_tokens", "cached_tokens", "wasted_tokens")
@@ -59,6 +64,19 @@ def moments_of(found: RowMapping) -> dict[Status, int]:
 
 def text_of(value: object) -> str:
     return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
+def claimed_row(found: RowMapping) -> Row:
+    """With what is known of its batch and its checkpoint; it is claimed in this transaction."""
+    return Row(
+        batch_id=found["id"],
+        blob=found["input_blob"],
+        offset=found["start"],
+        fence=found["fence"] + 1,
+        checkpoint=found["data"] or b"",
+        checkpoint_tokens=found["tokens"] or 0,
+        **_picked(found, _ROW),
+    )
 
 
 def row_values(batch: int, rows: Sequence[NewRow]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, Protocol
 
 import orjson
@@ -120,7 +120,16 @@ class Pages:
             order=listing.order,
             purpose=listing.purpose,
         )
-        return _json(page_shape([file_shape(file) for file in files], has_more=has_more))
+        return await self._page_of(files, has_more=has_more)
+
+    async def _page_of(self, files: Sequence[StoredFile], *, has_more: bool) -> web.Response:
+        """Ten thousand of them take their time, which is not the event loop's."""
+        _, blobs = self._opened()
+
+        def page() -> web.Response:
+            return _json(page_shape([file_shape(file) for file in files], has_more=has_more))
+
+        return await blobs.beside_loop(page)
 
     async def get_file(self, request: web.BaseRequest) -> web.StreamResponse:
         caller = self._caller(request)
@@ -245,7 +254,8 @@ class Pages:
 def _parts(request: web.BaseRequest, prefix: str, action: str = "") -> tuple[str, bool]:
     """The id in a path, and whether the action comes after it."""
     name, slash, rest = request.path.removeprefix(prefix).partition("/")
-    if not name or len(name) > 64 or (slash and (not action or rest != action)):
+    is_id = 0 < len(name) <= 64 and name.isprintable()
+    if not is_id or (slash and (not action or rest != action)):
         raise ApiError(Code.NOT_FOUND, f"there is no page {request.path}")
     return name, bool(slash)
 

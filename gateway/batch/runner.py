@@ -1,66 +1,58 @@
-"""Runs the rows of batches: which are in memory, what is told to the store, and when."""
+"""Runs the rows of batches: which are in memory, and when the store is told what became of them."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import structlog
 
 from backends.checkpoint import Checkpoint
 from backends.pause import pause
-from backends.words import in_words
 from gateway.batch.attempts import Attempts, Later, Outcome, dialect_of
-from gateway.batch.faults import LeaseLost, NotThere, StoreFault
+from gateway.batch.faults import LeaseLost, StoreFault
+from gateway.batch.held import Held, marks_of
 from gateway.batch.objects import Batch, Result, Row
+from gateway.batch.outbox import Outbox, Told
 from gateway.batch.pace import Pace, PaceRule
+from gateway.batch.reading import Bodies, read
 from gateway.batch.tally import Tally
 from gateway.batch.verdicts import Again, verdict
 from gateway.errors import Code
 from gateway.visit import Errand, Visit
 from policies.clock import Clock
 
-T = TypeVar("T")
-
 log = structlog.get_logger("slackwater.batch")
 
 _TURN_S = 0.5
 """At least so often there is a look; what ends brings one sooner."""
-_GATHER_S = 0.02
-"""Rows that end within this time are recorded together."""
+_GATHER_S = 0.1
+"""Rows that end within this time are recorded together: each transaction costs the event loop some
+milliseconds, whatever is in it."""
+_BREATH_S = 0.02
+"""Between turns that follow each other: online requests have the event loop meanwhile."""
 _SURVEY_S = 5.0
 _TROUBLE_S = 1.0
 """A store that fails is left alone for this long."""
-_AT_ONCE = 256
-"""Rows in one transaction."""
+_AT_ONCE = 32
+"""Rows that are claimed, and begin, together: more would keep online requests waiting."""
 _FRESH_TOKENS = 16
 """A checkpoint is written once there are so many more."""
-_UNREADABLE = Later(code=Code.INTERNAL, message="its line cannot be read", is_engines=True)
-_OUT_OF_REACH = Later(code=Code.STORAGE_UNAVAILABLE, message="its file is out of reach")
+_NOBODYS_FAULT = Again(pause_us=0, blameless=True)
 
 
-class Rows(Protocol):
+class Rows(Told, Protocol):
     """What of the store is needed here; the store itself has the contracts."""
 
     async def claim(self, room: int) -> list[Row]: ...
     async def overdue(self, rows: Iterable[Row]) -> list[Row]: ...
-    async def checkpoint(self, marks: Sequence[tuple[Row, bytes, int]]) -> None: ...
-    async def finish(self, results: Sequence[Result]) -> list[Result]: ...
-    async def release(
-        self, rows: Sequence[Row], *, not_before_us: int = 0, blameless: bool = False
-    ) -> int: ...
     async def keep_only(self, rows: Iterable[Row]) -> int: ...
-    async def waste(self, batch: int, tokens: int) -> None: ...
     async def open_batches(self) -> list[Batch]: ...
-
-
-Mark = tuple["Held", Checkpoint]
-Bodies = Callable[[Sequence[Row]], Awaitable[list[bytes]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,25 +61,6 @@ class RunnerRule:
     watch_s: float = 1.0
     """How soon rows are given up whose batch is cancelled."""
     pace: PaceRule = field(default_factory=PaceRule)
-
-
-@dataclass(slots=True, eq=False)
-class Held:
-    """A row in this process."""
-
-    row: Row
-    request_id: str
-    task: asyncio.Task[None] | None = None
-    visit: Visit | None = None
-    kept_tokens: int = 0
-    """In the store's checkpoint."""
-
-    @property
-    def tokens(self) -> int:
-        """Made so far, earlier processes included."""
-        if self.visit is None:
-            return 0
-        return sum(max(p.exchange.tokens, p.exchange.kept_tokens) for p in self.visit.parts)
 
 
 class Runner:
@@ -116,9 +89,8 @@ class Runner:
         self._pace = Pace(rule.pace)
         self._held: dict[tuple[int, int], Held] = {}
         self._ended: list[tuple[Held, Outcome]] = []
-        self._results: list[Result] = []
-        """Not recorded yet: the store may be out of order for a while."""
-        self._back: list[tuple[Row, Again]] = []
+        self.tally = Tally()
+        self._outbox = Outbox(store, self.tally, unix_us, self._forget)
         self._engine_errors: Counter[tuple[int, int]] = Counter()
         """By row; a crash forgets them, and so does another gateway that claims the row."""
         self._wake = asyncio.Event()
@@ -126,9 +98,10 @@ class Runner:
         """Of the lease: what was begun under an older one says nothing of this."""
         self._give_back_at_s: float | None = None
         self._in_trouble = False
+        self._is_behind = False
+        """There is room for more rows than one turn has taken."""
         self._claim_in_doubt = False
         """The store may hold rows for us that it could not tell us of."""
-        self.tally = Tally()
         self.open_batches: Sequence[Batch] = ()
         """Of all gateways together, as they were some seconds ago."""
 
@@ -179,7 +152,8 @@ class Runner:
             self.tally.leases_lost += 1
         for held in list(self._held.values()):
             self._drop(held)
-        self._ended, self._results, self._back = [], [], []
+        self._ended = []
+        self._outbox.clear()
 
     @property
     def _drains(self) -> bool:
@@ -188,19 +162,19 @@ class Runner:
     def _is_over(self) -> bool:
         if self._give_back_at_s is None:
             return False
-        idle = not self._held and not self._results and not self._back
-        return idle or self._clock.time() >= self._give_back_at_s
+        is_idle = not self._held and not self._outbox
+        return is_idle or self._clock.time() >= self._give_back_at_s
 
     async def _give_back(self) -> None:
         """Last words: a store that does not take them learns by the lease that runs out."""
         await self._guarded(self._record)
         left = list(self._held.values())
-        marks = _marks_of(left, fresh_tokens=1)
+        marks = marks_of(left, fresh_tokens=1)
         for held in left:
             self._drop(held)
         rows = [held.row for held in left]
-        await self._guarded(lambda: self._write(marks))
-        await self._guarded(lambda: self._release(rows, Again(pause_us=0, blameless=True)))
+        await self._guarded(lambda: self._outbox.keep(marks))
+        await self._guarded(lambda: self._outbox.release(rows, _NOBODYS_FAULT))
 
     async def _every(self, seconds: float, do: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -236,7 +210,7 @@ class Runner:
         timer.cancel()
         self._wake.clear()
         if not self._drains:
-            await pause(self._clock, _GATHER_S)
+            await pause(self._clock, _BREATH_S if self._is_behind else _GATHER_S)
 
     # A turn: what has ended is recorded, and others take its place.
 
@@ -249,6 +223,7 @@ class Runner:
         now_us = self._now_us()
         waiting = len(self._held) - self.running
         room = self._pace.room(held=len(self._held), waiting=waiting, now_us=now_us)
+        self._is_behind = False
         if not (room := min(room, _AT_ONCE)):
             return
         if self._claim_in_doubt:
@@ -256,32 +231,15 @@ class Runner:
         self._claim_in_doubt = True
         epoch, rows = self._epoch, await self._store.claim(room)
         self._pace.took(len(rows))
-        bodies = await self._read(rows)
+        bodies = await read(self._bodies, rows)
         if epoch != self._epoch:
             return
         for row, body in zip(rows, bodies, strict=True):
             self._begin(row, body, group)
         self._claim_in_doubt = False
+        self._is_behind = len(rows) == _AT_ONCE
         if len(rows) == room:
             self._wake.set()
-
-    async def _read(self, rows: Sequence[Row]) -> list[bytes | Later]:
-        """In place of a line that cannot be read, why: the others need not suffer for it."""
-        try:
-            return list(await self._bodies(rows)) if rows else []
-        except Exception as error:  # noqa: BLE001 - whatever a disk or a bucket may raise
-            is_away = isinstance(error, StoreFault) and not isinstance(error, NotThere)
-            apart = [row.blob if is_away else row.key for row in rows]
-            if len(parts := dict.fromkeys(apart)) > 1:
-                read: dict[tuple[int, int], bytes | Later] = {}
-                for part in parts:
-                    some = [row for row, its in zip(rows, apart, strict=True) if its == part]
-                    found = await self._read(some)
-                    read |= {row.key: body for row, body in zip(some, found, strict=True)}
-                return [read[row.key] for row in rows]
-            where, why = rows[0], in_words(error)
-            log.warning("a line cannot be read", batch=where.batch_id, line=where.number, error=why)
-            return [_OUT_OF_REACH if is_away else _UNREADABLE] * len(rows)
 
     def _begin(self, row: Row, body: bytes | Later, group: asyncio.TaskGroup) -> None:
         held = Held(row, f"{self._rng.getrandbits(128):032x}")
@@ -324,23 +282,10 @@ class Runner:
     # What the store is told.
 
     async def _record(self) -> None:
-        """What could not be told stays here, and is told at the next turn."""
         ended, self._ended = self._ended, []
         for held, outcome in ended:
             self._judge(held, outcome)
-        while self._results:
-            some = self._results[:_AT_ONCE]
-            accepted = await self._store.finish(some)
-            del self._results[: len(some)]
-            await self._settle(some, accepted)
-        while self._back:
-            again = self._back[0][1]
-            rows = [row for row, one in self._back if one == again]
-            await self._release(rows, again)
-            told = {id(row) for row in rows}  # others of the kind may have come meanwhile
-            self._back = [(row, one) for row, one in self._back if id(row) not in told]
-            for row in rows:
-                self._forget(row)
+        await self._outbox.flush()
 
     def _judge(self, held: Held, outcome: Outcome) -> None:
         if self._held.get(held.row.key) is not held:
@@ -352,34 +297,12 @@ class Runner:
         if isinstance(told, Result):
             self._engine_errors.pop(key, None)
             self._pace.answered()
-            self._results.append(told)
         else:
             assert isinstance(outcome, Later)
             self.tally.put_off(outcome.code)
             if told.blameless and outcome.code is not Code.DEADLINE_PASSED:
                 self._pace.refused(self._now_us())
-            self._back.append((held.row, told))
-
-    async def _settle(self, told: Sequence[Result], accepted: Sequence[Result]) -> None:
-        taken = {result.row.key for result in accepted}
-        wasted: Counter[int] = Counter()
-        for result in told:
-            if result.row.key in taken:
-                self.tally.finished(result)
-            else:
-                self.tally.fenced += 1
-                wasted[result.row.batch] += result.generated_tokens
-            self._forget(result.row)
-        await self._waste(wasted)
-
-    async def _waste(self, wasted: Mapping[int, int]) -> None:
-        for batch, tokens in wasted.items():
-            await self._store.waste(batch, tokens)
-
-    async def _release(self, rows: Sequence[Row], again: Again) -> None:
-        not_before_us = self._unix_us() + again.pause_us if again.pause_us else 0
-        for some in _slices(rows):
-            await self._store.release(some, not_before_us=not_before_us, blameless=again.blameless)
+        self._outbox.add(held.row, told)
 
     def _forget(self, row: Row) -> None:
         held = self._held.get(row.key)
@@ -399,31 +322,22 @@ class Runner:
         """Rows of batches that were cancelled, or whose window is over, leave their servers."""
         if not self._held:
             return
-        told = {result.row.key for result in self._results}
+        told = self._outbox.finished()
         found = await self._store.overdue([held.row for held in self._held.values()])
         over = [it for row in found if (it := self._held.get(row.key)) and row.key not in told]
         wasted: Counter[int] = Counter()
         for held in over:
             wasted[held.row.batch] += held.tokens
             self._drop(held)
-            self._back.append((held.row, Again(pause_us=0, blameless=True)))
+            self._outbox.add(held.row, _NOBODYS_FAULT)
             self._wake.set()
-        await self._waste(wasted)
+        await self._outbox.waste(wasted)
 
     async def _survey(self) -> None:
         self.open_batches = await self._store.open_batches()
 
     async def _keep(self) -> None:
-        await self._write(_marks_of(self._held.values(), fresh_tokens=_FRESH_TOKENS))
-
-    async def _write(self, marks: Sequence[Mark]) -> None:
-        for some in _slices(marks):
-            await self._store.checkpoint(
-                [(held.row, taken.as_bytes(), taken.tokens) for held, taken in some]
-            )
-            for held, taken in some:
-                held.kept_tokens = taken.tokens
-            self.tally.checkpoints += len(some)
+        await self._outbox.keep(marks_of(self._held.values(), fresh_tokens=_FRESH_TOKENS))
 
     # Small questions.
 
@@ -433,18 +347,3 @@ class Runner:
 
     def _now_us(self) -> int:
         return round(self._clock.time() * 1e6)
-
-
-def _marks_of(rows: Iterable[Held], *, fresh_tokens: int) -> list[Mark]:
-    return [(held, taken) for held in rows if (taken := _fresh(held, fresh_tokens))]
-
-
-def _fresh(held: Held, tokens: int) -> Checkpoint | None:
-    if held.visit is None or (taken := held.visit.checkpoint()) is None:
-        return None
-    return taken if taken.tokens >= held.kept_tokens + tokens else None
-
-
-def _slices(values: Sequence[T]) -> Iterator[Sequence[T]]:
-    for start in range(0, len(values), _AT_ONCE):
-        yield values[start : start + _AT_ONCE]

@@ -21,6 +21,7 @@ from gateway.batch.objects import Stage
 from gateway.batch.routes import Pages, Shell
 from gateway.batch.settings import BatchSettings
 from gateway.batch.store import Store
+from gateway.batch.throttle import Throttle
 from gateway.batch.upkeep import Upkeep
 from gateway.batch.validate import Limits
 from gateway.router import Route
@@ -118,7 +119,8 @@ class Service:
     async def _open(self) -> None:
         settings = self._settings
         if self._blobs is None:
-            self._blobs = Blobs(shelf_at(settings.files or str(Path(settings.folder) / "files")))
+            shelf = shelf_at(settings.files or str(Path(settings.folder) / "files"))
+            self._blobs = Blobs(shelf, Throttle(self._clock, settings.files_mb_per_s * 1e6))
         path = Path(settings.folder) / "batches.sqlite"
         store = await Store.open(
             settings.database or f"sqlite+aiosqlite:///{path}",

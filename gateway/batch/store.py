@@ -198,10 +198,9 @@ class Store:
         """Newest first, and whether there are more. NotThere when `after` is unknown."""
         wanted = [BATCHES.c.tenant == tenant]
         async with self._database.reading() as connection:
-            found, has_more = await kept.paged(
-                connection, BATCHES, tenant, wanted, limit, after, "desc"
+            return await kept.paged(
+                connection, BATCHES, batch_of, tenant, wanted, limit, after, "desc"
             )
-        return [batch_of(one) for one in found], has_more
 
     async def cancel(self, tenant: str, batch_id: str) -> Batch:
         """Into cancelling; said twice it is the same. WrongStatus when it has ended."""
@@ -215,9 +214,12 @@ class Store:
 
     async def open_batches(self) -> list[Batch]:
         """Of all tenants, for metrics."""
-        wanted = select(BATCHES).where(BATCHES.c.status.in_(_OPEN)).order_by(BATCHES.c.seq)
+        found: list[Batch] = []
         async with self._database.reading() as connection:
-            return [batch_of(one) for one in (await connection.execute(wanted)).mappings()]
+            wanted = [BATCHES.c.status.in_(_OPEN)]
+            async for some in kept.slices(connection, BATCHES, wanted, "asc"):
+                found += map(batch_of, some)
+        return found
 
     # Work on whole batches: see upkeep.py.
 

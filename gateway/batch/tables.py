@@ -33,6 +33,15 @@ _LOCK: Final = 0x51AC4BA7
 _SEQ: Final = BigInteger().with_variant(Integer(), "sqlite")
 """SQLite numbers its rows by itself only in a column of this very type."""
 
+
+def _key_of_row() -> tuple[Column[int], ...]:
+    """Its batch's number, and its own line."""
+    return (
+        Column("batch", BigInteger, primary_key=True, autoincrement=False),
+        Column("number", Integer, primary_key=True, autoincrement=False),
+    )
+
+
 FILES: Final = Table(
     "slackwater_files",
     METADATA,
@@ -102,8 +111,7 @@ BATCHES: Final = Table(
 ROWS: Final = Table(
     "slackwater_rows",
     METADATA,
-    Column("batch", BigInteger, primary_key=True, autoincrement=False),
-    Column("number", Integer, primary_key=True, autoincrement=False),
+    *_key_of_row(),
     Column("custom_id", Text, nullable=False),
     Column("start", BigInteger, nullable=False),
     Column("length", BigInteger, nullable=False),
@@ -126,8 +134,7 @@ ROWS: Final = Table(
 CHECKPOINTS: Final = Table(
     "slackwater_checkpoints",
     METADATA,
-    Column("batch", BigInteger, primary_key=True, autoincrement=False),
-    Column("number", Integer, primary_key=True, autoincrement=False),
+    *_key_of_row(),
     Column("tokens", BigInteger, nullable=False),
     Column("data", LargeBinary, nullable=False),
 )
@@ -135,8 +142,7 @@ CHECKPOINTS: Final = Table(
 RESULTS: Final = Table(
     "slackwater_results",
     METADATA,
-    Column("batch", BigInteger, primary_key=True, autoincrement=False),
-    Column("number", Integer, primary_key=True, autoincrement=False),
+    *_key_of_row(),
     Column("failed", Boolean, nullable=False),
     Column("line", LargeBinary, nullable=False),
 )

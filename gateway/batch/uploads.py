@@ -19,7 +19,7 @@ from gateway.batch.store import Store
 from gateway.errors import ApiError, Code, invalid
 
 _CHUNK_BYTES: Final = 65_536
-_PIECE_BYTES: Final = 1_048_576
+_PIECE_BYTES: Final = 262_144
 """Written at a time."""
 _FIELD_BYTES: Final = 256
 _HOLD_US: Final = 60_000_000

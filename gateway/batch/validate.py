@@ -122,8 +122,10 @@ class Checker:
         return self._requests
 
     def rows(self) -> Iterator[NewRow]:
-        """The lines of a file without problems, by number."""
-        ranks = self._order.ranks()
+        """The lines of a file without problems, by number; they are ordered before it returns."""
+        return self._ranked(self._order.ranks())
+
+    def _ranked(self, ranks: Sequence[int]) -> Iterator[NewRow]:
         for name, place, rank in zip(self._ids, self._places, ranks, strict=True):
             number, offset, length = place
             yield NewRow(number=number, custom_id=name, offset=offset, length=length, rank=rank)

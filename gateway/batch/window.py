@@ -15,3 +15,12 @@ def seconds_of(window: str) -> int | None:
     if not _WHOLE.fullmatch(window):
         return None
     return sum(int(number) * _UNITS_S[unit] for number, unit in _PART.findall(window)) or None
+
+
+def in_words(seconds: float) -> str:
+    """As a client would say it: 30d, 1h30m."""
+    left, said = round(seconds), ""
+    for unit, size_s in _UNITS_S.items():
+        count, left = divmod(left, size_s)
+        said += f"{count}{unit}" if count else ""
+    return said

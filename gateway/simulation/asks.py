@@ -10,9 +10,10 @@ from random import Random
 from backends.engine import Prompt, named_prompt
 from backends.simulated import Work
 from backends.workload import Ask, replayed, synthetic
-from gateway.scenario import BACKLOG, CLOSED, OPEN, BadRows, Plan, Source, WorkloadEntry
+from gateway.scenario import BACKLOG, CLOSED, OPEN, BadRows, WorkloadEntry
 from gateway.settings import ConfigError
 from gateway.simulation.fleet import capacities, fits, servers_of
+from gateway.simulation.plan import Plan, Source
 from gateway.simulation.records import Record
 from policies.prefixes import FIRST_PREFIX_TOKENS
 from policies.types import Job, Kind, Role

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from gateway.scenario import Plan, Swept
+from gateway.scenario import Swept
 from gateway.simulation.figures import SHARES, Distributions
+from gateway.simulation.plan import Plan
 from gateway.simulation.records import PARTS
 from gateway.simulation.runs import Outcome
 from gateway.simulation.show import COLUMNS, MEASURED, Show, number

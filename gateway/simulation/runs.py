@@ -13,7 +13,6 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gateway.scenario import Plan
 from gateway.simulation.figures import (
     Distributions,
     Figures,
@@ -21,6 +20,7 @@ from gateway.simulation.figures import (
     figures_of,
 )
 from gateway.simulation.moves import Moved
+from gateway.simulation.plan import Plan
 from gateway.simulation.progress import Shares, write_share
 from gateway.simulation.records import Record, RunFacts
 from gateway.simulation.world import Case, Tick, Timeline, World

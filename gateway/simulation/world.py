@@ -8,42 +8,28 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from backends.actuators.simulated import SimulatedActuator
-from backends.engine import Engine, Resident
-from backends.simulated import Delays, Grid, SimulatedBackend, Work, load_of
+from backends.engine import Engine
+from backends.simulated import Delays, Grid, SimulatedBackend, load_of
 from backends.workload import Ask
 from gateway.core import Core, Rules
 from gateway.driver import Driver
 from gateway.planning import URGENT_S, Look, Planner
 from gateway.rulebook import control_of, rules_of
-from gateway.scenario import CLOSED, FleetEntry, Plan, PolicyEntry
+from gateway.scenario import CLOSED, FleetEntry, PolicyEntry
 from gateway.simulation.asks import Stream, opened, prefixes_of, prepared
-from gateway.simulation.budget import BudgetEntry
-from gateway.simulation.doors import DOORS, Door
+from gateway.simulation.doors import DOORS
+from gateway.simulation.entrance import Entrance
 from gateway.simulation.fleet import ServerPlan, engines_of, servers_of, worker_for
 from gateway.simulation.moves import Moved
 from gateway.simulation.oracles import ORACLES, answer_left
+from gateway.simulation.plan import Plan
+from gateway.simulation.recorder import Recorder
 from gateway.simulation.records import Ended, Record, RunFacts
 from policies.clock import VirtualClock
 from policies.demand import Targets
-from policies.events import (
-    Arrived,
-    Decision,
-    Dispatch,
-    Event,
-    Fail,
-    Failed,
-    Finished,
-    FirstToken,
-    Left,
-    LoadReport,
-    Preempted,
-    Reject,
-    SwitchOver,
-    WorkerUp,
-)
-from policies.ledger import Ledger
+from policies.events import Decision, Event, FirstToken, LoadReport, SwitchOver, WorkerUp
 from policies.registry import PLACE
-from policies.types import Job, Kind, Role, Worker
+from policies.types import Kind, Worker
 
 SAMPLES = 240
 """Points of a timeline while requests arrive."""
@@ -90,141 +76,6 @@ class Ran:
     """Of the ratio controller, where there is one."""
     moves: list[Moved]
     """What came of them."""
-
-
-class Recorder:
-    """Hears what the core hears, sees what it decides, and asks servers what a leg took."""
-
-    def __init__(self, ended: Callable[[Record], None]) -> None:
-        self.records: dict[str, Record] = {}
-        self._ended = ended
-
-    def decided(self, now_us: int, decision: Decision) -> None:
-        match decision:
-            case Dispatch(job=job):
-                self._dispatched(self.records[job.id], decision, now_us)
-            case Reject(job, reason):
-                self._over(self.records[job.id], Ended.REJECTED, reason, now_us)
-            case Fail(job, reason):
-                self._over(self.records[job.id], Ended.FAILED, reason, now_us)
-            case _:
-                pass
-
-    @staticmethod
-    def _dispatched(record: Record, dispatch: Dispatch, now_us: int) -> None:
-        if record.dispatched_us is None:
-            record.dispatched_us = now_us
-        record.sent_us = now_us
-        record.attempts = dispatch.attempt
-        record.prefill, record.decode = dispatch.prefill or "", dispatch.decode
-
-    def _over(self, record: Record, ended: Ended, reason: str, now_us: int) -> None:
-        record.ended, record.reason, record.last_us = ended, str(reason), now_us
-        self._ended(record)
-
-    def heard(self, event: Event, now_us: int) -> None:
-        match event:
-            case FirstToken(job_id):
-                record = self.records[job_id]
-                record.first_us = now_us if record.first_us is None else record.first_us
-            case Finished(job_id, generated):
-                record = self.records[job_id]
-                record.generated += generated
-                self._over(record, Ended.FINISHED, "", now_us)
-            case Failed(job_id):
-                self.records[job_id].generated += event.generated
-            case Preempted(job_id, generated, lost):
-                record = self.records[job_id]
-                record.generated += generated
-                record.preemptions += 1
-                record.lost_tokens += lost
-            case _:
-                pass
-
-    def leg_ended(self, job_id: str, resident: Resident) -> None:
-        record = self.records[job_id]
-        if resident.began_s is None:
-            return
-        began_us = round(resident.began_s * 1e6)
-        if record.computed_tokens == 0 and record.began_us is None:
-            record.cached_tokens = resident.cached_tokens
-        record.computed_tokens += resident.computed_tokens
-        if record.sent_us is not None and began_us >= record.sent_us:
-            record.began_us = began_us
-            computed_s = resident.computed_s
-            record.computed_us = None if computed_s is None else round(computed_s * 1e6)
-
-
-class Entrance:
-    """The way from a client through a door into the gateway."""
-
-    def __init__(
-        self,
-        core: Core,
-        driver: Driver,
-        backend: SimulatedBackend,
-        clock: Grid,
-        budget: BudgetEntry,
-    ) -> None:
-        self._core, self._driver, self._backend, self._clock = core, driver, backend, clock
-        self.budget = budget
-        self._work: dict[str, Work] = {}
-
-    def open(self, job: Job, work: Work) -> None:
-        self._work[job.id] = work
-        self._backend.open(job.id, work)
-
-    def close(self, job_id: str) -> None:
-        self._work.pop(job_id, None)
-
-    # What a door sees and does.
-
-    @property
-    def slots(self) -> int:
-        return sum(ledger.max_running for ledger in self._decoding())
-
-    @property
-    def online_waiting(self) -> int:
-        return self._core.queued(Kind.ONLINE)
-
-    @property
-    def kv_use(self) -> float:
-        told = [(e.load.used_tokens, e.kv_tokens) for e in self._decoding() if e.load]
-        return max((used / capacity for used, capacity in told if capacity), default=0.0)
-
-    def _decoding(self) -> list[Ledger]:
-        """Those of the moment: servers join, leave and change their roles."""
-        return [e for e in self._core.ledgers.values() if e.worker.role is not Role.PREFILL]
-
-    @property
-    def decoding_servers(self) -> int:
-        return len(self._decoding())
-
-    @property
-    def context_tokens(self) -> int:
-        return sum(e.load.used_tokens for e in self._decoding() if e.load)
-
-    @property
-    def now_s(self) -> float:
-        return self._clock.time()
-
-    def enter(self, job: Job) -> None:
-        self._driver.post(Arrived(job))
-
-    def turn_out(self, job: Job, again_s: float) -> None:
-        self._driver.post(Left(job.id))
-        self.call_in(again_s, self._come_again, job)
-
-    def call_in(self, seconds: float, callback: Callable[..., object], *given: object) -> None:
-        self._clock.call_at(self._clock.time() + seconds, callback, *given)
-
-    def _come_again(self, job: Job) -> None:
-        """Unless its answer was complete when it was turned out."""
-        if (work := self._work.get(job.id)) is not None:
-            self._backend.open(job.id, work)
-            self.door.arrived(job)
-
-    door: Door
 
 
 class World:

@@ -30,7 +30,8 @@ from benchmarks.coloc_shape import (
 from benchmarks.coloc_waves import checks_of
 from benchmarks.fidelity import Player, specs_of
 from gateway.config import Timeouts, load
-from gateway.scenario import Plan, PolicyEntry, planned
+from gateway.scenario import PolicyEntry
+from gateway.simulation.plan import Plan, planned
 from gateway.simulation.records import Ended
 from policies.types import Kind
 from tests.benchmarks.test_coloc import record

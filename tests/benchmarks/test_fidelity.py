@@ -17,8 +17,8 @@ from benchmarks.fidelity import (
 )
 from benchmarks.report import Report
 from gateway.config import Classes, Online, Timeouts
-from gateway.scenario import Plan, load
 from gateway.simulation.figures import Figures, figures_of
+from gateway.simulation.plan import Plan, load
 from gateway.simulation.records import RunFacts
 from gateway.simulation.runs import cases_of, run_case
 from tests.gateway.gateway_under_test import standing

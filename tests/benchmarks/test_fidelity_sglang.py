@@ -9,8 +9,8 @@ import pytest
 from backends.calibration_run import Facts
 from backends.steptimes import read_table
 from benchmarks.fidelity_sglang import SCENARIO, told, write_steps
-from gateway.scenario import load
 from gateway.simulation.fleet import servers_of
+from gateway.simulation.plan import load
 from policies.constants import lookup
 from policies.devices import device_named
 from policies.models import model_named

@@ -13,16 +13,10 @@ from hypothesis import strategies as st
 from backends.workload import Ask
 from benchmarks.fluid import Mix, Servers, Targets, bound
 from gateway.config import Policies
-from gateway.scenario import (
-    FleetEntry,
-    PolicyEntry,
-    Scenario,
-    ServerEntry,
-    WorkloadEntry,
-    planned,
-)
+from gateway.scenario import FleetEntry, PolicyEntry, Scenario, ServerEntry, WorkloadEntry
 from gateway.simulation.asks import prepared
 from gateway.simulation.fleet import servers_of
+from gateway.simulation.plan import planned
 from gateway.simulation.world import Case, World
 from policies.types import Kind, Role
 

@@ -6,9 +6,20 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.plugin_model import Row, played
+from benchmarks.plugin_mixed import (
+    Answer,
+    Asker,
+    Targets,
+    halted_s,
+    mingled,
+    seen,
+    spaced,
+    told_apart,
+    told_of,
+)
+from benchmarks.plugin_model import AsMeasured, Row, circled, played
 from benchmarks.plugin_overhead import resting_us
-from policies.step_line import StepLine
+from policies.step_line import SeenStep, StepLine
 
 LINE = StepLine(2_000.0, 500.0, 0.3)
 ONLINE = Row(prompt_tokens=600, tokens=60)
@@ -28,6 +39,49 @@ def test_a_target_is_kept_by_leaving_offline_requests_out() -> None:
     told = played(LINE, rows, "online-first", hold_steps=4)
     assert 0.6 * everyone < told[0].tpot_ms <= 0.8 * everyone
     assert {len(it.times_s) for it in told[4:]} == {119}  # the first one comes with the prompt
+
+
+def test_in_a_circle_the_next_comes_some_time_after_the_one_before_and_halts_the_others() -> None:
+    times = AsMeasured(LINE, join_s=0.05)
+    rows = [replace(ONLINE, tokens=11)] * 9
+    told = circled(times, [rows, rows], "all", 4, again_s=0.2, until_s=1.0)
+    first, second = told[0][:2]
+    assert second.times_s[0] - first.times_s[-1] == pytest.approx(0.25, abs=0.06)
+    assert [len(own) for own in told] == [3, 3]
+    assert [it.has_ended for it in told[0]] == [True, True, True]
+
+
+def test_each_client_counts_alike_and_an_answer_that_has_not_ended_is_none() -> None:
+    askers = [Asker(prompt=[1], is_tight=True), Asker(prompt=[2], is_tight=False)]
+    quick = Answer([0.0, 0.1, 0.2], 3, has_ended=True)
+    late = Answer([0.0, 0.3, 0.6], 3, has_ended=True)
+    begun = Answer([0.0, 0.1], 2, has_ended=False)
+    got = seen(askers, [[quick, quick, late], [late, begun]], Targets(100.0, 300.0), 0.0, 2.0)
+    assert got.met == pytest.approx((2 / 3 + 1) / 2)
+    assert got.per_s == pytest.approx((4 * 3 + 2) / 2)
+    assert got.gap_s == pytest.approx(1.9)  # nothing since, to whom was not served to the end
+
+
+def test_simulated_answers_are_counted_as_real_ones() -> None:
+    told = played(LINE, [ONLINE], "all", hold_steps=4)[0]
+    assert told_of(told).has_ended
+    assert told_of(told).tpot_ms == pytest.approx(told.tpot_ms)
+
+
+def test_a_step_that_somebody_joined_before_tells_for_how_long_all_were_halted() -> None:
+    usual = [SeenStep(n, n * 1_000, LINE.step_us(n, n * 1_000)) for n in (4, 4, 3, 3)]
+    slow = SeenStep(5, 5_000, LINE.step_us(5, 5_000) + 8_000)
+    kept, joining = told_apart([*usual, slow])
+    assert kept == usual[1:]
+    assert [it.joined for it in joining] == [2]
+    assert halted_s(LINE, joining) == pytest.approx(0.004)
+
+
+def test_any_first_few_prompts_are_about_as_long_as_all() -> None:
+    prompts = mingled(spaced((2_500, 3_600), 12))
+    assert sorted(prompts) == spaced((2_500, 3_600), 12)
+    for few in (3, 6, 9):
+        assert sum(prompts[:few]) / few == pytest.approx(3_050, rel=0.1)
 
 
 def test_rest_costs_something() -> None:

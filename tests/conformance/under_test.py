@@ -240,7 +240,7 @@ class Client:
     async def step_s(self, url: str, tokens: int = 20) -> float:
         """A decode step's time: the median between a lone request's tokens."""
         leg = self.generate(url, self.prompt(30), tokens)
-        came_s = []
+        came_s: list[float] = []
         while not leg.task.done():
             if len(leg.chunks) > len(came_s):
                 came_s += [time.perf_counter()] * (len(leg.chunks) - len(came_s))

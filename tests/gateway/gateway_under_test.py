@@ -278,12 +278,13 @@ async def standing(
     workers: Sequence[str] | None = None,
     entries: Mapping[str, Mapping[str, Any]] | None = None,
     relauncher: Callable[[EmulatedFleet], Relauncher] | None = None,
+    idle_s: float = 0.01,
     **sections: Any,
 ) -> AsyncIterator[Site]:
     """A site that serves. Afterwards nothing may be left of any request, and nothing complained of.
 
     `sections` replace those of QUICK; `workers` names those that the gateway knows at first;
-    `entries` holds more settings of some of them.
+    `entries` holds more settings of some of them. The gateway has nothing to do for `idle_s`.
     """
     more = entries or {}
     loop = asyncio.get_running_loop()
@@ -305,7 +306,7 @@ async def standing(
                 with capture_logs() as told:
                     await gateway.start()
                     spy_on(gateway, site)
-                    await asyncio.sleep(1.0)  # in timelines 0 stands for never
+                    await asyncio.sleep(idle_s)  # in timelines 0 stands for never
                     yield site
                     assert await site.nothing_left() == []
                 site.complaints += [str(one) for one in told if one["log_level"] == "error"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gateway.core import Rules
 from policies.breaker import Breaker, BreakerRule
 from policies.events import Arrived, Dispatch, Left, PrefillDone, WakeAt, Wakeup
-from policies.gather import AtOnce, Bucket, ByLength
+from policies.gather import AtOnce, ByLength
 from policies.ledger import Ledger
 from policies.order import Fcfs, Order, Shortest
 from policies.types import Worker
@@ -118,5 +118,5 @@ def test_no_batch_is_larger_than_the_cap_unless_it_is_one_prompt(prompts: list[i
 
 def test_without_it_nobody_is_held_and_every_free_server_will_do() -> None:
     books = [Ledger(prefill("p"), Breaker(BreakerRule()))]
-    assert AtOnce().due_us(online("a", 1), Bucket(), 1, books, 0) == 0
+    assert AtOnce().due_us(online("a", 1), 0, 1, books, 0) == 0
     assert AtOnce().servers(online("a", 1), books, 0) is books

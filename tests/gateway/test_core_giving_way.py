@@ -213,11 +213,7 @@ def test_nothing_is_lent_by_a_server_whose_steps_are_unknown() -> None:
 def test_without_a_relaxed_server_offline_work_does_as_it_is_told(
     policy: WithoutRelaxed, said: list[tuple[Any, ...]]
 ) -> None:
-    rules = replace(
-        RULES,
-        pools=ByLatency(lends=True, without_relaxed=policy),
-        holds_offline=policy is WithoutRelaxed.HOLD,
-    )
+    rules = replace(RULES, pools=ByLatency(lends=True, without_relaxed=policy))
     talk = Talk(strict_only(), rules)
     assert talk.arrive(offline("a")) == said
     assert talk.arrive(online("b")) == [("go", "b", "p", "d")]
@@ -268,6 +264,33 @@ def test_offline_work_that_waits_is_refused_when_the_last_relaxed_server_goes(
         assert talk.arrive(online("o1")) == []
     assert talk.say(gone) == [REFUSED]
     assert talk.say(Finished("o0", 1)) == ([("go", "o1", "p", "d")] if online_waits else [])
+
+
+HOLDS = replace(RULES, pools=ByLatency(lends=True, without_relaxed=WithoutRelaxed.HOLD))
+BACK: dict[str, Callable[[Talk], Any]] = {
+    "it is drained": lambda talk: talk.say(WorkerDraining("r", draining=False)),
+    "it is silent": lambda talk: talk.say(WorkerUp(relaxed())),
+    "its breaker is open": Talk.sleep,
+}
+
+
+@pytest.mark.parametrize("costs", [Costs(), RULES.costs], ids=["nothing lent", "lent"])
+@pytest.mark.parametrize("way", GONE)
+def test_held_offline_work_waits_for_a_relaxed_server_whatever_strict_ones_could_lend(
+    way: str, costs: Costs
+) -> None:
+    talk = Talk(fleet(), replace(HOLDS, costs=costs))
+    GONE[way](talk)
+    assert talk.arrive(offline("a")) == []
+    assert talk.say(LoadReport("d", load())) == []
+    assert talk.arrive(online("b")) == [("go", "b", "p", "d")]
+    assert talk.say(PrefillDone("b"), FirstToken("b"), Finished("b", 1)) == []
+    assert BACK[way](talk) == [("go", "a", "p", "r")]
+
+
+def test_a_relaxed_server_that_is_full_lets_strict_ones_lend_to_held_work() -> None:
+    talk = Talk([prefill(), decode("d"), relaxed(max_running=1)], HOLDS)
+    assert talk.arrive(offline("a"), offline("b")) == [("go", "a", "p", "r"), ("go", "b", "p", "d")]
 
 
 def test_offline_work_whose_last_relaxed_server_fails_three_times_is_refused() -> None:
@@ -324,7 +347,8 @@ def test_in_one_pool_offline_work_goes_to_strict_servers_too() -> None:
     assert {e.decodes for e in talk.core.ledgers.values() if e.worker.name != "p"} == {1}
 
 
-def test_a_strict_server_with_room_takes_over_what_is_slow_elsewhere() -> None:
+def crowded() -> Talk:
+    """A relaxed server whose steps are long beside a strict one with room."""
     crowd = [f"{i:03}" for i in range(120)]
     talk = Talk(fleet(), replace(RULES, admit=Colocated(tpot_us=50_000, gate=False)))
     for name in crowd:
@@ -332,9 +356,20 @@ def test_a_strict_server_with_room_takes_over_what_is_slow_elsewhere() -> None:
         talk.say(PrefillDone(name), FirstToken(name))
     talk.say(Progress(tuple((name, 5) for name in crowd)))
     talk.say(Finished(crowd[0], 3000))
+    return talk
+
+
+def test_a_strict_server_with_room_takes_over_what_is_slow_elsewhere() -> None:
+    talk = crowded()
     ((what, name, why),) = talk.say(LoadReport("d", load()))
     assert (what, why) == ("preempt", "pulled")
     assert talk.say(Preempted(name, 5)) == [("go", name, "p", "d", "resume")]
+
+
+def test_nothing_is_pulled_off_a_server_that_is_being_drained() -> None:
+    talk = crowded()
+    talk.say(WorkerDraining("r"))
+    assert talk.say(LoadReport("d", load())) == []
 
 
 def test_of_many_servers_that_may_hand_work_over_one_is_looked_at_at_a_time() -> None:

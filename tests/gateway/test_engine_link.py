@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -11,15 +12,17 @@ from typing import Any, cast
 
 import pytest
 from aiohttp import web
+from structlog.testing import capture_logs
 
 from backends.http import Upstream
 from backends.sglang import Server
 from gateway.core import Core
-from gateway.engine_link import EngineLink, reachable
+from gateway.engine_link import UNHEARD, EngineLink
 from gateway.facts import Facts
 from gateway.plugin_settings import PluginSettings
 from gateway.roll import Roll
 from gateway.rules import Rules
+from gateway.step_reports import reachable
 from gateway.suitability import Level, of_server
 from policies.events import Event
 from policies.types import Role, Worker
@@ -154,6 +157,20 @@ async def test_a_server_that_says_odd_things_has_its_plug_in_lost_and_nothing_el
         await asyncio.sleep(11)
         assert not site.server.is_known
         assert await site.met() == []
+
+
+async def test_a_gateway_without_pyzmq_hears_no_reports_and_says_how_it_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "zmq", None)
+    monkeypatch.delitem(sys.modules, "gateway.step_reports", raising=False)
+    async with standing() as site:
+        site.engine.info = state(reports=ON)
+        with capture_logs() as told:
+            assert await site.met() == ["decode", "prefill"]
+        assert [line["off"] for line in told if line["event"] == "engine plug-in"] == [
+            {"reports": UNHEARD}
+        ]
 
 
 async def test_reports_from_nowhere_are_not_heard_and_the_lease_is_renewed() -> None:

@@ -113,6 +113,7 @@ def controlled(mode: Mode) -> dict[str, Any]:
         "classes": replace(QUICK.classes, online=online),
         "cost": Cost(model="Llama-3.1-8B", device="h100"),
         "ratio": RatioSettings(policy="dopd+", mode=mode, interval_s=5.0),
+        "idle_s": 1.0,  # of the first interval
     }
 
 

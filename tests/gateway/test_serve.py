@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import argparse
+import socket
 from pathlib import Path
+from random import Random
 
 import pytest
 import structlog
 
+from backends.fleet import interpreter
+from backends.fleet.spec import FleetSpec
 from gateway import serve
 from gateway.__main__ import main
 from gateway.config import Config, WorkerEntry
 from gateway.settings import ConfigError
+from policies.clock import VirtualClock
 from policies.types import Pool, Role
 
 
@@ -214,6 +219,29 @@ def test_flags_that_hide_the_files_servers_are_told_of(
 ) -> None:
     words = ("--config", written(tmp_path, text), "--worker-urls", "http://flag:1")
     assert serve._read(given(*words)).flags_hide_workers is hidden
+
+
+async def test_a_taken_address_is_told_before_a_fleet_is_started() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        fleet = FleetSpec(model="/nowhere")  # that would be told next
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: .*in use"):
+            await serve._run_over_fleet(given("--port", port), fleet, VirtualClock(), Random(1))
+
+
+@pytest.mark.parametrize("words", [["fleet"], ["serve", "--port", "0", "--fleet"]])
+def test_a_fleet_that_cannot_be_started_ends_every_command_with_the_same_status(
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gateway.collector.run_rarely", lambda: None)
+    monkeypatch.setattr(interpreter, "missing_library", lambda: None)
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(f'model = "{tmp_path}/absent"\n')
+    assert main([*words, str(fleet)]) == 2
+    assert f"{tmp_path}/absent" in capsys.readouterr().err
 
 
 def test_a_started_fleet_stands_beside_the_servers_of_the_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Servers with the plug-in, one fleet at a time; without SGLang nothing here is collected."""
+"""Servers with the plug-in, started once; without SGLang nothing here is collected."""
 
 from __future__ import annotations
 
@@ -15,41 +15,19 @@ from tests.plugin.ground import FLOOR_S, GROUNDS, RETRACTING, Ground, Trial, spe
 collect_ignore_glob = [] if is_included() else ["test_*.py"]
 
 
-class Fleets:
-    """Keeps the last one: tests are ordered by the ground that they stand on."""
-
-    def __init__(self, factory: pytest.TempPathFactory) -> None:
-        self._factory = factory
-        self._name = ""
-        self._open = ExitStack()
-
-    def get(self, name: str) -> RealServers:
-        if name != self._name:
-            self._open.close()
-            logs = self._factory.mktemp(name.replace(" ", "-"))
-            with pytest.MonkeyPatch.context() as patch:
-                for key, value in RETRACTING.items():  # read where SGLang is imported
-                    patch.setenv(key, value)
-                self._servers = self._open.enter_context(RealServers(spec(name, logs)))
-            self._name = name
-        return self._servers
-
-    def close(self) -> None:
-        self._open.close()
-
-
 @pytest.fixture(scope="session")
-def fleets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleets]:
-    fleets = Fleets(tmp_path_factory)
-    try:
-        yield fleets
-    finally:
-        fleets.close()
+def plugin_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServers]:
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in RETRACTING.items():  # read where SGLang is imported
+                patch.setenv(key, value)
+            servers = stack.enter_context(RealServers(spec(tmp_path_factory.mktemp("plugin"))))
+        yield servers
 
 
 @pytest.fixture(scope="session", params=GROUNDS)
-def ground(request: pytest.FixtureRequest, fleets: Fleets) -> Ground:
-    return Ground(request.param, fleets.get(GROUNDS[request.param][0]))
+def ground(request: pytest.FixtureRequest, plugin_fleet: RealServers) -> Ground:
+    return Ground(request.param, plugin_fleet)
 
 
 @pytest.fixture

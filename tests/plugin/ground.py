@@ -25,36 +25,34 @@ FLOOR_S = 0.005
 MODES = {"all": 0, "online-first": 1, "slack": 2, "random": 90, "faulty": 91}
 _SMALL = ("--chunked-prefill-size", str(CHUNK_TOKENS))
 _GRAMMAR = ("--grammar-backend", "xgrammar")
-_PREFILL = Group(role=Role.PREFILL, flags=_SMALL)
+_WAITING = "--disable-overlap-schedule"
 _DECODE = ("--num-reserved-decode-tokens", "32")
 
-FLEETS: dict[str, tuple[Group, ...]] = {
-    "unified": (
-        Group(
-            role=Role.UNIFIED,
-            flags=(*_SMALL, *_GRAMMAR, "--disable-overlap-schedule", "--enable-mixed-chunk"),
-        ),
-        Group(role=Role.UNIFIED, flags=(*_SMALL, *_GRAMMAR)),
-    ),
-    "pair": (_PREFILL, Group(role=Role.DECODE, flags=_DECODE)),
-    "overlapping pair": (_PREFILL, Group(role=Role.DECODE, flags=_DECODE)),
-}
+SERVERS = (
+    Group(role=Role.UNIFIED, flags=(*_SMALL, *_GRAMMAR, _WAITING, "--enable-mixed-chunk")),
+    Group(role=Role.UNIFIED, flags=(*_SMALL, *_GRAMMAR)),
+    Group(role=Role.PREFILL, flags=_SMALL),
+    Group(role=Role.DECODE, flags=(*_DECODE, _WAITING)),
+    Group(role=Role.DECODE, flags=_DECODE),
+)
+"""One fleet: SGLang is imported but once, and both pairs share the server that prefills."""
 GROUNDS = {
-    "unified": ("unified", 0),
-    "overlapping": ("unified", 1),
-    "pair": ("pair", 1),
-    "overlapping-pair": ("overlapping pair", 1),
+    "unified": (0, 0),
+    "overlapping": (1, 1),
+    "pair": (2, 3),
+    "overlapping-pair": (2, 4),
 }
+"""Which servers compute prompts and answers."""
 
 
-def spec(fleet: str, logs: Path) -> FleetSpec:
+def spec(logs: Path) -> FleetSpec:
     return FleetSpec(
         logs=str(logs),
         kv_tokens=KV_TOKENS,
-        overlap=fleet == "overlapping pair",
+        overlap=True,
         plugin=True,
         env={"SLACKWATER_PLUGIN_DRILL": "1"},
-        servers=FLEETS[fleet],
+        servers=SERVERS,
     )
 
 
@@ -62,16 +60,16 @@ class Ground:
     """The server whose steps are chosen, and the one before it where there are two."""
 
     def __init__(self, name: str, servers: RealServers) -> None:
-        fleet, place = GROUNDS[name]
+        prefill, decode = GROUNDS[name]
         self.name = name
         self.servers = servers
         self.known: dict[str, dict[int, list[int]]] = {}
         """What stock SGLang answers here."""
-        self.is_pair = fleet != "unified"
+        self.is_pair = prefill != decode
         self.overlaps = "overlapping" in name
-        self.url = servers.servers[place].url
+        self.url = servers.servers[decode].url
         self.decode = self.relaxed = self.unified = self.url
-        self.prefill = servers.servers[0].url if self.is_pair else self.url
+        self.prefill = servers.servers[prefill].url
         """The server that computes prompts."""
 
     def bootstrap_port(self, url: str) -> int:
@@ -104,7 +102,7 @@ class Trial:
         self._rng = random.Random(ground.name)
         """The same asks in every test, so that stock SGLang is asked but once."""
 
-    def asks(self, count: int, *, prompt: int = 150, tokens: int = 60, **more: Any) -> list[Ask]:
+    def asks(self, count: int, *, prompt: int = 150, tokens: int = 40, **more: Any) -> list[Ask]:
         """Of many lengths; every second one is offline."""
         return [
             Ask(

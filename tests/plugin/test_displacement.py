@@ -15,8 +15,8 @@ pytestmark = [
     pytest.mark.timeout(120, func_only=True),
     pytest.mark.parametrize("ground", ["unified", "overlapping", "pair"], indirect=True),
 ]
-LONG_TOKENS = 20 * CHUNK_TOKENS
-CHUNK_S = 0.12
+LONG_TOKENS = 12 * CHUNK_TOKENS
+CHUNK_S = 0.1
 """The floor of a prefill step, so that a test can look at what is going on."""
 
 
@@ -84,7 +84,7 @@ async def test_a_prompt_put_aside_can_be_aborted_and_leaves_nothing(trial: Trial
     prefill, rid = trial.ground.prefill, trial.client.rid()
     await trial.slow(CHUNK_S)
     first = await under_way(trial, long, rid)
-    online = [trial.send(Ask(trial.client.prompt(6 * CHUNK_TOKENS), 2)) for _ in range(2)]
+    online = [trial.send(Ask(trial.client.prompt(4 * CHUNK_TOKENS), 2)) for _ in range(2)]
     await trial.until("aside", 1, prefill)
     for url in {prefill, trial.ground.url}:
         await trial.client.abort(url, rid)
@@ -99,8 +99,8 @@ async def test_a_prompt_put_aside_can_be_aborted_and_leaves_nothing(trial: Trial
 async def test_a_pause_with_a_prompt_aside_loses_nothing(trial: Trial) -> None:
     # A prefill server keeps what is in its chunks over any pause.
     how = "in_place" if trial.ground.is_pair else "retract"
-    long = Ask(trial.client.prompt(10 * CHUNK_TOKENS), 5, offline=True)
-    online = replace(long, ids=trial.client.prompt(5 * CHUNK_TOKENS), offline=False)
+    long = Ask(trial.client.prompt(8 * CHUNK_TOKENS), 5, offline=True)
+    online = replace(long, ids=trial.client.prompt(4 * CHUNK_TOKENS), offline=False)
     prefill = trial.ground.prefill
     await trial.slow(CHUNK_S)
     first = await under_way(trial, long)

@@ -40,7 +40,7 @@ async def test_log_probabilities_are_those_of_stock(trial: Trial) -> None:
         replace(
             ask, more={"return_logprob": True, "top_logprobs_num": 2 * (i % 2)} if i % 3 else {}
         )
-        for i, ask in enumerate(trial.asks(8, tokens=40))
+        for i, ask in enumerate(trial.asks(8, tokens=30))
     ]
 
     async def told() -> list[list[float]]:
@@ -54,12 +54,14 @@ async def test_log_probabilities_are_those_of_stock(trial: Trial) -> None:
     await trial.set("random", share=0.4)
     await trial.same(asks, stock)
     # A retraction costs stock SGLang some of them: each request is asked until it is spared one.
-    tries = [await told() for _ in range(3)]
-    # Sums in batches of other sizes differ in their last digits.
-    same = [
-        any(it[i] == pytest.approx(one, abs=1e-3) for it in tries) for i, one in enumerate(alone)
-    ]
-    assert all(same), same
+    missing = set(range(len(alone)))
+    for _ in range(4):
+        got = await told()
+        # Sums in batches of other sizes differ in their last digits.
+        missing = {i for i in missing if got[i] != pytest.approx(alone[i], abs=1e-3)}
+        if not missing:
+            break
+    assert not missing
     assert sum(map(len, alone)) > 100
 
 
@@ -67,7 +69,7 @@ async def test_a_grammar_is_kept(trial: Trial) -> None:
     sampling = {"regex": "[a-f0-9]{12,30}z[0-9]{8}", "ignore_eos": False}
     asks = [
         replace(ask, sampling=sampling if i % 2 and not trial.ground.is_pair else None)
-        for i, ask in enumerate(trial.asks(8, tokens=40))
+        for i, ask in enumerate(trial.asks(8, tokens=30))
     ]
     stock = await trial.stock(asks)
     await trial.set("random", share=0.4)
@@ -81,7 +83,7 @@ async def test_penalties_count_every_token(trial: Trial) -> None:
         {},
         {},
     )
-    asks = [replace(ask, sampling=kinds[i % 4]) for i, ask in enumerate(trial.asks(12, tokens=40))]
+    asks = [replace(ask, sampling=kinds[i % 4]) for i, ask in enumerate(trial.asks(12, tokens=30))]
     await trial.set("all")
     await trial.slow(None)
     waves = [await trial.wave(asks) for _ in range(3)]
@@ -98,7 +100,7 @@ async def test_penalties_count_every_token(trial: Trial) -> None:
 
 
 async def test_an_abort_ends_a_request_that_waits_and_no_other(trial: Trial) -> None:
-    online = [Ask(trial.prompt(50), 200) for _ in range(3)]
+    online = [Ask(trial.prompt(50), 50) for _ in range(3)]
     offline = [Ask(trial.prompt(60), 30, offline=True) for _ in range(4)]
     stock = await trial.stock([*online, *offline])
     await trial.set(
@@ -124,7 +126,7 @@ async def test_an_abort_ends_a_request_that_waits_and_no_other(trial: Trial) -> 
 
 @pytest.mark.parametrize("how", ["in_place", "retract"])
 async def test_a_pause_in_the_midst_of_a_choice_loses_nothing(trial: Trial, how: str) -> None:
-    asks = [Ask(trial.prompt(50), 50, offline=i % 2 == 1) for i in range(4)]
+    asks = [Ask(trial.prompt(50), 35, offline=i % 2 == 1) for i in range(4)]
     stock = await trial.stock(asks)
     await trial.set("online-first", tpot_us=1_000, base_us=900, request_us=500, most_parked_us=6e7)
     await trial.slow(STEP_S)

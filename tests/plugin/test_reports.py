@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.real_time, pytest.mark.timeout(60, func_only=True)]
 
 
 async def test_every_step_is_told_with_who_was_in_it(trial: Trial) -> None:
+    await trial.wave(trial.asks(4, tokens=30))  # what came before, a warm-up, is over with it
     state = await trial.state()
     context = zmq.asyncio.Context()
     steps: list[dict[str, Any]] = []

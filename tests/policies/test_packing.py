@@ -32,6 +32,9 @@ def by_longest(count: int, context: int, longest: int) -> float:
 
 
 LAWS_OF_STEPS = [by_sum, by_longest]
+DUE = PACKING["slack-due"]
+assert isinstance(DUE, Slack)
+SLACKS = [Slack(), DUE]
 
 rows = st.builds(
     Running,
@@ -68,7 +71,7 @@ def test_a_packing_chooses_some_of_those_that_run_in_order_and_the_same_twice(
     assert chosen == PACKING[name].choose(members, step_us)
 
 
-@pytest.mark.parametrize("packing", [All(), Kairos(), Slack(), OnlineFirst()])
+@pytest.mark.parametrize("packing", [All(), Kairos(), *SLACKS, OnlineFirst()])
 @given(running, step_laws)
 def test_whoever_must_step_steps(packing: Packing, members: list[Running], step_us: StepUs) -> None:
     must = {i for i, member in enumerate(members) if member.must_step}
@@ -84,20 +87,34 @@ def test_a_step_of_some_is_no_longer_than_those_on_time_can_bear(
         assert took(members, chosen, step_us) <= Slack().limit_us(members)
 
 
+def test_where_too_few_fit_the_engine_steps_as_few_more_as_tokens_per_second_ask_for() -> None:
+    """Each request costs less than a mean one: a step of one alone would halve the tokens."""
+    members = [row(1_000, slack_ms=30)._replace(tpot_us=12_000.0) for _ in range(6)]
+    members += [row(90_000, slack_ms=30_000)] * 2
+    assert isinstance(DUE, Slack)
+    assert DUE.limit_us(members) < by_sum(1, 1_000, 1_000)
+    assert Slack().choose(members, by_sum) == [*range(8)]
+    assert DUE.choose(members, by_sum) == [*range(3)]
+
+
+@pytest.mark.parametrize("slack", SLACKS)
 @given(running, step_laws)
 def test_nobody_is_left_out_where_a_step_of_all_keeps_to_the_limit_or_a_turn_has_come(
-    members: list[Running], step_us: StepUs
+    slack: Slack, members: list[Running], step_us: StepUs
 ) -> None:
     """So packing is stock, unless stock makes somebody late."""
-    chosen = Slack().choose(members, step_us)
+    chosen = slack.choose(members, step_us)
     if len(chosen) < len(members):
-        assert took(members, range(len(members)), step_us) > Slack().limit_us(members)
-        assert all(m.skipped < Slack().most_skipped for m in members)
+        assert took(members, range(len(members)), step_us) > slack.limit_us(members)
+        assert all(m.skipped < slack.most_skipped for m in members)
 
 
+@pytest.mark.parametrize("slack", SLACKS)
 @given(running, step_laws)
-def test_packing_never_costs_tokens_per_second(members: list[Running], step_us: StepUs) -> None:
-    chosen, everybody = Slack().choose(members, step_us), range(len(members))
+def test_packing_never_costs_tokens_per_second(
+    slack: Slack, members: list[Running], step_us: StepUs
+) -> None:
+    chosen, everybody = slack.choose(members, step_us), range(len(members))
     stock = len(members) / took(members, everybody, step_us)
     assert len(chosen) / took(members, chosen, step_us) >= stock * (1 - 1e-9)
 
@@ -112,9 +129,10 @@ def test_whoever_is_left_out_holds_more_than_whoever_is_not(
     assert not inside or not outside or max(inside) <= min(outside)
 
 
+@pytest.mark.parametrize("slack", SLACKS)
 @given(st.lists(st.integers(1, 131_072), min_size=1, max_size=10), step_laws)
 def test_who_waits_no_turn_is_left_out_for_longer_than_the_bound(
-    contexts: list[int], step_us: StepUs
+    slack: Slack, contexts: list[int], step_us: StepUs
 ) -> None:
     """All of them late: nothing bounds the step, and the long ones would be left out for good."""
     skipped = [0] * len(contexts)
@@ -122,9 +140,9 @@ def test_who_waits_no_turn_is_left_out_for_longer_than_the_bound(
         members = [
             Running(c, step, 1e9, TPOT_US, s) for c, s in zip(contexts, skipped, strict=True)
         ]
-        chosen = set(Slack().choose(members, step_us))
+        chosen = set(slack.choose(members, step_us))
         skipped = [0 if i in chosen else s + 1 for i, s in enumerate(skipped)]
-        assert max(skipped) <= Slack().most_skipped
+        assert max(skipped) <= slack.most_skipped
 
 
 def test_a_long_context_waits_until_the_others_are_ahead_of_their_target() -> None:
@@ -132,6 +150,30 @@ def test_a_long_context_waits_until_the_others_are_ahead_of_their_target() -> No
     assert Slack().choose([*short, row(120_000)], by_longest) == [0, 1]
     ahead = [Running(4_000, 99, 1_000_000.0, TPOT_US)] * 2
     assert Slack().choose([*ahead, row(120_000)], by_longest) == [0, 1, 2]
+
+
+def test_who_would_be_late_before_the_next_choice_goes_before_short_ones_with_time() -> None:
+    members = [
+        row(4_000, slack_ms=20),
+        row(100_000, slack_ms=30_000),
+        row(70_000, slack_ms=20),
+        row(4_000, slack_ms=30_000),
+    ]
+
+    def step_us(count: int, context: int, longest: int) -> float:
+        return 400.0 + 0.53 * context
+
+    assert DUE.choose(members, step_us) == [0, 2]
+    assert Slack().choose(members, step_us) == [0, 3]
+
+
+def test_who_was_halted_may_catch_up_and_who_is_late_for_good_may_not() -> None:
+    """A pause of all, as somebody joins, makes all late; without forgiveness nothing follows."""
+    for late_tokens, chosen in ((5, [0, 1]), (40, [0, 1, 2])):
+        halted = row(4_000, slack_ms=-late_tokens * TPOT_US / 1e3)
+        members = [halted, halted, row(120_000)._replace(tpot_us=10 * TPOT_US)]
+        assert DUE.choose(members, by_longest) == chosen
+        assert Slack().choose(members, by_longest) == [0, 1, 2]
 
 
 def test_the_limit_is_that_of_the_strictest_whoever_joined_first() -> None:

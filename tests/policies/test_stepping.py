@@ -101,5 +101,18 @@ def test_more_work_is_never_predicted_to_take_less_time(seen: list[SeenStep]) ->
     assert min(found) >= 0
 
 
+def test_steps_that_were_held_up_do_not_lift_the_line_where_steps_are_short() -> None:
+    """A third of them, by as much whatever their size: more than the spread of the usual ones."""
+    seen = [
+        SeenStep(count, count * context, LINE.step_us(count, count * context))
+        for count in range(1, 16)
+        for context in (300, 1_000, 3_000)
+    ]
+    held_up = [step._replace(took_us=step.took_us + 6_000) for step in seen[::3]]
+    found = fitted([*seen, *held_up])
+    assert found is not None
+    assert found.step_us(3, 3_000) == pytest.approx(LINE.step_us(3, 3_000), rel=0.05)
+
+
 def test_from_nothing_nothing_is_said() -> None:
     assert fitted([]) is None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -18,6 +18,7 @@ import aiohttp
 import pytest
 
 from backends.fleet import interpreter, memory
+from backends.fleet.command import add_arguments, run_fleet
 from backends.fleet.fleet import Fleet, how_it_ended, last_lines
 from backends.fleet.models import Shape
 from backends.fleet.plan import Server
@@ -170,6 +171,7 @@ async def test_a_server_that_ends_by_itself_is_restarted(
     ]
 
 
+@pytest.mark.usefixtures("_restarts_soon")
 async def test_a_server_that_hangs_when_it_is_restarted_is_ended_and_tried_again(
     spec: FleetSpec, http: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
@@ -338,20 +340,13 @@ def test_only_the_end_of_a_long_log_is_shown(tmp_path: Path) -> None:
     assert last_lines(tmp_path / "absent.log") == ""
 
 
-def test_the_command_reports_a_failed_start_with_exit_code_1(tmp_path: Path) -> None:
-    code = (
-        "import argparse, sys; from backends.fleet.command import add_arguments, run_fleet; "
-        "parser = argparse.ArgumentParser(); add_arguments(parser); "
-        "sys.exit(run_fleet(parser.parse_args()))"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", code, "--model", str(tmp_path / "absent")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 1
-    assert "slackwater fleet: " in ended.stderr
+def test_the_command_reports_a_failed_start_with_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert run_fleet(parser.parse_args(["--model", str(tmp_path / "absent")])) == 2
+    assert "slackwater fleet: " in capsys.readouterr().err
 
 
 OPEN_AND_WAIT = """

@@ -124,6 +124,7 @@ async def test_of_two_who_ask_at_once_one_is_told_that_another_does_it(spec: Fle
         assert await role_of(second.url) == "decode"
 
 
+@pytest.mark.usefixtures("_restarts_soon")
 async def test_a_server_that_ends_by_itself_after_its_relaunch_is_restarted_in_its_new_role(
     spec: FleetSpec,
 ) -> None:

@@ -10,15 +10,16 @@ from pathlib import Path
 import asyncpg  # type: ignore[import-untyped]
 import pytest
 
+from benchmarks import postgres
 from gateway.batch.store import Store
-from tests.gateway.batch.postgres import is_included, postgres
+from tests.gateway.batch.postgres import is_included
 
 DATABASES = ("sqlite", *(("postgresql",) if is_included() else ()))
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
-    with postgres() as url:
+    with postgres.running(durable=False) as url:
         yield url
 
 

@@ -28,6 +28,8 @@ FLEET = (
     spec("d1", Role.DECODE, speed=20.0),
     spec("u1", Role.UNIFIED, speed=20.0),
 )
+UNHURRIED = (spec("p1", Role.PREFILL, speed=20.0), spec("d1", Role.DECODE))
+"""Long answers are far from their end when something happens, and cost little until then."""
 OVER = frozenset({"completed", "failed", "expired", "cancelled"})
 
 

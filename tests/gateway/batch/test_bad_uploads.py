@@ -178,6 +178,20 @@ async def test_batches_that_are_refused_leave_nothing(site: Served) -> None:
     assert (await site.ask("GET", "/v1/batches", headers=headers()))[1]["data"] == []
 
 
+async def test_a_refusal_says_what_was_sent_and_what_there_is(site: Served) -> None:
+    told = (await upload(site, form(purpose="fine-tune")))[1]["error"]["message"]
+    assert told == "purpose is 'fine-tune'; the one that there is here is 'batch'"
+    for window, words in {
+        "soon": "'soon', which is no duration: 24h, 90m, 1h30m and 7d are some",
+        "900d": "'900d', and may be 30d at most",
+        "\n" * 999: "...', which is no duration",
+        "²h": "which is no duration",
+    }.items():
+        told = (await submit(site, "file-1", completion_window=window))[1]["error"]["message"]
+        assert words in told, window
+        assert len(told) < 300, window
+
+
 async def test_quotas_are_those_of_the_key(site: Served) -> None:
     file_id = await uploaded(site, "two")
     assert (await submit(site, file_id, "two"))[0] == 200
@@ -187,6 +201,15 @@ async def test_quotas_are_those_of_the_key(site: Served) -> None:
         assert (await upload(site, form(b"x" * 9_000)))[0] == 200
     status, body = await upload(site, form(b"x" * 9_000))
     assert (status, body["error"]["code"]) == (429, "quota_exceeded")
+
+
+async def test_an_id_that_cannot_be_one_is_nothing_to_look_for(site: Served) -> None:
+    for path in ("/v1/files/%00", "/v1/batches/a%0Ab", f"/v1/files/{'x' * 65}/content"):
+        status, body = await site.ask("GET", path, headers=headers())
+        assert (status, body["error"]["code"]) == (404, "not_found"), path
+    for path in ("/v1/files?after=%00", "/v1/batches?after=%00"):
+        status, body = await site.ask("GET", path, headers=headers())
+        assert (status, body["error"]["param"]) == (400, "after"), path
 
 
 async def test_content_comes_in_ranges(site: Served) -> None:

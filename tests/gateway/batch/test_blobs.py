@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -114,6 +115,27 @@ async def test_writes_after_the_end_are_nobodys(tmp_path: Path) -> None:
     await asyncio.wait([asyncio.create_task(sink.abandon()) for _ in range(2)])
     await sink.write(b"late")
     assert (tmp_path / "one").read_bytes() == b""
+    blobs.close()
+
+
+async def test_a_disk_that_hangs_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs = threading.Event()
+
+    class Hanging(Folder):
+        def read(self, blob: str, ranges: Sequence[Range]) -> list[bytes]:
+            hangs.wait()
+            return super().read(blob, ranges)
+
+    monkeypatch.setattr("gateway.batch.files._PATIENCE_S", 0.05)
+    blobs = Blobs(Hanging(tmp_path))
+    await kept(blobs, "one", b"x")
+    with pytest.raises(StorageUnavailable, match="in time"):
+        await blobs.read_many("one", [(0, 1)])
+    hangs.set()
+    monkeypatch.undo()
+    assert await blobs.read("one", 0, 1) == b"x"
     blobs.close()
 
 

@@ -14,7 +14,7 @@ from openai.types import Batch
 from backends.emulator import FaultKind
 from gateway.batch.client import BatchClient
 from policies.types import Kind
-from tests.gateway.batch.living import FLEET, Living, before, emulated, lines, living
+from tests.gateway.batch.living import FLEET, UNHURRIED, Living, before, emulated, lines, living
 from tests.gateway.gateway_under_test import chat, completion, fault, responses
 
 pytestmark = pytest.mark.real_time
@@ -73,7 +73,7 @@ async def test_openais_client_gets_its_batch_back(tmp_path: Path, endpoint: Endp
 
 
 async def test_a_batch_that_is_cancelled_keeps_what_is_done(tmp_path: Path) -> None:
-    async with living(tmp_path, FLEET[:2]) as it, it.openai() as client:
+    async with living(tmp_path, UNHURRIED) as it, it.openai() as client:
         bodies = [chat(4 if i < 5 else 6000, model="emulated", user=str(i)) for i in range(60)]
         made = await it.submit(bodies, "/v1/chat/completions", "24h")
         async with asyncio.timeout(20.0):
@@ -91,7 +91,7 @@ async def test_a_batch_that_is_cancelled_keeps_what_is_done(tmp_path: Path) -> N
 
 
 async def test_a_window_that_ends_keeps_what_is_done(tmp_path: Path) -> None:
-    async with living(tmp_path, FLEET[:2]) as it:
+    async with living(tmp_path, UNHURRIED) as it:
         bodies = [chat(4 if i < 5 else 9000, model="emulated", user=str(i)) for i in range(20)]
         batch = await it.over(await it.submit(bodies, "/v1/chat/completions", "2s"))
         assert batch["status"] == "expired"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
 from pathlib import Path
@@ -32,8 +33,10 @@ async def test_a_locked_database_is_an_error_and_works_again_afterwards(
 ) -> None:
     monkeypatch.setattr(databases, "_PATIENCE_S", 0.2)
     async with served(tmp_path, KEY) as site:
-        stranger = sqlite3.connect(tmp_path / "batches.sqlite", isolation_level=None)
-        stranger.execute("BEGIN IMMEDIATE")
+        stranger = sqlite3.connect(
+            tmp_path / "batches.sqlite", isolation_level=None, check_same_thread=False
+        )
+        await asyncio.to_thread(stranger.execute, "BEGIN IMMEDIATE")  # it may have to wait for us
         status, body = await site.ask(
             "POST", "/v1/files", data=form(jsonl(row(1))), headers=headers()
         )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from gateway.batch import kept as files_kept
 from gateway.batch.faults import Fenced, InUse, NotThere, QuotaExceeded, WrongStatus
 from gateway.batch.objects import Holdings, Problem, Purpose, Quota, Stage, Status
 from gateway.batch.store import Store
@@ -53,6 +54,17 @@ async def test_pages_follow_each_other_in_either_order(store: Store) -> None:
     assert newest == [files[4], files[3]]
     with pytest.raises(NotThere):
         await store.files("a", limit=2, after="file-unknown")
+
+
+@pytest.mark.parametrize("limit", [2, 3, 4, 6, 7, 9])
+async def test_a_long_page_is_read_in_slices(
+    store: Store, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(files_kept, "_SLICE", 3)
+    files = [await keep(store, new_file()) for _ in range(7)]
+    assert await store.files("a", limit=limit, order="asc") == (files[:limit], limit < 7)
+    newest = files[-2::-1]
+    assert await store.files("a", limit=limit, after=files[-1].id) == (newest[:limit], limit < 6)
 
 
 async def test_pages_may_be_of_one_purpose(store: Store) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 from sqlalchemy import Connection, select, text
@@ -74,3 +75,13 @@ async def test_an_address_that_leads_nowhere_is_a_fault_and_no_traceback(databas
     for url in nowhere:
         with pytest.raises(StorageUnavailable):
             await Database.open(url)
+
+
+async def test_a_database_that_cannot_be_opened_leaves_no_thread_behind() -> None:
+    """Threads that speak to their event loop: it may be closed a moment later."""
+    before = set(threading.enumerate())
+    for _ in range(20):
+        with pytest.raises(StorageUnavailable):
+            await Database.open("sqlite+aiosqlite:////no/such/folder/x")
+        left = {each.name for each in set(threading.enumerate()) - before if each.is_alive()}
+        assert not {name for name in left if "worker" in name}

@@ -8,13 +8,12 @@ from typing import Any
 from gateway.scenario import (
     FleetEntry,
     GatewayEntry,
-    Plan,
     PolicyEntry,
     Scenario,
     ServerEntry,
     WorkloadEntry,
-    planned,
 )
+from gateway.simulation.plan import Plan, planned
 from gateway.simulation.world import Case, Ran, World
 from policies.types import Role
 

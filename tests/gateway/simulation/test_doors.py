@@ -7,9 +7,10 @@ from functools import partial
 import pytest
 
 from gateway.config import Policies
-from gateway.scenario import Plan, PolicyEntry, ServerEntry, WorkloadEntry
+from gateway.scenario import PolicyEntry, ServerEntry, WorkloadEntry
 from gateway.simulation.budget import BudgetEntry, LatencyBudget
 from gateway.simulation.doors import DOORS, Aimd, Open, PriorityClasses
+from gateway.simulation.plan import Plan
 from gateway.simulation.records import Ended
 from policies.types import Job, Kind, Role
 from tests.gateway.simulation.scenarios import plan, ran

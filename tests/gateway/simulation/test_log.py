@@ -62,7 +62,14 @@ def test_every_figure_of_every_run_is_computed_again_from_the_log(tmp_path: Path
     short = PolicyEntry(name="short", limits=Limits(max_queued=1))
     batch = replace(CHAT, name="batch", kind=Kind.OFFLINE, arrivals="backlog", count=20)
     burst = replace(CHAT, rate=60.0)
-    of = plan(burst, batch, seeds=(1, 2), policy=(short, PolicyEntry(name="wide")), warm_up_s=2.0)
+    of = plan(
+        burst,
+        batch,
+        seeds=(1, 2),
+        policy=(short, PolicyEntry(name="wide")),
+        warm_up_s=2.0,
+        duration_s=5.0,
+    )
     log = LogWriter(tmp_path)
     outcomes = run_all(of, processes=1, keep=log.write, tick=lambda share: None)
     log.close()

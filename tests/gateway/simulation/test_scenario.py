@@ -12,7 +12,6 @@ import pytest
 
 from gateway.scenario import (
     MODES,
-    PUBLIC,
     BadRows,
     FleetEntry,
     GatewayEntry,
@@ -21,11 +20,11 @@ from gateway.scenario import (
     ServerEntry,
     Sweep,
     WorkloadEntry,
-    load,
 )
 from gateway.settings import ConfigError, decode
 from gateway.simulation.asks import prepared
 from gateway.simulation.fleet import ENGINES, servers_of
+from gateway.simulation.plan import PUBLIC, load
 from policies.types import Role
 from tests.documents import between, scenario_table
 from tests.gateway.simulation.scenarios import CHAT, UNIFIED, fleet, plan

@@ -6,7 +6,8 @@ from functools import cache
 from statistics import mean
 
 from gateway.config import Classes, Colocation, Cost, Online
-from gateway.scenario import Plan, PolicyEntry, ServerEntry, WorkloadEntry
+from gateway.scenario import PolicyEntry, ServerEntry, WorkloadEntry
+from gateway.simulation.plan import Plan
 from gateway.simulation.records import Ended
 from gateway.simulation.world import Ran
 from policies.types import Kind, Pool, Role

@@ -8,7 +8,8 @@ import pytest
 
 from backends.workload import Ask, Trace
 from gateway.config import Admission, Limits, Policies
-from gateway.scenario import FleetEntry, Plan, PolicyEntry, ServerEntry, Source, WorkloadEntry
+from gateway.scenario import FleetEntry, PolicyEntry, ServerEntry, WorkloadEntry
+from gateway.simulation.plan import Plan, Source
 from gateway.simulation.records import PARTS, Ended, Record
 from gateway.simulation.world import GATEWAY_ONLINE
 from policies.types import Kind, Pool, Role

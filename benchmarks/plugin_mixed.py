@@ -1,0 +1,331 @@
+"""(b) Tight and loose targets, short and long contexts: Kairos's packing beside a step of all.
+
+So many clients ask, each anew as soon as it was answered. At the knee a step of all takes as long
+as the tight target allows: by that the target is chosen, and the loads are shares of the knee.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+from rich.table import Table
+
+from benchmarks.plugin_found import (
+    HOLD_STEPS,
+    MOST_PARKED_S,
+    Effort,
+    Found,
+    at_least,
+    error_of,
+    say,
+)
+from benchmarks.plugin_model import AsMeasured, Row, Told, circled
+from benchmarks.plugin_site import Site, Stream
+from benchmarks.report import Check, Report, Spread
+from policies.step_line import SeenStep, StepLine, fitted
+
+TIGHT, KNEE = 6, 6
+"""Clients with tight targets; clients with loose ones at the knee."""
+LOADS = (0.5, 1.0, 1.5, 2.0)
+"""Of the loose clients at the knee. Below it stock keeps everything, and nothing can be won."""
+LOOSE_OVER_TIGHT = 3.0
+TIGHT_PROMPTS, LOOSE_PROMPTS = (200, 500), (2500, 3600)
+ANSWERS = (40, 120)
+MODES = ("all", "slack")
+SECONDS, QUICK_SECONDS = 8.0, 2.5
+MOST_ASKS = 1_000
+REPORTED_WITHIN_S = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asker:
+    """One client."""
+
+    prompt: list[int]
+    is_tight: bool
+
+    def answers(self, seed: str) -> list[int]:
+        """How many tokens each of its answers has."""
+        rng = random.Random(f"{seed} {self.prompt[:4]}")
+        return [rng.randint(*ANSWERS) for _ in range(MOST_ASKS)]
+
+
+class Answer(NamedTuple):
+    """What a client saw of one request."""
+
+    times_s: list[float]
+    tokens: int
+    has_ended: bool
+
+    @property
+    def tpot_ms(self) -> float:
+        return (self.times_s[-1] - self.times_s[0]) * 1e3 / max(1, self.tokens - 1)
+
+    def gap_s(self, until_s: float) -> float:
+        times = self.times_s if self.has_ended else [*self.times_s, until_s]
+        return max((b - a for a, b in pairwise(times)), default=0.0)
+
+
+class Seen(NamedTuple):
+    met: float
+    """Of a client's requests, the mean of all clients: who is served faster asks more often."""
+    per_s: float
+    gap_s: float
+    tight_ms: float
+    loose_ms: float
+    requests: int
+
+
+def seen(
+    askers: Sequence[Asker],
+    answers: Sequence[Sequence[Answer]],
+    targets: Targets,
+    from_s: float,
+    until_s: float,
+) -> Seen:
+    met: list[float] = []
+    paces: dict[bool, list[float]] = {True: [], False: []}
+    for asker, own in zip(askers, answers, strict=True):
+        ended = [it.tpot_ms for it in own if it.has_ended]
+        target_ms = targets.of(asker)
+        met.append(sum(it <= target_ms for it in ended) / len(ended) if ended else 0.0)
+        paces[asker.is_tight] += ended
+    everything = [it for own in answers for it in own]
+    return Seen(
+        statistics.fmean(met),
+        sum(it.tokens for it in everything) / (until_s - from_s),
+        max(it.gap_s(until_s) for it in everything),
+        statistics.median(paces[True]),
+        statistics.median(paces[False] or [float("inf")]),
+        len(everything),
+    )
+
+
+class Targets(NamedTuple):
+    tight_ms: float
+    loose_ms: float
+
+    def of(self, asker: Asker) -> float:
+        return self.tight_ms if asker.is_tight else self.loose_ms
+
+
+UNTARGETED = Targets(1e3, 1e3)
+
+
+@dataclass(slots=True)
+class Mixed:
+    site: Site
+    effort: Effort
+    found: Found
+    targets: Targets = UNTARGETED
+    steps: dict[str, list[SeenStep]] = field(default_factory=lambda: {"all": [], "slack": []})
+    tight: list[Asker] = field(default_factory=list)
+    loose: list[Asker] = field(default_factory=list)
+    first_s: list[float] = field(default_factory=list)
+    """Times to the first token."""
+
+    @property
+    def loads(self) -> tuple[float, ...]:
+        return LOADS[2:3] if self.effort.quick else LOADS
+
+    @property
+    def seconds(self) -> float:
+        return QUICK_SECONDS if self.effort.quick else SECONDS
+
+    def askers(self, load: float) -> list[Asker]:
+        return [*self.tight, *self.loose[: round(load * KNEE)]]
+
+    async def measure(self) -> None:
+        site, most = self.site, round(max(self.loads) * KNEE)
+        self.tight = [
+            Asker(prompt=site.prompt(self.effort.of(tokens)), is_tight=True)
+            for tokens in spaced(TIGHT_PROMPTS, TIGHT)
+        ]
+        self.loose = [
+            Asker(prompt=site.prompt(self.effort.of(tokens)), is_tight=False)
+            for tokens in mingled(spaced(LOOSE_PROMPTS, most))
+        ]
+        everybody = [site.send(it.prompt, 2) for it in (*self.tight, *self.loose)]
+        await site.over(everybody)  # prompts are in the cache from here on
+        async with site.listening() as steps:
+            at_knee = await self._ask("all", 1.0, UNTARGETED, steps, "the knee")
+            self.targets = Targets(at_knee.tight_ms, LOOSE_OVER_TIGHT * at_knee.tight_ms)
+            for number in range(self.effort.runs):
+                for load in self.loads:
+                    say(f"(b) {load:g} of the knee, run {number + 1} of {self.effort.runs}")
+                    for mode in MODES[:: 1 - 2 * (number % 2)]:  # each first in every other run
+                        got = await self._ask(mode, load, self.targets, steps, f"{number} {load}")
+                        self._note(f"{load} {mode}", got)
+
+    def _note(self, name: str, got: Seen) -> None:
+        say(f"    {name}: {100 * got.met:.0f} % met, {got.per_s:.0f} tokens/s")
+        for what, value in got._asdict().items():
+            self.found.add(f"{name} {what}", value)
+
+    async def _ask(
+        self, mode: str, load: float, targets: Targets, steps: list[SeenStep], seed: str
+    ) -> Seen:
+        """All clients of a load for some seconds."""
+        site, askers, loop = self.site, self.askers(load), asyncio.get_running_loop()
+        await site.set(mode, hold_steps=HOLD_STEPS, most_parked_us=MOST_PARKED_S * 1e6)
+        await asyncio.sleep(REPORTED_WITHIN_S)
+        known, began_s = len(steps), loop.time()
+        circles: list[list[Stream]] = [[] for _ in askers]
+        tasks = [
+            asyncio.create_task(self._circle(asker, seed, targets.of(asker), circle))
+            for asker, circle in zip(askers, circles, strict=True)
+        ]
+        await asyncio.sleep(self.seconds)
+        ended_s = loop.time()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        answers = [[answer_of(it, ended_s) for it in own if it.events] for own in circles]
+        await site.stop([stream for own in circles for stream in own])
+        await asyncio.sleep(REPORTED_WITHIN_S)
+        self.steps[mode] += steps[known:]
+        if mode == "all":
+            self.first_s += [it.ttft_ms / 1e3 for own in circles for it in own[1:] if it.events]
+        return seen(askers, answers, targets, began_s, ended_s)
+
+    async def _circle(
+        self, asker: Asker, seed: str, target_ms: float, circle: list[Stream]
+    ) -> None:
+        for tokens in asker.answers(seed):
+            circle.append(self.site.send(asker.prompt, tokens, tpot_ms=target_ms))
+            await self.site.over(circle[-1:])
+
+    # What it came to.
+
+    def tell(self, report: Report) -> None:
+        found = self.found
+        for load in self.loads:
+            stock, slack = f"{load} all", f"{load} slack"
+            won = found.median(f"{slack} met") - found.median(f"{stock} met")
+            speed = found.median(f"{slack} per_s") / found.median(f"{stock} per_s")
+            gap_s = max(found.values[f"{slack} gap_s"])
+            at = f"{load:g} of the knee"
+            least = 0.01 if load >= 1 else -0.02
+            report.checks += [
+                at_least(f"(b) attainment won over stock, {at}", won, least, "of all"),
+                at_least(f"(b) tokens/s over stock, {at}", speed, 0.95, ""),
+                Check(name=f"(b) longest wait, {at}", value=gap_s, target=2.5, unit="s"),
+            ]
+        report.tables.append(self._table())
+        report.tables.append(self._predicted(report))
+
+    def _table(self) -> Table:
+        title = (
+            f"{TIGHT} clients with {self.targets.tight_ms:.1f} ms a token, others with "
+            f"{self.targets.loose_ms:.1f} ms"
+        )
+        table = Table(title=title, title_justify="left")
+        for column in (
+            *("loose clients", "who steps", "targets met, %", "tokens/s"),
+            *("tight TPOT ms", "loose TPOT ms", "longest wait s"),
+        ):
+            table.add_column(column, justify="left" if column == "who steps" else "right")
+        for load in self.loads:
+            for mode, how in (("all", "all (stock)"), ("slack", "slack")):
+                of = {what: self.found.values[f"{load} {mode} {what}"] for what in Seen._fields}
+                of["met"] = [100 * it for it in of["met"]]
+                cells = [str(Spread.of(of[what])) for what in ("met", "per_s")]
+                cells += [str(Spread.of(of[what])) for what in ("tight_ms", "loose_ms", "gap_s")]
+                table.add_row(f"{round(load * KNEE)} ({load:g} of the knee)", how, *cells)
+        return table
+
+    def _predicted(self, report: Report) -> Table:
+        """What the patched simulator makes of the same clients with the measured line of steps."""
+        usual, joining = told_apart(self.steps["all"])
+        line = fitted([*usual, *self.steps["slack"]])
+        assert line is not None
+        join_s, again_s = halted_s(line, joining), statistics.median(self.first_s)
+        count = sum(map(len, self.steps.values()))
+        report.notes.append(
+            f"(b) measured step: {line.base_us:.0f} us + {line.request_us:.0f} us a request + "
+            f"{line.token_us * 1000:.1f} us for 1,000 tokens of context ({count} steps); "
+            f"who joins halts all for {join_s * 1e3:.1f} ms, {again_s * 1e3:.0f} ms after asking"
+        )
+        table = Table(title="(b) simulated with the measured steps", title_justify="left")
+        for column in ("case", "met, %", "real", "error, points", "tokens/s", "real", "error"):
+            table.add_column(column, justify="left" if column == "case" else "right")
+        for load in self.loads:
+            for mode in ("all", "slack"):
+                runs = [
+                    self._simulated(AsMeasured(line, join_s), load, mode, f"{run} {load}", again_s)
+                    for run in range(self.effort.runs)
+                ]
+                met = 100 * statistics.median(it.met for it in runs)
+                per_s = statistics.median(it.per_s for it in runs)
+                real = 100 * self.found.median(f"{load} {mode} met")
+                speed = self.found.median(f"{load} {mode} per_s")
+                told = [f"{met:.0f}", f"{real:.0f}", f"{met - real:+.0f}"]
+                told += [f"{per_s:.0f}", f"{speed:.0f}", error_of(per_s, speed)]
+                table.add_row(f"{load:g} of the knee, {mode}", *told)
+        return table
+
+    def _simulated(
+        self, times: AsMeasured, load: float, mode: str, seed: str, again_s: float
+    ) -> Seen:
+        askers = self.askers(load)
+        circles = [
+            [
+                Row(prompt_tokens=len(it.prompt), tokens=tokens, tpot_ms=self.targets.of(it))
+                for tokens in it.answers(seed)
+            ]
+            for it in askers
+        ]
+        heard = circled(times, circles, mode, HOLD_STEPS, again_s=again_s, until_s=self.seconds)
+        answers = [[told_of(it) for it in own if it.times_s] for own in heard]
+        return seen(askers, answers, self.targets, 0.0, self.seconds)
+
+
+class Joining(NamedTuple):
+    """A step before which somebody joined."""
+
+    step: SeenStep
+    joined: int
+
+
+def told_apart(steps: Sequence[SeenStep]) -> tuple[list[SeenStep], list[Joining]]:
+    """Where all step, there are more of them only when somebody has joined."""
+    usual: list[SeenStep] = []
+    joining: list[Joining] = []
+    for before, step in pairwise(steps):
+        if (joined := step.requests - before.requests) > 0:
+            joining.append(Joining(step, joined))
+        else:
+            usual.append(step)
+    return usual, joining
+
+
+def halted_s(line: StepLine, joining: Sequence[Joining]) -> float:
+    """How much longer a step takes for each who joins before it."""
+    more_us = [(it.step.took_us - line.step_us(*it.step[:2])) / it.joined for it in joining]
+    return max(0.0, statistics.median(more_us)) / 1e6 if more_us else 0.0
+
+
+def spaced(bounds: tuple[int, int], count: int) -> list[int]:
+    low, high = bounds
+    return [low + (high - low) * i // max(1, count - 1) for i in range(count)]
+
+
+def mingled(values: list[int]) -> list[int]:
+    """Any first few of them are about as long as all."""
+    return [it for _, it in sorted(enumerate(values), key=lambda pair: pair[0] * 7 % len(values))]
+
+
+def answer_of(stream: Stream, until_s: float) -> Answer:
+    events = [(at_s, count) for at_s, count in stream.events if at_s <= until_s]
+    tokens = events[-1][1] if events else 0
+    return Answer([at_s for at_s, _ in events], tokens, tokens >= stream.limit)
+
+
+def told_of(told: Told) -> Answer:
+    return Answer(told.times_s, len(told.times_s), told.has_ended)
