@@ -248,8 +248,8 @@ class OnlinePaced:
             if row.tpot_us > 0:
                 aim_us = self.fill * row.tpot_us
                 ahead_us = aim_us * row.produced - row.since_first_us
-                if ahead_us < -self.forgiven * row.tpot_us:
-                    ahead_us = 0.0
+                if not row.is_online or ahead_us < -self.forgiven * row.tpot_us:
+                    ahead_us = 0.0  # an offline one is late because it was left out
                 own_us = min(aim_us + ahead_us / self.over_steps, self.most * row.tpot_us)
                 least_us = min(least_us, own_us)
         return least_us

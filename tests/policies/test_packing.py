@@ -313,6 +313,12 @@ def test_a_request_that_is_late_for_good_stops_no_offline_work_and_one_that_is_l
         assert PACED.choose([late, *others], step_us) == chosen
 
 
+def test_an_offline_target_bounds_a_step_but_has_no_pace_to_catch_up_with() -> None:
+    late = Running(100, 10, 20 * TPOT_US, TPOT_US, is_online=False)
+    assert PACED.limit_us([late]) == pytest.approx(PACED.fill * TPOT_US)
+    assert PACED.limit_us([late._replace(is_online=True)]) < 0
+
+
 def test_no_step_is_longer_than_half_as_long_again_as_the_target_whatever_is_in_hand() -> None:
     members = [Running(100, 1_000, 0.0, TPOT_US), *[row(100, online=False)._replace(tpot_us=0)] * 9]
     assert PACED.choose(members, lambda n, c, m: 10_000.0 * n) == [*range(7)]
