@@ -16,6 +16,7 @@ from backends.words import in_words
 from gateway import terminal
 from gateway.settings import ConfigError
 from gateway.simulation.asks import prepared
+from gateway.simulation.moves import idle_note
 from gateway.simulation.page import page
 from gateway.simulation.plan import Plan, load
 from gateway.simulation.progress import shown
@@ -52,6 +53,7 @@ def run_simulate(given: argparse.Namespace, console: Console | None = None) -> i
     except BrokenProcessPool:
         return _refuse("a process ended in the middle of its run; is there enough memory?", 1)
     rows, notes = rows_of(outcomes), notes_of(outcomes)
+    notes += [note for it in plan.scenario.policy for note in idle_note(it.name, it.ratio)]
     if given.json:
         out.file.write(orjson.dumps(answer(plan, rows, outcomes, notes)).decode() + "\n")
     else:
@@ -75,7 +77,9 @@ def answer(
         "swept": scenario.sweep.of,
         "summary": [asdict(row) for row in rows],
         "runs": [
-            asdict(it.facts) | {"workloads": [asdict(figures) for figures in it.figures]}
+            asdict(it.facts)
+            | {"workloads": [asdict(figures) for figures in it.figures]}
+            | {"switches": [asdict(moved) for moved in it.moves]}
             for it in outcomes
         ],
         "left_out": left_out(outcomes),

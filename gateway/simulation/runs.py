@@ -19,6 +19,7 @@ from gateway.simulation.figures import (
     distributions_of,
     figures_of,
 )
+from gateway.simulation.moves import Moved
 from gateway.simulation.plan import Plan
 from gateway.simulation.progress import Shares, write_share
 from gateway.simulation.records import Record, RunFacts
@@ -39,6 +40,7 @@ class Outcome:
     distributions: list[Distributions]
     timeline: Timeline
     sources: tuple[str, ...]
+    moves: list[Moved]
 
 
 def cases_of(plan: Plan) -> list[Case]:
@@ -78,6 +80,7 @@ def run_case(
         distributions=distributions_of(ran.facts, ran.records),
         timeline=ran.timeline,
         sources=ran.sources,
+        moves=ran.moves,
     )
     return outcome, ran.records if with_records else []
 

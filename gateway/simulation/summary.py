@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from gateway.simulation.figures import Figures
+from gateway.simulation.moves import move_note
 from gateway.simulation.runs import Outcome
 from policies.types import Kind
 
@@ -99,6 +100,13 @@ def notes_of(outcomes: Sequence[Outcome]) -> list[str]:
         "cut_answers": "answers were longer than the limit of their request and end there",
     }
     sources = dict.fromkeys(source for it in outcomes for source in it.sources)
-    return [f"step times: {source}" for source in sources] + [
-        f"{counts[name]} {text}" for name, text in words.items() if counts[name]
-    ]
+    return (
+        [f"step times: {source}" for source in sources]
+        + [f"{counts[name]} {text}" for name, text in words.items() if counts[name]]
+        + [note for it in outcomes for note in move_note(_run_of(it), it.moves)]
+    )
+
+
+def _run_of(outcome: Outcome) -> str:
+    facts = outcome.facts
+    return f"{facts.policy} (load {facts.load:g}, seed {facts.seed})"

@@ -20,13 +20,14 @@ from gateway.simulation.asks import Stream, opened, prefixes_of, prepared
 from gateway.simulation.doors import DOORS
 from gateway.simulation.entrance import Entrance
 from gateway.simulation.fleet import ServerPlan, engines_of, servers_of, worker_for
+from gateway.simulation.moves import Moved
 from gateway.simulation.oracles import ORACLES, answer_left
 from gateway.simulation.plan import Plan
 from gateway.simulation.recorder import Recorder
 from gateway.simulation.records import Ended, Record, RunFacts
 from policies.clock import VirtualClock
 from policies.demand import Targets
-from policies.events import Decision, Event, FirstToken, LoadReport, WorkerUp
+from policies.events import Decision, Event, FirstToken, LoadReport, SwitchOver, WorkerUp
 from policies.registry import PLACE
 from policies.types import Kind, Worker
 
@@ -73,6 +74,8 @@ class Ran:
     """Where the step times of its servers come from."""
     looks: list[Look]
     """Of the ratio controller, where there is one."""
+    moves: list[Moved]
+    """What came of them."""
 
 
 class World:
@@ -101,6 +104,7 @@ class World:
         self._recorder = Recorder(self._ended)
         self._by_prefix = PLACE[case.policy.policies.place]().by_prefix
         self._looks: list[Look] = []
+        self._moves: list[Moved] = []
         self._core = Core(self._rules(), self._first_workers())
         self._actuator = self._new_actuator()
         self._planner = self._new_planner()
@@ -145,6 +149,7 @@ class World:
             timeline=self._timeline,
             sources=tuple(dict.fromkeys(it.times_source for it in self._servers)),
             looks=self._looks,
+            moves=self._moves,
         )
 
     @property
@@ -267,6 +272,8 @@ class World:
 
     def _decided(self, now_us: int, decision: Decision) -> None:
         self._recorder.decided(now_us, decision)
+        if isinstance(decision, SwitchOver):
+            self._moves.append(Moved.of(decision, now_us))
         if self._planner is not None:
             self._planner.decided(decision)
 

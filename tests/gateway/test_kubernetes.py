@@ -328,7 +328,10 @@ async def test_the_policies_reckon_with_what_a_switch_has_taken(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("more", "told"),
-    [({"prefill": ""}, "are missing"), ({"kubeconfig": "/nowhere"}, "no way to the Kubernetes")],
+    [
+        ({"prefill": ""}, "are missing"),
+        ({"kubeconfig": "/nowhere"}, "kubeconfig: there is no file /nowhere"),
+    ],
 )
 async def test_a_gateway_that_cannot_reach_its_cluster_does_not_start(
     more: dict[str, Any], told: str, tmp_path: Path

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
 from gateway.actuation import Actuation
-from gateway.config import ConfigError
+from gateway.config import ConfigError, Cost
 from policies.events import SwitchWanted
 from policies.types import Role
 from tests.gateway.actuated import (
@@ -132,7 +133,8 @@ async def test_the_last_of_a_role_is_never_relaunched() -> None:
 
 
 async def test_without_a_fleet_there_is_nobody_to_relaunch() -> None:
+    cost = Cost(model="Llama-3.1-8B", device="h100")
     with pytest.raises(ExceptionGroup) as caught:
-        async with standing(FOUR, ratio=RELAUNCH):
+        async with standing(FOUR, ratio=replace(RELAUNCH, policy="dopd+"), cost=cost):
             pass
     assert caught.group_contains(ConfigError, match="needs a fleet")
