@@ -200,6 +200,61 @@ class OnlineFirst:
         return chosen
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnlinePaced:
+    """Online requests step; offline ones fill the room that is left on average, as they came.
+
+    * The limit lends what the least advanced online request has in hand at `fill` of its target
+      over the next steps, and takes back what it lacks. So what whole requests leave of one step is
+      made up for by another, and what steps are predicted wrongly by shows in the pace.
+    * No step is longer than `most` of a target for the sake of offline work, whatever is in hand.
+    * Who is late for good takes nothing back: its target is lost, and offline work would stop for
+      the rest of it.
+    * No online request waits, even where they alone take longer than the target: a prediction that
+      is too long by a little would make the last of them wait for good.
+    """
+
+    fill: float = 0.98
+    over_steps: int = 8
+    """What is in hand is lent over so many: at least as many as a choice is good for."""
+    most: float = 1.5
+    forgiven: float = 32.0
+    """Who is late by more tokens than these is late for good."""
+    by_longest = False
+
+    def choose(self, running: Sequence[Running], step_us: StepUs) -> list[int]:
+        must: list[int] = []
+        online: list[int] = []
+        offline: list[int] = []
+        for index, row in enumerate(running):
+            (must if row.must_step else online if row.is_online else offline).append(index)
+        order = must + online + offline
+        contexts = [running[i].context_tokens for i in order]
+        sums, tops = list(accumulate(contexts)), list(accumulate(contexts, max))
+        limit_us = self.limit_us(running)
+        low, middle, high = len(must) + len(online), len(order), len(order)
+        while low < high:  # everybody is asked first
+            if step_us(middle, sums[middle - 1], tops[middle - 1]) <= limit_us:
+                low = middle
+            else:
+                high = middle - 1
+            middle = (low + high + 1) // 2
+        return sorted(order[: max(1, low)])
+
+    def limit_us(self, running: Sequence[Running]) -> float:
+        """How long the next steps may be, by how those with a target have fared."""
+        least_us = inf
+        for row in running:
+            if row.tpot_us > 0:
+                aim_us = self.fill * row.tpot_us
+                ahead_us = aim_us * row.produced - row.since_first_us
+                if not row.is_online or ahead_us < -self.forgiven * row.tpot_us:
+                    ahead_us = 0.0  # an offline one is late because it was left out
+                own_us = min(aim_us + ahead_us / self.over_steps, self.most * row.tpot_us)
+                least_us = min(least_us, own_us)
+        return least_us
+
+
 PACKING: dict[str, Packing] = {
     "all": All(),
     "kairos": Kairos(),
@@ -207,6 +262,7 @@ PACKING: dict[str, Packing] = {
     "slack-due": Slack(aim=0.8, forgiven=32.0, due_steps=5, grows=True),
     "online-first": OnlineFirst(),
     "online-exact": OnlineFirst(ask_every=1),
+    "online-paced": OnlinePaced(),
 }
 
 

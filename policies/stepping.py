@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from policies.packing import PACKING, Packing, Running, StepUs
+from policies.packing import PACKING, OnlinePaced, Packing, Running, StepUs
 
 STEPPING: dict[str, Packing] = {
     "all": PACKING["all"],
-    "online-first": PACKING["online-exact"],
+    "online-first": PACKING["online-paced"],
     "slack": PACKING["slack-due"],
 }
-"""What a real engine offers. A step predicted wrongly by two requests is a target missed, and
-whoever joins halts all for some steps: without forgiveness nobody would be on time afterwards."""
+"""What a real engine offers. Steps are not what they were predicted to be, and whoever joins halts
+all for some: the pace that was kept so far decides, not the prediction of one step."""
 
 FREE_SHARE = 0.02
 """Places that a captured size leaves empty are filled while the step grows by no more than this."""
@@ -28,6 +28,14 @@ class Valves:
     """Nobody who runs waits longer for a step, but for the steps of one choice."""
     hold_steps: int = 4
     """A choice is good for so many steps, unless somebody comes, goes, or has to step."""
+
+
+def holding(packing: Packing, hold_steps: int) -> Packing:
+    """As it has to choose where a choice is good for so many steps: what it lends in one of them
+    it lends in each."""
+    if not isinstance(packing, OnlinePaced):
+        return packing
+    return replace(packing, over_steps=max(packing.over_steps, 2 * hold_steps))
 
 
 def elected(

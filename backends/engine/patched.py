@@ -18,7 +18,7 @@ from backends.steptimes import StepTimes
 from policies.clock import Clock
 from policies.packing import PACKING, All, Running
 from policies.step_table import StepTable
-from policies.stepping import elected
+from policies.stepping import elected, holding
 from policies.urgency import OLDEST_EVERY, PREFILL_ORDER, Speed, Waiting
 
 SPEED_SEEN_TOKENS = 1 << 20
@@ -95,7 +95,7 @@ class Packed(Decoding):
         predicted: StepTimes,
     ) -> None:
         super().__init__(machine, prefilling, retracted)
-        self._packing = PACKING[machine.config.packing]
+        self._packing = holding(PACKING[machine.config.packing], machine.config.hold_steps)
         profile = partial(_predicted_us, predicted, straggler=machine.config.straggler)
         if self._packing.by_longest and not machine.config.straggler:
             profile = partial(_profiled_us, predicted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from backends.sglang_plugin.belief import Belief
 from backends.sglang_plugin.contract import Batch, Request
@@ -14,7 +14,7 @@ from backends.sglang_plugin.faults import Faults
 from backends.sglang_plugin.riders import Rider, rider_of
 from backends.sglang_plugin.view import View, settle
 from policies.packing import Packing, Running, StepUs
-from policies.stepping import STEPPING, elected
+from policies.stepping import STEPPING, elected, holding
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,13 @@ class Faulty:
         raise RuntimeError("a drill: this selection fails")
 
 
+class Choice(NamedTuple):
+    """Who steps, and when the first of the others has waited long enough."""
+
+    keep: list[int]
+    until_us: float
+
+
 SEED: Final = 1
 
 
@@ -57,6 +64,7 @@ class Gate:
         """Steps that a choice was due for, and what all the choosing took."""
         self._now_us = now_us
         self._rng = random.Random(SEED)
+        self._packing: Packing = STEPPING[STEPS_ALL]
         self._view: View | None = None
         self._everyone: list[Any] | None = None
         self._everyone_left = 0
@@ -110,6 +118,7 @@ class Gate:
     def adopt(self, control: Control) -> None:
         self.control = control
         self.belief.adopt(control.line)
+        self._packing = self._packing_of(control)
         self._everyone = None
         if self._view is not None:
             self._view.until_us = 0.0  # a new choice, by the new rule
@@ -124,44 +133,67 @@ class Gate:
             self.adopt(Control())
         if view is not None and self._is_good(view, batch, now_us):
             return view
-        self._catch_up(batch)
-        if self.control.mode == STEPS_ALL or self.faults.over or len(batch.reqs) < 2:
-            return None
-        if self._everyone is batch.reqs and self._everyone_left > 0:
-            self._everyone_left -= 1
-            return None
+        self._note_skipped()
         try:
-            self._view = self._chosen(batch, now_us)
+            self._view = self._next(batch, now_us)
         except Exception as error:  # noqa: BLE001  # the engine goes on without: everyone steps
             self.faults.count(error)
-            return None
+            self._catch_up(batch)
         return self._view
 
     def _is_good(self, view: View, batch: Batch, now_us: float) -> bool:
         return (
             view.fits(batch)
-            and view.steps < self.control.valves.hold_steps
+            and view.steps - view.chosen_at < self.control.valves.hold_steps
             and now_us < view.until_us
             and not self.faults.over
             and not view.someone_ends()
         )
+
+    def _next(self, batch: Batch, now_us: float) -> View | None:
+        """The same choice again goes on with the view that there is."""
+        chosen = self._chosen(batch, now_us) if self._is_to_choose(batch) else None
+        view = self._view
+        if view is not None and chosen is not None and view.is_still(batch, chosen.keep):
+            view.chosen_at, view.until_us = view.steps, chosen.until_us
+            return view
+        self._catch_up(batch)
+        if chosen is None:
+            return None
+        self.views += 1
+        return View(batch, chosen.keep, chosen.until_us)
+
+    def _is_to_choose(self, batch: Batch) -> bool:
+        if self.control.mode == STEPS_ALL or self.faults.over or len(batch.reqs) < 2:
+            return False
+        if self._everyone is not batch.reqs or self._everyone_left <= 0:
+            return True
+        self._everyone_left -= 1
+        return False
+
+    def _note_skipped(self) -> None:
+        view = self._view
+        if view is not None and view.steps > view.chosen_at:
+            for request in view.parked:
+                rider_of(request, 0.0).skipped += view.steps - view.chosen_at
+            view.chosen_at = view.steps
 
     def _catch_up(self, batch: Batch) -> None:
         view = self._view
         if view is None:
             return
         if view.whole is batch:
-            for request in view.parked:
-                rider_of(request, 0.0).skipped += view.steps
+            self._note_skipped()
             settle(view)
         self._view = None
 
-    def _chosen(self, batch: Batch, now_us: float) -> View | None:
+    def _chosen(self, batch: Batch, now_us: float) -> Choice | None:
+        """None: everyone."""
         if why := why_everyone(batch):
             self.faults.say(f"everyone steps in batches with {why}")
             return None
         control = self.control
-        packing = self._packing()
+        packing = self._packing
         if not isinstance(packing, Drill | Faulty) and not self.belief.is_ready():
             return None
         riders = [rider_of(request, now_us) for request in batch.reqs]
@@ -177,16 +209,14 @@ class Gate:
             return None
         self._everyone = None
         until_us = _note_parked(riders, keep, now_us, control.valves.most_parked_us)
-        view = View(batch, keep, until_us)
-        self.views += 1
-        return view
+        return Choice(keep, until_us)
 
-    def _packing(self) -> Packing:
-        if self.control.mode == "random":
-            return Drill(self._rng, self.control.share)
-        if self.control.mode == "faulty":
+    def _packing_of(self, control: Control) -> Packing:
+        if control.mode == "random":
+            return Drill(self._rng, control.share)
+        if control.mode == "faulty":
             return Faulty()
-        return STEPPING[self.control.mode]
+        return holding(STEPPING[control.mode], control.valves.hold_steps)
 
     def _row(self, request: Request, rider: Rider, now_us: float) -> Running:
         control = self.control

@@ -10,30 +10,41 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from backends.sglang_plugin.contract import Batch, Tensor
+
+MOST_LAG: Final = 64
+"""A view that is chosen again and again lasts for no more steps: then the whole catches up."""
 
 
 class View:
     """The chosen rows of `whole`, and who waits."""
 
-    __slots__ = ("batch", "members", "parked", "stepping", "steps", "until_us", "whole")
+    __slots__ = (
+        *("batch", "chosen_at", "keep", "members", "parked"),
+        *("stepping", "steps", "until_us", "whole"),
+    )
 
     def __init__(self, whole: Batch, keep: Sequence[int], until_us: float) -> None:
         kept = set(keep)
-        self.whole = whole
+        self.whole, self.keep = whole, keep
         self.members = whole.reqs
         self.stepping = [whole.reqs[i] for i in keep]
         self.parked = [req for i, req in enumerate(whole.reqs) if i not in kept]
         self.batch = _cut(whole, list(keep))
-        self.steps = 0
+        self.steps = self.chosen_at = 0
+        """Taken so far, and when it was last chosen."""
         self.until_us = until_us
         """When the first of the parked has waited long enough."""
 
     def fits(self, batch: Batch) -> bool:
         """SGLang makes a new list of requests whenever one comes or goes."""
         return self.whole is batch and self.members is batch.reqs
+
+    def is_still(self, batch: Batch, keep: Sequence[int]) -> bool:
+        """Whether a new choice is the old one, and the whole may lag on."""
+        return self.steps < MOST_LAG and self.keep == keep and self.fits(batch)
 
     def someone_ends(self) -> bool:
         return any(req.to_finish is not None for req in self.parked)
@@ -65,7 +76,7 @@ def settle(view: View) -> None:
     whole.seq_lens_sum = whole.out_cache_loc = None
     for penalizer, name, value in counted:
         setattr(penalizer, name, value)
-    view.steps = 0
+    view.steps = view.chosen_at = 0
 
 
 def _sent(on_host: Tensor, like: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from policies.packing import (
     All,
     Kairos,
     OnlineFirst,
+    OnlinePaced,
     Packing,
     Running,
     Slack,
@@ -71,7 +72,7 @@ def test_a_packing_chooses_some_of_those_that_run_in_order_and_the_same_twice(
     assert chosen == PACKING[name].choose(members, step_us)
 
 
-@pytest.mark.parametrize("packing", [All(), Kairos(), *SLACKS, OnlineFirst()])
+@pytest.mark.parametrize("packing", [All(), Kairos(), *SLACKS, OnlineFirst(), OnlinePaced()])
 @given(running, step_laws)
 def test_whoever_must_step_steps(packing: Packing, members: list[Running], step_us: StepUs) -> None:
     must = {i for i, member in enumerate(members) if member.must_step}
@@ -202,6 +203,125 @@ def test_online_is_filled_in_first_and_offline_gets_the_room_that_is_left() -> N
     assert tight.choose(members, lambda n, c, m: 16_000.0 * n) == [0, 1, 2]
     assert tight.choose(members, lambda n, c, m: 24_000.0 * n) == [1, 2]
     assert tight.choose(members, lambda n, c, m: 90_000.0 * n) == [0]
+
+
+PACED = OnlinePaced(over_steps=8)
+CHOICE = 4
+"""Steps that a choice is good for."""
+
+
+def ridden(
+    online: Sequence[int],
+    offline: Sequence[int],
+    target_us: float,
+    real_us: StepUs,
+    predicted_us: StepUs,
+    tokens: int,
+) -> tuple[list[float], int]:
+    """How far the online requests are past their pace after each choice; the offline tokens."""
+    contexts = [*online, *offline]
+    produced = [0] * len(contexts)
+    now_us, past_us = 0.0, []
+    while produced[0] < tokens:
+        members = [
+            Running(
+                context + made,
+                made,
+                now_us,
+                target_us if i < len(online) else 0.0,
+                is_online=i < len(online),
+            )
+            for i, (context, made) in enumerate(zip(contexts, produced, strict=True))
+        ]
+        chosen = PACED.choose(members, predicted_us)
+        assert chosen[: len(online)] == list(range(len(online)))
+        for _ in range(CHOICE):
+            now_us += took(members, chosen, real_us)
+            for i in chosen:
+                produced[i] += 1
+        past_us.append(now_us - produced[0] * PACED.fill * target_us)
+    return past_us, sum(produced[len(online) :])
+
+
+onlines = st.lists(st.integers(100, 8_000), min_size=1, max_size=8)
+offlines = st.lists(st.integers(100, 60_000), max_size=8)
+
+
+def room(online: Sequence[int], offline: Sequence[int], share: float) -> float:
+    """A target between a step of the online requests, with some to spare, and that of all."""
+    grown = [tokens + 200 for tokens in online]
+    all_us = by_sum(len(online) + len(offline), sum(grown) + sum(offline) + 1_600, 0)
+    alone_us = 1.1 * by_sum(len(grown), sum(grown), 0) / PACED.fill
+    return alone_us + share * max(0.0, all_us - alone_us)
+
+
+@given(onlines, offlines, st.floats(0, 1.2))
+def test_what_is_lent_is_in_hand_so_that_nobody_falls_behind_its_pace(
+    online: list[int], offline: list[int], share: float
+) -> None:
+    target_us = room(online, offline, share)
+    past_us, _ = ridden(online, offline, target_us, by_sum, by_sum, 200)
+    assert max(past_us) <= 1e-3
+
+
+@given(onlines, offlines, st.floats(0, 1.2), st.floats(0.7, 1.4))
+def test_the_mean_of_an_answer_meets_its_target_however_wrong_the_prediction_is(
+    online: list[int], offline: list[int], share: float, bias: float
+) -> None:
+    target_us = room(online, offline, share)
+
+    def predicted_us(count: int, context: int, longest: int) -> float:
+        return by_sum(count, context, longest) / bias
+
+    past_us, _ = ridden(online, offline, target_us, by_sum, predicted_us, 200)
+    assert past_us[-1] <= (1 - PACED.fill) * target_us * 200
+
+
+@given(onlines, st.lists(st.integers(100, 5_000), min_size=8, max_size=8), st.floats(0.75, 1.3))
+def test_what_one_step_leaves_of_the_target_the_next_ones_use(
+    online: list[int], offline: list[int], bias: float
+) -> None:
+    """Not far below the target either, wherever some offline work is left over."""
+    target_us = room(online, offline, 0.5)
+
+    def predicted_us(count: int, context: int, longest: int) -> float:
+        return by_sum(count, context, longest) / bias
+
+    past_us, made = ridden(online, offline, target_us, by_sum, predicted_us, 200)
+    if made < len(offline) * 200:
+        assert past_us[-1] >= -0.03 * target_us * 200
+
+
+@given(running, step_laws)
+def test_no_online_request_waits_and_offline_ones_that_are_taken_fit(
+    members: list[Running], step_us: StepUs
+) -> None:
+    chosen = PACED.choose(members, step_us)
+    first = {i for i, it in enumerate(members) if it.is_online or it.must_step}
+    assert first <= set(chosen)
+    if len(chosen) > max(1, len(first)):
+        assert took(members, chosen, step_us) <= PACED.limit_us(members)
+
+
+def test_a_request_that_is_late_for_good_stops_no_offline_work_and_one_that_is_late_does() -> None:
+    def step_us(count: int, context: int, longest: int) -> float:
+        return 10_000.0 * count
+
+    for late_tokens, chosen in ((0, [0, 1, 2, 3]), (20, [0]), (40, [0, 1, 2, 3])):
+        late = row(100, slack_ms=(1 - late_tokens) * TPOT_US / 1e3)
+        others = [row(100, online=False)._replace(tpot_us=0.0)] * 9
+        assert PACED.choose([late, *others], step_us) == chosen
+
+
+def test_an_offline_target_bounds_a_step_but_has_no_pace_to_catch_up_with() -> None:
+    late = Running(100, 10, 20 * TPOT_US, TPOT_US, is_online=False)
+    assert PACED.limit_us([late]) == pytest.approx(PACED.fill * TPOT_US)
+    assert PACED.limit_us([late._replace(is_online=True)]) < 0
+
+
+def test_no_step_is_longer_than_half_as_long_again_as_the_target_whatever_is_in_hand() -> None:
+    members = [Running(100, 1_000, 0.0, TPOT_US), *[row(100, online=False)._replace(tpot_us=0)] * 9]
+    assert PACED.choose(members, lambda n, c, m: 10_000.0 * n) == [*range(7)]
 
 
 @given(st.permutations(range(5)))

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.packing import Running, StepUs
+from policies.packing import OnlinePaced, Running, StepUs
 from policies.step_line import SeenStep, StepLine, fitted
-from policies.stepping import STEPPING, captured, elected
+from policies.stepping import STEPPING, captured, elected, holding
 
 rows = st.builds(
     Running,
@@ -73,6 +73,14 @@ def test_places_of_a_captured_size_are_filled_while_they_cost_next_to_nothing() 
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (3, 4), (8, 8), (9, 9)])
 def test_beyond_the_largest_captured_size_there_is_no_graph(count: int, size: int) -> None:
     assert captured(count, (1, 2, 4, 8)) == size
+
+
+def test_what_is_in_hand_is_lent_over_more_steps_than_one_choice_is_good_for() -> None:
+    for hold_steps, over_steps in ((1, 8), (4, 8), (64, 128)):
+        packing = holding(STEPPING["online-first"], hold_steps)
+        assert isinstance(packing, OnlinePaced)
+        assert packing.over_steps == over_steps
+    assert holding(STEPPING["slack"], 64) is STEPPING["slack"]
 
 
 def test_a_line_is_found_again_from_the_steps_that_it_made() -> None:

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from backends.sglang_plugin.control import Control
 from backends.sglang_plugin.faults import Faults
 from backends.sglang_plugin.gate import Gate
+from backends.sglang_plugin.riders import rider_of
+from backends.sglang_plugin.view import MOST_LAG
 from policies.step_line import StepLine
 from policies.stepping import Valves
 from tests.backends.sglang_plugin.fakes import Clock, FakeBatch, FakeRequest, prepare, request
@@ -111,6 +113,27 @@ def test_one_choice_is_good_for_several_steps() -> None:
     assert one.views <= 2
 
 
+def test_the_same_choice_again_goes_on_with_the_view_that_there_is() -> None:
+    clock = Clock()
+    one, batch = gate(clock, mode="online-first", hold_steps=4), mixed()
+    for _ in range(12):
+        assert names(step(one, batch)) == "ac"
+        clock.us += 3_850
+    assert (one.views, one.view_steps) == (1, 12)
+    assert [rider_of(it, 0.0).skipped for it in batch.reqs] == [0, 8, 0, 8]
+    assert batch.seq_lens.values == [101] * 4
+
+
+def test_a_view_that_is_chosen_again_and_again_catches_up_at_times() -> None:
+    clock = Clock()
+    one, batch = gate(clock, mode="online-first", hold_steps=4), mixed()
+    for _ in range(MOST_LAG + 1):
+        step(one, batch)
+        clock.us += 3_850
+    assert one.views == 2
+    assert batch.seq_lens.values == [101 + MOST_LAG, 101, 101 + MOST_LAG, 101]
+
+
 def test_a_request_that_is_to_end_steps_at_once() -> None:
     one, batch = gate(mode="online-first", hold_steps=64), mixed()
     assert names(step(one, batch)) == "ac"
@@ -189,6 +212,7 @@ def test_without_a_word_on_steps_it_waits_until_it_has_seen_some() -> None:
 
 
 def test_a_step_is_as_long_as_the_size_that_its_graph_was_captured_for() -> None:
-    one, batch = gate(mode="online-first"), mixed()
-    one.sizes = (1, 4, 8)
-    assert names(step(one, batch)) == "a"
+    for sizes, ran in (((), "ab"), ((1, 4, 8), "a")):
+        one, batch = gate(mode="online-first"), FakeBatch([online("a"), offline("b")])
+        one.sizes = sizes
+        assert names(step(one, batch)) == ran
