@@ -213,9 +213,9 @@ def test_what_runs_beside_each_other_have_done_adds_up(tmp_path: Path) -> None:
 
 def test_the_bar_hears_of_runs_in_other_processes_before_they_end() -> None:
     heard: list[float] = []
-    of = plan(replace(CHAT, rate=2.0), seeds=(1, 2), duration_s=300.0)
+    of = plan(replace(CHAT, rate=2.0), seeds=(1, 2), duration_s=600.0)
     run_all(of, processes=2, keep=None, tick=heard.append)
-    assert any(0 < share < 0.5 for share in heard)
+    assert set(heard) - {0.0, 0.5, 1.0}  # whatever else there is, is of a run that goes on
     assert heard[-1] == 1.0
 
 
