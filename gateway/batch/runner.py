@@ -16,7 +16,7 @@ from backends.checkpoint import Checkpoint
 from backends.pause import pause
 from gateway.batch.attempts import Attempts, Later, Outcome, dialect_of
 from gateway.batch.faults import LeaseLost, StoreFault
-from gateway.batch.held import Held, marks_of
+from gateway.batch.held import Held, Mark, marks_of
 from gateway.batch.objects import Batch, Result, Row
 from gateway.batch.outbox import Outbox, Told
 from gateway.batch.pace import Pace, PaceRule
@@ -43,6 +43,9 @@ _AT_ONCE = 32
 """Rows that are claimed, and begin, together: more would keep online requests waiting."""
 _FRESH_TOKENS = 16
 """A checkpoint is written once there are so many more."""
+_READ_REST_S = 0.002
+"""After an answer that was read so far, a millisecond or two of work: online requests' turn."""
+_KEPT_TOGETHER = 64
 _NOBODYS_FAULT = Again(pause_us=0, blameless=True)
 
 
@@ -337,7 +340,16 @@ class Runner:
         self.open_batches = await self._store.open_batches()
 
     async def _keep(self) -> None:
-        await self._outbox.keep(marks_of(self._held.values(), fresh_tokens=_FRESH_TOKENS))
+        marks: list[Mark] = []
+        for held in list(self._held.values()):
+            if (taken := held.taken(_FRESH_TOKENS)) is None:
+                continue
+            marks.append((held, taken))
+            if len(marks) == _KEPT_TOGETHER:
+                await self._outbox.keep(marks)
+                marks.clear()
+            await pause(self._clock, _READ_REST_S)
+        await self._outbox.keep(marks)
 
     # Small questions.
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from backends.checkpoint import Checkpoint
 from backends.emulator import FaultKind, ServerSpec
 from gateway.batch.attempts import Attempts
 from gateway.batch.faults import StorageUnavailable
+from gateway.batch.held import Held
 from gateway.batch.objects import Result, Row
 from gateway.batch.pace import PaceRule
 from gateway.batch.runner import Runner, RunnerRule
@@ -271,6 +273,25 @@ async def test_checkpoints_are_written_while_rows_run() -> None:
         told = [tokens for key, tokens in it.ledger.marks if key == (1, 1)]
         assert len(told) > 2
         assert told == sorted(set(told))
+
+
+async def test_answers_are_read_for_their_checkpoints_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To read one takes a millisecond or two, and online requests go on in between."""
+    loop, read_s, read = asyncio.get_running_loop(), list[float](), Held.taken
+
+    def taken(held: Held, fresh_tokens: int) -> Checkpoint | None:
+        if found := read(held, fresh_tokens):
+            read_s.append(loop.time())
+        return found
+
+    monkeypatch.setattr(Held, "taken", taken)
+    async with office(rule={"checkpoint_s": 3.0}) as it:
+        it.ledger.add("/generate", native(10, 1000))
+        await it.site.until("they are kept", lambda: len(it.ledger.marks) == 10)
+        assert len(set(read_s)) == 10
+        assert max(read_s) - min(read_s) < 1.0
 
 
 async def test_two_gateways_share_the_rows_of_one_store() -> None:
