@@ -45,7 +45,6 @@ LARGE_WORDS: Final = 2_000
 LARGE_ROWS_PER_MB: Final = 100
 SEATS: Final = 16
 _SETTLES_S: Final = 1.0
-_WARM_S: Final = 3.0
 _CALM_CORES: Final = 0.05
 _LOOK_S: Final = 0.5
 
@@ -136,7 +135,8 @@ class Scene:
 async def measure(
     report: Report, folder: Path, *, rounds: int, phase_s: float, upload_mb: int, pinned: bool
 ) -> None:
-    """`pinned`: the gateway has a core for itself, and all else the others."""
+    """`pinned`: the gateway has a core for itself, and all else the others. One phase comes before
+    all that count: from its first requests a gateway learns how fast its servers are."""
     rows, large = folder / "rows.jsonl", folder / "large.jsonl"
     write_rows(rows, 20_000, CHAT, chats(random.Random(2), OFFLINE_TOKENS, OFFLINE_WORDS))
     some = list(islice(chats(random.Random(4), 8, LARGE_WORDS), 100))
@@ -150,7 +150,7 @@ async def measure(
     ):
         scene = Scene(gateway, client, http, rows, large, report.notes)
         texts = random.Random(5)
-        await _online(scene, _WARM_S, random.Random(0), texts)
+        await _online(scene, phase_s, random.Random(0), texts)
         for number_of in range(rounds):
             for beside in ALL[:: -1 if number_of % 2 else 1]:
                 async with scene.with_(beside):
