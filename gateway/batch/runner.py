@@ -43,8 +43,10 @@ _AT_ONCE = 32
 """Rows that are claimed, and begin, together: more would keep online requests waiting."""
 _FRESH_TOKENS = 16
 """A checkpoint is written once there are so many more."""
+_READ_TOKENS = 256
+"""Of running rows' answers, read for their checkpoints at a time: some two milliseconds of work."""
 _READ_REST_S = 0.002
-"""After an answer that was read so far, a millisecond or two of work: online requests' turn."""
+"""Then it is the turn of online requests."""
 _KEPT_TOGETHER = 64
 _NOBODYS_FAULT = Again(pause_us=0, blameless=True)
 
@@ -341,14 +343,18 @@ class Runner:
 
     async def _keep(self) -> None:
         marks: list[Mark] = []
+        read_tokens = 0
         for held in list(self._held.values()):
             if (taken := held.taken(_FRESH_TOKENS)) is None:
                 continue
             marks.append((held, taken))
+            read_tokens += taken.tokens - held.kept_tokens
             if len(marks) == _KEPT_TOGETHER:
                 await self._outbox.keep(marks)
                 marks.clear()
-            await pause(self._clock, _READ_REST_S)
+            if read_tokens >= _READ_TOKENS:
+                await pause(self._clock, _READ_REST_S)
+                read_tokens = 0
         await self._outbox.keep(marks)
 
     # Small questions.
