@@ -98,8 +98,12 @@ class Planner:
         size: Size | None = None,
         told: Callable[[Look], object] = lambda _: None,
         ask_first: Callable[[Look], object] | None = None,
+        comes_last: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        """`ask_first` gets what is to be done, and calls `act` if it can be; None: it can."""
+        """`ask_first` gets what is to be done, and calls `act` if it can be; None: it can.
+
+        A server of which `comes_last` is true is only taken where there is no other one.
+        """
         self._core = core
         self._clock = clock
         self._post = post
@@ -107,6 +111,7 @@ class Planner:
         self._size = size
         self._told = told
         self._act = ask_first or self.act
+        self._comes_last = comes_last
         self._memory = Memory()
         self._sites: dict[Role, Site] = {}
         self._rates = {kind: Outlook(quantile=control.quantile) for kind in Kind}
@@ -367,7 +372,14 @@ class Planner:
         free = [it for it in self.serving(role) if it.worker.name not in asked]
         if len(free) < 2:
             return False
-        chosen = min(reversed(free), key=lambda it: (it.decodes + it.prefills, it.context_tokens))
+        chosen = min(
+            reversed(free),
+            key=lambda it: (
+                self._comes_last(it.worker.name),
+                it.decodes + it.prefills,
+                it.context_tokens,
+            ),
+        )
         asked.add(chosen.worker.name)
         self._post(SwitchWanted(chosen.worker.name, to, look.plan.why.value))
         return True

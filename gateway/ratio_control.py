@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import replace
+from enum import StrEnum
 
 import structlog
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from backends.actuators.turning import Hindrance
 from backends.base import Size
 from backends.pause import pause
 from gateway.config import Config, tp_of
@@ -17,6 +19,7 @@ from gateway.core import Core
 from gateway.driver import Driver
 from gateway.planning import URGENT_S, Control, Look, Mode, Planner
 from gateway.reach import Reach
+from gateway.refusals import Refusals
 from gateway.rulebook import control_of
 from gateway.shortage import Shortage
 from policies.clock import Clock
@@ -28,8 +31,22 @@ from policies.types import Role
 log = structlog.get_logger("slackwater.ratio")
 
 
-async def _always() -> str:
-    return ""
+class Undone(StrEnum):
+    """Why nothing is done of what is wanted."""
+
+    ADVISES = "advises"
+    HELD = "held"
+    AWAY = "away"
+    REFUSED = "refused"
+    NOBODY_FREE = "nobody_free"
+
+
+SAID_EACH = frozenset({Undone.ADVISES, Undone.NOBODY_FREE})
+"""What is wanted is said whenever it is something else; of the others, when they begin."""
+
+
+async def _none() -> Hindrance | None:
+    return None
 
 
 class RatioControl(Collector):
@@ -42,20 +59,21 @@ class RatioControl(Collector):
         tasks: asyncio.TaskGroup,
         *,
         size: Size | None = None,
-        ready: Callable[[], Awaitable[str]] = _always,
+        hindrance: Callable[[], Awaitable[Hindrance | None]] = _none,
     ) -> None:
-        """`ready`: why the actuator could change nothing now, asked before anything is done."""
+        """`hindrance`: the actuator's, asked before anything is done."""
         self._core = core
         self._clock = clock
         self._tasks = tasks
         self._size = size
         self._loop: asyncio.Task[None] | None = None
         self._planner: Planner | None = None
-        self._reach = Reach(ready, clock)
+        self._reach = Reach(hindrance, clock)
+        self._refusals = Refusals(clock)
         self._shortage = Shortage()
         self._wish: Look | None = None
         """What is to be done as soon as the actuator has answered."""
-        self._told: tuple[int, int, bool] | None = None
+        self._told: tuple[Undone, int, int] | None = None
         """What was said last and not done."""
         self._info = {"policy": "static", "mode": "advise", "actuator": "sglang"}
         self._outcomes: dict[Outcome, int] = {}
@@ -93,6 +111,7 @@ class RatioControl(Collector):
             size=self._size,
             told=self._look,
             ask_first=self._wished,
+            comes_last=self._refusals.was_refused,
         )
         self._planner, driver.listen = planner, planner.hear
         self._loop = self._tasks.create_task(self._tick(planner))
@@ -119,6 +138,7 @@ class RatioControl(Collector):
             self._planner.decided(decision)
 
     def _over(self, over: SwitchOver) -> None:
+        self._refusals.over(over)
         self._outcomes[over.outcome] = self._outcomes.get(over.outcome, 0) + 1
         if over.outcome is not Outcome.HANGS:  # its end will be told, too
             self._drained_s += over.drained_us / 1e6
@@ -145,27 +165,39 @@ class RatioControl(Collector):
 
     def _look(self, look: Look) -> None:
         self._shortage.look(look)
-        if look.wants_change and (not self._acts or look.is_held):
-            self._say_once(look)
+        if look.wants_change and not self._acts:
+            self._say_once(look, Undone.ADVISES)
+        elif look.wants_change and look.is_held:
+            self._say_once(look, Undone.HELD)
 
     def _wished(self, look: Look) -> None:
         self._wish = look
 
     async def _act(self, planner: Planner) -> None:
-        """No server is emptied for somebody who does not answer."""
         look, self._wish = self._wish, None
         if look is None:
             return
-        if await self._reach.lost() or not self._acts or not planner.act(look):
-            self._say_once(look)
+        if (undone := await self._undone(look, planner)) is not None:
+            self._say_once(look, undone)
             return
         self._told = None
         self._say(look, acts=True)
 
-    def _say_once(self, look: Look) -> None:
-        wish = (look.plan.prefills, look.plan.decodes, look.is_held)
-        if wish != self._told:
-            self._told = wish
+    async def _undone(self, look: Look, planner: Planner) -> Undone | None:
+        """No server is emptied for somebody who does not answer, or does not do it; None: done."""
+        if self._refusals.waits and min(look.fleet.prefills, look.fleet.decodes) > 0:
+            return Undone.REFUSED
+        if await self._reach.lost():
+            return Undone.AWAY
+        if not self._acts:  # a reload was faster
+            return Undone.ADVISES
+        return None if planner.act(look) else Undone.NOBODY_FREE
+
+    def _say_once(self, look: Look, undone: Undone) -> None:
+        plan = look.plan
+        wish = (plan.prefills, plan.decodes) if undone in SAID_EACH else (0, 0)
+        if (undone, *wish) != self._told:
+            self._told = (undone, *wish)
             self._say(look, acts=False)
 
     def _say(self, look: Look, *, acts: bool) -> None:
@@ -213,7 +245,7 @@ class RatioControl(Collector):
         serving: dict[Role, int] = {}
         if (planner := self._planner) is not None:
             held = planner.is_held(round(self._clock.time() * 1e6))
-            reached = not self._reach.why
+            reached = self._reach.answers
             serving = {it: len(planner.serving(it)) for it in (Role.PREFILL, Role.DECODE)}
         yield _gauge("slackwater_ratio_held", "1: stands back from somebody else's change", held)
         yield _gauge("slackwater_ratio_actuator_up", "0: it did not answer when asked", reached)

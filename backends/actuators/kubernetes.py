@@ -17,7 +17,7 @@ from contextlib import suppress
 import structlog
 
 from backends.actuators.settings import Kubernetes
-from backends.actuators.turning import Turned, UnfitError
+from backends.actuators.turning import Hindrance, Turned, UnfitError
 from backends.base import Roll, Size
 from backends.kubernetes.api import AbsentError, Api, ApiError, ConflictError, connected
 from backends.kubernetes.lease import Lease
@@ -142,12 +142,19 @@ class KubernetesTurn:
                 failing = True
             await pause(self._clock, self._cluster.poll_s)
 
-    async def ready(self) -> str:
+    async def hindrance(self) -> Hindrance | None:
         try:
             await self._presence.look()
+            await self._lease.look()
         except ApiError as error:
-            return str(error)
-        return ""
+            return Hindrance(why=str(error))
+        if self._lease.is_anothers:
+            return Hindrance(why=self._holder_has_it, by_another=True)
+        return None
+
+    @property
+    def _holder_has_it(self) -> str:
+        return f"{self._lease.holder} has the lease"
 
     # Roles.
 
@@ -162,7 +169,7 @@ class KubernetesTurn:
 
     async def _turn(self, name: str, role: Role) -> Turned:
         if not await self._is_ours():
-            return Turned(why=f"{self._lease.holder} has the lease", by_another=True)
+            return Turned(why=self._holder_has_it, by_another=True)
         await self._presence.look()
         source = _OTHER[role]
         if why := self._unfit(name, source):
@@ -313,7 +320,7 @@ class KubernetesTurn:
 
     async def _add(self, role: Role) -> None:
         if not await self._is_ours():
-            raise ConflictError(f"{self._lease.holder} has the lease")
+            raise ConflictError(self._holder_has_it)
         await self._presence.look()
         before = {it.name for it in self._presence.of(role)}
         had = await self._workloads.replicas(role)
@@ -335,7 +342,7 @@ class KubernetesTurn:
 
     async def _end(self, name: str, role: Role) -> str:
         if not await self._is_ours():
-            return f"{self._lease.holder} has the lease"
+            return self._holder_has_it
         await self._presence.look()
         if why := self._unfit(name, role):
             return why

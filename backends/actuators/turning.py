@@ -46,6 +46,15 @@ class Turned:
     """Who is there in its place."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hindrance:
+    """Why no server can be changed just now."""
+
+    why: str
+    by_another: bool = False
+    """Whoever does it answers; somebody else is the one to whom it listens."""
+
+
 class Turn(Protocol):
     """How an empty server is made something else: all that differs between actuators."""
 
@@ -65,9 +74,9 @@ class Turn(Protocol):
         """
         ...
 
-    async def ready(self) -> str:
-        """Asked before a server is taken out of rotation: why nothing can be changed just now;
-        empty where whoever does it answers. It changes nothing, and is cheap."""
+    async def hindrance(self) -> Hindrance | None:
+        """Asked before a server is taken out of rotation; None: it would be changed, as far as
+        anybody knows. It changes nothing, and is cheap."""
         ...
 
     async def turn(self, server: Server, role: Role) -> Turned:

@@ -38,6 +38,8 @@ class Receiver:
     """Answered first, in turn; the last one for ever if `stays`."""
     stays: bool = False
     does: bool = True
+    refuses: str = ""
+    """Why, to every question but a check."""
     replaced_by: str = ""
     keeps_name: bool = False
     questions: list[dict[str, Any]] = field(default_factory=list)
@@ -52,8 +54,10 @@ class Receiver:
         question = json.loads(body)
         self.questions.append(question)
         self.heads.append(dict(request.headers))
-        changes = self.does and question["action"] != "check"
-        if changes and question["id"] not in self._changes:
+        changes = question["action"] != "check"
+        if changes and self.refuses:
+            return web.json_response({"status": "refused", "why": self.refuses})
+        if changes and self.does and question["id"] not in self._changes:
             self._changes[question["id"]] = asyncio.create_task(self._do(question))
         status, told = self._reply(question)
         return web.json_response(told, status=status)
