@@ -44,5 +44,7 @@ class Reach:
             if was is not None:
                 log.info("servers can be changed again")
         elif was is None or was.by_another is not found.by_another:
-            say = log.info if found.by_another else log.warning
-            say("no server can be changed for now", error=found.why)
+            if found.by_another:
+                log.info("somebody else changes the servers", error=found.why)
+            else:
+                log.warning("no server can be changed for now", error=found.why)

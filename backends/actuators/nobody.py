@@ -16,6 +16,7 @@ class NobodyTurn:
     def __init__(self, why: str) -> None:
         self.why = why
         self.size: Size | None = None
+        self.at_once: int | None = None
 
     async def open(self) -> None: ...
     async def close(self) -> None: ...

@@ -14,6 +14,7 @@ from typing import Any
 
 import structlog
 
+from backends.actuators.launches import Launches
 from backends.actuators.settings import Ray
 from backends.actuators.turning import Hindrance, Turned, UnfitError
 from backends.base import Roll, Size
@@ -56,9 +57,9 @@ class RayTurn:
         """Who has the lease, as the process said last; empty: this gateway."""
         self._link: Link | None = None
         self._keeper: asyncio.Task[None] | None = None
-        self._launches: set[asyncio.Task[None]] = set()
-        self.size: Size | None = self
-        self.starting: dict[Role, int] = {}
+        self._launches = Launches(tasks, self._start, _not_started)
+        self.size: Size | None = self._launches
+        self.at_once: int | None = None
 
     async def open(self) -> None:
         """Joined; servers that start come later."""
@@ -69,9 +70,9 @@ class RayTurn:
         self._keeper = self._tasks.create_task(self._keep())
 
     async def close(self) -> None:
-        for task in (self._keeper, *self._launches):
-            if task is not None:
-                task.cancel()
+        if self._keeper is not None:
+            self._keeper.cancel()
+        self._launches.cancel()
         if self._link is not None:
             await self._link.close()
 
@@ -243,26 +244,13 @@ class RayTurn:
     async def end(self, server: Server) -> str:
         return str((await self._ask("end", name=server.name)).get("why", ""))
 
-    def launch(self, role: Role) -> bool:
+    async def _start(self, role: Role) -> str:
         """Ray finds the GPUs, or it does not come."""
-        self._count(role, 1)
-        task = self._tasks.create_task(self._launch(role))
-        self._launches.add(task)
-        task.add_done_callback(self._launches.discard)
-        return True
+        return str((await self._ask("start", role=role.value)).get("why", ""))
 
-    async def _launch(self, role: Role) -> None:
-        try:
-            told = await self._ask("start", role=role.value)
-            if why := told.get("why"):
-                log.warning("no actor was started", role=role.value, error=str(why))
-        except Exception as error:  # noqa: BLE001  # the task's edge: a launch ends nothing else
-            log.warning("no actor was started", role=role.value, error=repr(error))
-        finally:
-            self._count(role, -1)
 
-    def _count(self, role: Role, more: int) -> None:
-        self.starting[role] = self.starting.get(role, 0) + more
+def _not_started(role: Role, why: str) -> None:
+    log.warning("no actor was started", role=role.value, error=why)
 
 
 def _late(asked: asyncio.Future[dict[str, Any]], why: str) -> None:

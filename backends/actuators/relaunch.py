@@ -32,6 +32,7 @@ class RelaunchTurn:
     def __init__(self, fleet: Relauncher) -> None:
         self._fleet = fleet
         self.size: Size | None = None
+        self.at_once: int | None = None
 
     async def open(self) -> None: ...
     async def close(self) -> None: ...

@@ -36,6 +36,7 @@ class SglangTurn:
     ) -> None:
         self._clock = clock
         self.size: Size | None = None
+        self.at_once: int | None = None
         self.idle_s = idle_s
         """For so long a server that is empty in the books may say that it is not idle."""
         self.switch_s = switch_s

@@ -60,6 +60,8 @@ class Turn(Protocol):
 
     size: Size | None
     """Starts servers, where it can; what it starts comes on the list."""
+    at_once: int | None
+    """So many changes at a time: no server is emptied that would wait for another one's."""
 
     async def open(self) -> None:
         """Before the first move; UnfitError where it cannot do any."""

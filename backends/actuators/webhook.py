@@ -65,6 +65,7 @@ class WebhookTurn:
         self._upstream: Upstream | None = None
         self._page = "/"
         self.size: Size | None = None
+        self.at_once: int | None = None
 
     async def open(self) -> None:
         if not self.hook.url:

@@ -99,9 +99,10 @@ async def test_a_launch_that_goes_wrong_ends_nothing_else(
         async with asyncio.TaskGroup() as tasks:
             turn = turning(tasks)
             monkeypatch.setattr(turn, "_ask", fails)
-            turn.launch(Role.DECODE)
+            assert turn.size is not None
+            turn.size.launch(Role.DECODE)
     assert lines[0]["event"] == "no actor was started"
-    assert turn.starting == {Role.DECODE: 0}
+    assert turn.size.starting == {Role.DECODE: 0}
 
 
 async def test_an_interpreter_without_ray_is_told_of_in_one_line(
