@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from backends.base import Post, Size
 from gateway.coming import Coming
 from gateway.core import Core
 from gateway.expected import Expected
 from gateway.other_hands import OtherHands
+from gateway.role_changes import RoleChanges
 from policies.clock import Clock
 from policies.demand import Demand, Fleet, Site, Targets
 from policies.dopd_plus import DopdPlus
@@ -20,7 +19,6 @@ from policies.events import (
     Event,
     Fail,
     Reject,
-    SwitchWanted,
     WorkerUp,
 )
 from policies.forecast import Prediction
@@ -88,30 +86,20 @@ class Planner:
         self,
         core: Core,
         clock: Clock,
-        post: Post,
+        changes: RoleChanges,
         control: Control,
         *,
         gpus: Callable[[Worker], int] = lambda _: 1,
-        size: Size | None = None,
-        at_once: int | None = None,
         told: Callable[[Look], object] = lambda _: None,
         ask_first: Callable[[Look], object] | None = None,
-        comes_last: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        """`ask_first` gets what is to be done, and calls `act` if it can be; None: it can.
-
-        No more than `at_once` servers are asked to change while others do. A server of which
-        `comes_last` is true is only taken where there is no other one.
-        """
+        """`ask_first` gets what is to be done, and calls `act` if it can be; None: it can."""
         self._core = core
         self._clock = clock
-        self._post = post
+        self._changes = changes
         self._gpus = gpus
-        self._size = size
-        self._at_once = at_once
         self._told = told
         self._act = ask_first or self.act
-        self._comes_last = comes_last
         self._memory = Memory()
         self._sites: dict[Role, Site] = {}
         self._looked_us = self._now_us()
@@ -146,8 +134,8 @@ class Planner:
     def tick(self) -> None:
         """To be called every URGENT_S: looks when the interval is over, or when it cannot wait."""
         now_us = self._now_us()
-        if self._size is not None:
-            self._coming.look(self._size.starting, now_us)
+        if self._changes.size is not None:
+            self._coming.look(self._changes.size.starting, now_us)
         if now_us - self._looked_us >= self.control.interval_s * 1e6:
             self._observe(now_us)
         elif not self._is_urgent(now_us):
@@ -189,6 +177,10 @@ class Planner:
         if look.wants_change and self.control.mode is Mode.ACT and not look.is_held:
             self._act(look)
 
+    def act(self, look: Look) -> int:
+        """How many servers are asked to change, started ones included."""
+        return self._changes.ask(look.plan, look.fleet)
+
     # What is known.
 
     @property
@@ -221,12 +213,7 @@ class Planner:
         )
 
     def serving(self, role: Role) -> list[Ledger]:
-        ledgers = self._core.ledgers
-        return [
-            ledger
-            for name in sorted(ledgers)
-            if (ledger := ledgers[name]).worker.role is role and ledger.up and not ledger.is_leaving
-        ]
+        return self._changes.serving(role)
 
     def _fleet(self) -> Fleet | None:
         """None where the hardware of a role is not known."""
@@ -266,52 +253,6 @@ class Planner:
                     factor=learnt.factor,
                 )
         return None
-
-    # What is done.
-
-    def act(self, look: Look) -> int:
-        """How many servers are asked to change, started ones included."""
-        began = 0
-        more = {
-            Role.PREFILL: look.plan.prefills - look.fleet.prefills,
-            Role.DECODE: look.plan.decodes - look.fleet.decodes,
-        }
-        asked: set[str] = set()
-        for short, spare in ((Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)):
-            while more[short] > 0 > more[spare]:
-                more[short] -= 1
-                more[spare] += 1
-                began += self._want(spare, short, look, asked)
-        for role, count in more.items():
-            for _ in range(max(0, count)):
-                if self._size is not None and look.fleet.is_elastic:
-                    began += self._size.launch(role)
-            for _ in range(max(0, -count)):
-                if look.fleet.is_elastic:
-                    began += self._want(role, None, look, asked)
-        return began
-
-    @property
-    def _free_hands(self) -> float:
-        """How many more changes would begin at once; what is started needs one, too."""
-        return math.inf if self._at_once is None else self._at_once - self._moving
-
-    def _want(self, role: Role, to: Role | None, look: Look, asked: set[str]) -> bool:
-        """The server with the least to end first; in a tie the last by name."""
-        free = [it for it in self.serving(role) if it.worker.name not in asked]
-        if len(free) < 2 or len(asked) >= self._free_hands:
-            return False
-        chosen = min(
-            reversed(free),
-            key=lambda it: (
-                self._comes_last(it.worker.name),
-                it.decodes + it.prefills,
-                it.context_tokens,
-            ),
-        )
-        asked.add(chosen.worker.name)
-        self._post(SwitchWanted(chosen.worker.name, to, look.plan.why.value))
-        return True
 
 
 def _kv_use(ledger: Ledger) -> float:

@@ -20,6 +20,7 @@ from gateway.ratio_log import RatioLog, Undone
 from gateway.ratio_metrics import SwitchTotals, gauge, info_of, of_look
 from gateway.reach import Reach
 from gateway.refusals import Refusals
+from gateway.role_changes import RoleChanges
 from gateway.rulebook import control_of
 from gateway.shortage import Shortage
 from policies.clock import Clock
@@ -78,17 +79,21 @@ class RatioControl(Collector):
             self._begin(control, driver)
 
     def _begin(self, control: Control, driver: Driver) -> None:
+        changes = RoleChanges(
+            self._core,
+            driver.post,
+            size=self._turn.size,
+            at_once=self._turn.at_once,
+            comes_last=self._refusals.was_refused,
+        )
         planner = Planner(
             self._core,
             self._clock,
-            driver.post,
+            changes,
             control,
             gpus=lambda worker: self._tp.get(worker.name, self._tp[""]),
-            size=self._turn.size,
-            at_once=self._turn.at_once,
             told=self._look,
             ask_first=self._wished,
-            comes_last=self._refusals.was_refused,
         )
         self._planner, driver.listen = planner, planner.hear
         self._loop = self._tasks.create_task(self._tick(planner))

@@ -12,6 +12,7 @@ from backends.actuators.sglang import SglangTurn
 from gateway.core import Core, Rules
 from gateway.planning import Control, Mode, Planner
 from gateway.ratio_control import RatioControl
+from gateway.role_changes import RoleChanges
 from policies.clock import VirtualClock
 from policies.demand import Demand, Fleet
 from policies.events import (
@@ -59,7 +60,8 @@ class Planned:
         self.core = Core(Rules(costs=Costs(default=COST)), workers)
         self.clock = VirtualClock()
         self.asked: list[Event] = []
-        self.planner = Planner(self.core, self.clock, self.asked.append, control, **more)
+        changes = RoleChanges(self.core, self.asked.append, **more)
+        self.planner = Planner(self.core, self.clock, changes, control)
 
     def hear(self, *events: Event) -> None:
         """As a driver tells of them: whoever listens hears of them before the core."""
