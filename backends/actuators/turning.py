@@ -166,16 +166,18 @@ class Turning:
             turned = await self.turn.turn(server, role)
             if turned.is_gone:
                 return await self._succeeded(server, turned)
-            return await self._stayed(server, turned)
+            return await self._stayed(server, turned, role)
         finally:
             server.is_turning = False
 
-    async def _stayed(self, server: Server, turned: Turned) -> RoleSwitched:
-        role = await self.role_of(server)
+    async def _stayed(self, server: Server, turned: Turned, wanted: Role) -> RoleSwitched:
+        role, why = await self.role_of(server), turned.why
+        if role is not None and role is not wanted:
+            why = why or f"it is said to be done, and it is a {role.value} server all the same"
         server.is_known = server.is_known and role is not None and not turned.is_restarted
         if role is not None:
             self._note(server, role, is_restarted=turned.is_restarted)
-        return RoleSwitched(server.name, role, turned.why, turned.by_another)
+        return RoleSwitched(server.name, role, why, turned.by_another)
 
     async def _succeeded(self, server: Server, turned: Turned) -> RoleSwitched:
         """Off the list first, so that what is told of it concerns nobody else of its name."""

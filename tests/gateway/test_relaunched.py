@@ -67,7 +67,11 @@ async def test_the_time_that_a_relaunch_takes_is_told_with_it() -> None:
     [
         ("refuses", "failed", "there is no room for it"),
         ("comes back", "failed", "weights do not fit"),
-        ("lies", "failed", ""),
+        (
+            "lies",
+            "failed",
+            "it is said to be done, and it is a decode server all the same",
+        ),
         ("busy", "switched_by_another", "it is being started already"),
     ],
 )

@@ -143,7 +143,11 @@ async def test_the_question_is_typed_signed_and_has_its_key_in_the_header() -> N
         ((403, {"why": "who are you?"}), "failed", "who are you?"),
         ((404, {}), "failed", "the webhook answered 404"),
         ((200, {}), "failed", "the webhook answered 200"),
-        ((200, {"status": "done"}), "failed", ""),
+        (
+            (200, {"status": "done"}),
+            "failed",
+            "it is said to be done, and it is a decode server all the same",
+        ),
         ((409, {"why": "a rollout runs"}), "switched_by_another", "a rollout runs"),
         (
             (200, {"status": "done", "worker": {"url": "there"}}),
