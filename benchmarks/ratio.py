@@ -265,7 +265,7 @@ def equal_check(load: str, ours: Held, others: dict[str, Held]) -> Check:
 
 def demand(data: Path) -> None:
     """ConfigError where something is missing: it would be missed after minutes, or replaced."""
-    for file in (TABLE, *(Path("traces", name) for name in TRACES), forecast.SERIES):
+    for file in (Path(TABLE), *(Path("traces", name) for name in TRACES), forecast.SERIES):
         if not (data / file).is_file():
             raise ConfigError(f"{data / file} is not there; say with --data where it is")
 
