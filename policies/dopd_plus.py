@@ -92,7 +92,7 @@ class DopdPlus:
     def _best_split(self, need: Need, reckoning: Reckoning, why: Why) -> Plan:
         """Not enough for all: the split whose fuller role is least full, if it is worth a move."""
         fleet = reckoning.fleet
-        present = reckoning.pressure(fleet.prefills, fleet.decodes)
+        present = reckoning.pressure(fleet.prefills, fleet.decodes, self.dwell_s)
         best, found = (present, 0, 0), (fleet.prefills, fleet.decodes)
         for prefills in range(1, fleet.limit_gpus // fleet.prefill.gpus + 1):
             left = fleet.limit_gpus - prefills * fleet.prefill.gpus
@@ -100,7 +100,7 @@ class DopdPlus:
             if decodes < 1:
                 break
             moves = abs(prefills - fleet.prefills)
-            pressure = reckoning.pressure(prefills, decodes)
+            pressure = reckoning.pressure(prefills, decodes, self.dwell_s)
             if (pressure, moves, prefills) < best:
                 best, found = (pressure, moves, prefills), (prefills, decodes)
         terms = {**need.terms, "pressure": present, "pressure_after": best[0]}

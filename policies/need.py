@@ -93,13 +93,18 @@ class Reckoning:
         most = max(fleet.decodes, fleet.limit_gpus // fleet.decode.gpus)
         return max(1, math.ceil(min(wanted, most + 1)))
 
-    def pressure(self, prefills: int, decodes: int) -> float:
-        """The load of the fuller role beside what it bears; above 1 targets are missed."""
+    def pressure(self, prefills: int, decodes: int, lasts_s: float) -> float:
+        """The load of the fuller role beside what it bears; above 1 targets are missed.
+
+        What waits counts as far as it has to be done while the split lasts: it waits for one role
+        now and, if it weighs more, for the other one after each exchange.
+        """
         demand = self.demand
         flow = demand.online
         rate = max(flow.rate_per_s, 1e-9)
         lasting = demand.lasting_per_s or rate
-        waiting = demand.waiting_tokens / max(1.0, flow.prompt.mean) / self._lead_s
+        lasts_s = max(lasts_s, self._lead_s)
+        waiting = demand.waiting_tokens / max(1.0, flow.prompt.mean) / lasts_s
         for_prefill, for_decode = (0.0, waiting) if demand.decode_is_full else (waiting, 0.0)
         bears_p = prefill_rate(prefills, self.fleet.prefill, flow, demand.targets)
         bears_d = self._decode_rate(decodes, flow)

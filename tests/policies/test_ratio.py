@@ -342,6 +342,15 @@ def test_without_enough_for_both_the_fuller_role_is_relieved_if_that_is_worth_it
     assert plan.terms["pressure_after"] < plan.terms["pressure"]
 
 
+@pytest.mark.parametrize("waits_for", ["prompts", "answers"])
+def test_in_overload_the_best_split_stays_whichever_role_is_waited_for(waits_for: str) -> None:
+    """What has come together while servers moved would move them again after each dwell."""
+    queue = {"waiting": 1000, "waiting_tokens": round(1000 * CHAT.prompt.mean)}
+    asked_for = demand(CHAT, 120.0, decode_is_full=waits_for == "answers", **queue)
+    plan = asked(DopdPlus(), asked_for, fleet(3, 3))
+    assert (split(plan), plan.why) == ((3, 3), Why.HOLDS)
+
+
 def test_without_anything_known_the_fleet_stays() -> None:
     plan = asked(DopdPlus(), Demand(targets=Targets()), fleet(2, 3, budget=16))
     assert (split(plan), plan.why) == ((2, 3), Why.UNKNOWN)
