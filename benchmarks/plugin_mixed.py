@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import NamedTuple
 
 from rich.table import Table
@@ -124,11 +124,12 @@ class Mixed:
     effort: Effort
     found: Found
     targets: Targets = UNTARGETED
-    steps: dict[str, list[SeenStep]] = field(default_factory=lambda: {"all": [], "slack": []})
+    steps: dict[tuple[float, str], list[SeenStep]] = field(default_factory=dict)
+    """By load and mode."""
     tight: list[Asker] = field(default_factory=list)
     loose: list[Asker] = field(default_factory=list)
-    first_s: list[float] = field(default_factory=list)
-    """Times to the first token."""
+    first_s: dict[float, list[float]] = field(default_factory=dict)
+    """Times to the first token on stock, by load."""
 
     @property
     def loads(self) -> tuple[float, ...]:
@@ -194,9 +195,11 @@ class Mixed:
         answers = [[answer_of(it, ended_s) for it in own if it.events] for own in circles]
         await site.stop([stream for own in circles for stream in own])
         await asyncio.sleep(REPORTED_WITHIN_S)
-        self.steps[mode] += steps[known:]
+        self.steps.setdefault((load, mode), []).extend(steps[known:])
         if mode == "all":
-            self.first_s += [it.ttft_ms / 1e3 for own in circles for it in own[1:] if it.events]
+            self.first_s.setdefault(load, []).extend(
+                it.ttft_ms / 1e3 for own in circles for it in own[1:] if it.events
+            )
         return seen(askers, answers, targets, began_s, ended_s)
 
     async def _circle(
@@ -245,23 +248,23 @@ class Mixed:
 
     def _predicted(self, report: Report) -> Table:
         """What the patched simulator makes of the same clients with the measured line of steps."""
-        usual, joining = told_apart(self.steps["all"])
-        line = fitted([*usual, *self.steps["slack"]])
-        assert line is not None
-        join_s, again_s = halted_s(line, joining), statistics.median(self.first_s)
+        line = self._line()
         count = sum(map(len, self.steps.values()))
         report.notes.append(
             f"(b) measured step: {line.base_us:.0f} us + {line.request_us:.0f} us a request + "
-            f"{line.token_us * 1000:.1f} us for 1,000 tokens of context ({count} steps); "
-            f"who joins halts all for {join_s * 1e3:.1f} ms, {again_s * 1e3:.0f} ms after asking"
+            f"{line.token_us * 1000:.1f} us for 1,000 tokens of context ({count} steps)"
         )
+        held = {
+            load: Held.of(line, self.steps[load, "all"], self.first_s[load]) for load in self.loads
+        }
+        report.notes += [f"(b) stock at {load:g} of the knee: {it}" for load, it in held.items()]
         table = Table(title="(b) simulated with the measured steps", title_justify="left")
         for column in ("case", "met, %", "real", "error, points", "tokens/s", "real", "error"):
             table.add_column(column, justify="left" if column == "case" else "right")
         for load in self.loads:
             for mode in ("all", "slack"):
                 runs = [
-                    self._simulated(AsMeasured(line, join_s), load, mode, f"{run} {load}", again_s)
+                    self._simulated(line, held[load], load, mode, f"{run} {load}")
                     for run in range(self.effort.runs)
                 ]
                 met = 100 * statistics.median(it.met for it in runs)
@@ -273,9 +276,18 @@ class Mixed:
                 table.add_row(f"{load:g} of the knee, {mode}", *told)
         return table
 
-    def _simulated(
-        self, times: AsMeasured, load: float, mode: str, seed: str, again_s: float
-    ) -> Seen:
+    def _line(self) -> StepLine:
+        usual = [
+            step
+            for (_, mode), steps in self.steps.items()
+            for step in (told_apart(steps)[0] if mode == "all" else steps)
+        ]
+        line = fitted(usual)
+        assert line is not None
+        return line
+
+    def _simulated(self, line: StepLine, held: Held, load: float, mode: str, seed: str) -> Seen:
+        rng = random.Random(seed)
         askers = self.askers(load)
         circles = [
             [
@@ -284,6 +296,8 @@ class Mixed:
             ]
             for it in askers
         ]
+        times = AsMeasured(line, again(held.joins_s, rng), again(held.ratios, rng))
+        again_s = again(held.first_s, rng)
         heard = circled(times, circles, mode, HOLD_STEPS, again_s=again_s, until_s=self.seconds)
         answers = [[told_of(it) for it in own if it.times_s] for own in heard]
         return seen(askers, answers, self.targets, 0.0, self.seconds)
@@ -308,10 +322,39 @@ def told_apart(steps: Sequence[SeenStep]) -> tuple[list[SeenStep], list[Joining]
     return usual, joining
 
 
-def halted_s(line: StepLine, joining: Sequence[Joining]) -> float:
+class Held(NamedTuple):
+    """What stock SGLang's steps took beside the line, in the order in which they came."""
+
+    ratios: list[float]
+    """Of steps that nobody joined before, to the line: other processes take the cores at times."""
+    joins_s: list[float]
     """How much longer a step takes for each who joins before it."""
-    more_us = [(it.step.took_us - line.step_us(*it.step[:2])) / it.joined for it in joining]
-    return max(0.0, statistics.median(more_us)) / 1e6 if more_us else 0.0
+    first_s: list[float]
+    """From a client's asking to its first token."""
+
+    @classmethod
+    def of(cls, line: StepLine, steps: Sequence[SeenStep], first_s: Sequence[float]) -> Held:
+        usual, joining = told_apart(steps)
+        more_us = [(it.step.took_us - line.step_us(*it.step[:2])) / it.joined for it in joining]
+        return cls(
+            [it.took_us / line.step_us(*it[:2]) for it in usual] or [1.0],
+            [max(0.0, it) / 1e6 for it in more_us] or [0.0],
+            [*first_s] or [0.0],
+        )
+
+    def __str__(self) -> str:
+        ratio = statistics.fmean(self.ratios)
+        join_ms, first_ms = (1e3 * statistics.fmean(it) for it in (self.joins_s, self.first_s))
+        return (
+            f"a step takes {ratio:.2f} of the line, who joins halts all for {join_ms:.1f} ms, "
+            f"{first_ms:.0f} ms after asking"
+        )
+
+
+def again(values: Sequence[float], rng: random.Random) -> Iterator[float]:
+    """In the order in which they were seen, from anywhere on: what is slow, is so for a while."""
+    start = rng.randrange(len(values))
+    return cycle([*values[start:], *values[:start]])
 
 
 def spaced(bounds: tuple[int, int], count: int) -> list[int]:

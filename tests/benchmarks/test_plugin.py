@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
+from itertools import repeat
 
 import pytest
 
 from benchmarks.plugin_mixed import (
     Answer,
     Asker,
+    Held,
     Targets,
-    halted_s,
+    again,
     mingled,
     seen,
     spaced,
@@ -42,9 +45,9 @@ def test_a_target_is_kept_by_leaving_offline_requests_out() -> None:
 
 
 def test_in_a_circle_the_next_comes_some_time_after_the_one_before_and_halts_the_others() -> None:
-    times = AsMeasured(LINE, join_s=0.05)
+    times = AsMeasured(LINE, joins_s=repeat(0.05))
     rows = [replace(ONLINE, tokens=11)] * 9
-    told = circled(times, [rows, rows], "all", 4, again_s=0.2, until_s=1.0)
+    told = circled(times, [rows, rows], "all", 4, again_s=repeat(0.2), until_s=1.0)
     first, second = told[0][:2]
     assert second.times_s[0] - first.times_s[-1] == pytest.approx(0.25, abs=0.06)
     assert [len(own) for own in told] == [3, 3]
@@ -74,7 +77,23 @@ def test_a_step_that_somebody_joined_before_tells_for_how_long_all_were_halted()
     kept, joining = told_apart([*usual, slow])
     assert kept == usual[1:]
     assert [it.joined for it in joining] == [2]
-    assert halted_s(LINE, joining) == pytest.approx(0.004)
+    held = Held.of(LINE, [*usual, slow], [0.2])
+    assert held.joins_s == pytest.approx([0.004])
+    assert held.ratios == pytest.approx([1.0] * 3)
+
+
+def test_what_was_slow_for_a_while_is_so_again() -> None:
+    got = again([1.0, 2.0, 3.0], random.Random(1))
+    drawn = [next(got) for _ in range(6)]
+    assert drawn[:3] == drawn[3:]
+    assert "".join(f"{it:.0f}" for it in drawn[:3]) in "123123"
+
+
+def test_steps_that_are_held_up_take_longer_than_they_are_predicted_to() -> None:
+    times = AsMeasured(LINE, held=repeat(1.5))
+    told = circled(times, [[ONLINE]], "all", 4, again_s=repeat(0.0), until_s=10.0)
+    plain = played(LINE, [ONLINE], "all", hold_steps=4)
+    assert told[0][0].tpot_ms == pytest.approx(1.5 * plain[0].tpot_ms, rel=0.02)
 
 
 def test_any_first_few_prompts_are_about_as_long_as_all() -> None:
