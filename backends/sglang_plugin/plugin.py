@@ -6,6 +6,7 @@ import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Final
 
 from backends.sglang_plugin.contract import Batch, Plan, Scheduler
@@ -176,6 +177,8 @@ class Plugin:
     ) -> Any:
         if self._met is None:
             self.meet(engine)
+        if self._now_us() > self.control.until_us:
+            self._adopt(Control())  # an engine that rests does not look
         answer = original(engine, recv_req)
         answer.internal_state[STATE] = self.state()
         return answer
@@ -209,7 +212,7 @@ class Plugin:
         self.control = control
         self.gate.adopt(control)
         self.reporter.look()
-        self.displacement.allowed = control.displace
+        self.displacement.until_us = control.until_us if control.displace else -inf
 
     def _answer(self, *, updated: bool) -> Any:
         messages: Any = importlib.import_module("sglang.srt.managers.io_struct")
