@@ -11,7 +11,7 @@ from backends.sglang_plugin.belief import Belief
 from backends.sglang_plugin.contract import Batch, Request
 from backends.sglang_plugin.control import STEPS_ALL, Control
 from backends.sglang_plugin.faults import Faults
-from backends.sglang_plugin.riders import Rider, rider_of
+from backends.sglang_plugin.riders import CLASS, TPOT, Rider, rider_of
 from backends.sglang_plugin.view import View, settle
 from policies.packing import Packing, Running, StepUs
 from policies.stepping import STEPPING, elected, holding
@@ -47,6 +47,7 @@ class Choice(NamedTuple):
 
 
 SEED: Final = 1
+NONSENSE: Final = f"a request's {CLASS} or {TPOT} makes no sense, and counts as untold"
 
 
 class Gate:
@@ -231,6 +232,8 @@ class Gate:
         if members is not self._members:
             self._members = members
             self._riders = [rider_of(request, now_us) for request in members]
+            if any(rider.is_nonsense for rider in self._riders):
+                self.faults.say(NONSENSE)
         return self._riders
 
     def _rows(

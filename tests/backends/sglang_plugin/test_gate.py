@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from backends.sglang_plugin.control import Control
 from backends.sglang_plugin.faults import Faults
-from backends.sglang_plugin.gate import Gate
+from backends.sglang_plugin.gate import NONSENSE, Gate
 from backends.sglang_plugin.riders import rider_of
 from backends.sglang_plugin.view import MOST_LAG
 from policies.step_line import SeenStep, StepLine
@@ -217,3 +217,16 @@ def test_a_step_is_as_long_as_the_size_that_its_graph_was_captured_for() -> None
         one, batch = gate(mode="online-first"), FakeBatch([online("a"), offline("b")])
         one.sizes = sizes
         assert names(step(one, batch)) == ran
+
+
+def test_nonsense_about_a_request_is_said_once_and_everything_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    one, batch = gate(mode="online-first"), mixed()
+    for it in batch.reqs[1:]:
+        it.sampling_params.custom_params = {"slackwater_class": "x", "slackwater_tpot_ms": "soon"}
+    for number in range(3):
+        assert names(step(one, batch))[:4] == "abcd"  # all count as online, and none has to wait
+        batch.merge(online(f"e{number}"))
+    assert [it.getMessage() for it in caplog.records] == [f"slackwater: decode: {NONSENSE}"]
+    assert not one.faults.over
