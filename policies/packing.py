@@ -90,8 +90,9 @@ class Slack:
       who would be late before they are asked again, then the shortest.
     * The limit is `aim` of the target, or what the least advanced request that is on time has in
       hand at that pace, where this is more. Who is late for good sets none: it would stop all.
-    * Tokens per second are never fewer than in a step of all: a busy server would fall behind.
-      Where those who fit are too few for that, all step, or as few more as it takes.
+    * Tokens per second are not fewer than in a step of all, but for what may be `spent` on targets:
+      a busy server would fall behind. Where those who fit are too few for that, all step, or as few
+      more as it takes.
     * Nobody waits for more than `most_skipped` steps in a row; when a turn comes, all step, because
       a step that one long context makes slow costs the others least when they are in it.
     """
@@ -104,6 +105,9 @@ class Slack:
     """What `aim` is for those who have to catch up."""
     grows: bool = False
     """Where too few fit: by as few as it takes, not to all."""
+    spent: float = 0.0
+    """Of the tokens per second of a step of all. A step has a part that does not depend on who is
+    in it, so that without this hardly any step of fewer is worth its time."""
     due_steps: int = 0
     """A choice may be good for so many steps of all: who is late by then is due now."""
     by_longest = False
@@ -133,7 +137,10 @@ class Slack:
                 low = middle
             else:
                 high = middle
-        while low * all_us < len(running) * step_us(low, sums[low - 1], tops[low - 1]):
+        least_per_us = (1 - self.spent) * len(running) / all_us
+        while low < len(running) and low < least_per_us * step_us(
+            low, sums[low - 1], tops[low - 1]
+        ):
             low = low + 1 if self.grows else len(running)
         return sorted(everybody[:low])
 
@@ -259,7 +266,7 @@ PACKING: dict[str, Packing] = {
     "all": All(),
     "kairos": Kairos(),
     "slack": Slack(),
-    "slack-due": Slack(aim=0.8, forgiven=32.0, due_steps=5, grows=True),
+    "slack-due": Slack(aim=0.8, forgiven=32.0, due_steps=5, grows=True, spent=0.04),
     "online-first": OnlineFirst(),
     "online-exact": OnlineFirst(ask_every=1),
     "online-paced": OnlinePaced(),

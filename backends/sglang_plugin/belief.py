@@ -37,8 +37,9 @@ class Belief:
         self._steps += steps
         self._seen += len(steps)
         if corrects and self.table is not None:
-            for count, context_tokens, took_us in steps:
-                self.table.observe(count, context_tokens, context_tokens, took_us)
+            for count, tokens, took_us in steps:
+                usual_us = self.table.usual_us(count, tokens, tokens, took_us)
+                self.table.observe(count, tokens, tokens, usual_us)
 
     def is_ready(self) -> bool:
         """Whether anything can be said of a step; fits what has been seen where that is due."""
