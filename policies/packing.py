@@ -266,7 +266,7 @@ PACKING: dict[str, Packing] = {
     "all": All(),
     "kairos": Kairos(),
     "slack": Slack(),
-    "slack-due": Slack(aim=0.8, forgiven=32.0, due_steps=5, grows=True, spent=0.04),
+    "slack-due": Slack(aim=0.8, forgiven=32.0, due_steps=5, grows=True, spent=0.03),
     "online-first": OnlineFirst(),
     "online-exact": OnlineFirst(ask_every=1),
     "online-paced": OnlinePaced(),
