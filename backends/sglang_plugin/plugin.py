@@ -90,7 +90,7 @@ class Plugin:
         return Socket(self._options.reports or f"tcp://{host}:*")
 
     def _saw(self, steps: Sequence[Step]) -> None:
-        decodes = [SeenStep(step[1], step[2], step[5]) for step in steps if step[0]]
+        decodes = [SeenStep(step[1], step[2], float(step[5])) for step in steps if step[0]]
         corrects = not self.gate.rests and not self._options.drill
         self.gate.belief.saw(decodes, corrects=corrects)
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from backends.sglang_plugin.belief import FEWEST_STEPS
 from backends.sglang_plugin.control import Setting, adjusted
 from backends.sglang_plugin.plugin import STATE, Options, Plugin
-from tests.backends.sglang_plugin.fakes import Clock
+from backends.sglang_plugin.targets import Feature
+from tests.backends.sglang_plugin.fakes import Clock, DecodeMode, FakeBatch, prepare, request
 
 
 def plugin(clock: Clock) -> Plugin:
@@ -15,6 +19,15 @@ def plugin(clock: Clock) -> Plugin:
     one = Plugin(Options(), {}, clock)
     one._met = SimpleNamespace()  # type: ignore[assignment]
     return one
+
+
+class Silent:
+    """A socket that nobody listens at."""
+
+    endpoint = "tcp://127.0.0.1:1"
+
+    def is_heard(self) -> bool:
+        return False
 
 
 def state(one: Plugin) -> dict[str, Any]:
@@ -57,3 +70,21 @@ def test_a_step_of_a_server_at_rest_is_the_engines_own() -> None:
         assert hook(original, engine, batch) is plan
     one.prepare_for_decode(original, batch)
     assert asked == [(engine, batch)] * 3 + [(batch,)]
+
+
+def test_an_engine_that_chooses_fits_its_own_line_to_its_own_steps() -> None:
+    clock = Clock()
+    one = plugin(clock)
+    one.reporter.socket = Silent()  # type: ignore[assignment]
+    one._adopt(adjusted(one.control, Setting(mode=2), clock.us))
+    for number in range(2 * FEWEST_STEPS):
+        batch = FakeBatch([request(f"{number} {i}") for i in range(1 + number % 4)])
+        batch.forward_mode = DecodeMode()
+        clock.us += 3_000.0 + 1_000.0 * len(batch.reqs)
+        one.process_batch_result(lambda *_: None, SimpleNamespace(), batch, None)  # type: ignore[arg-type]
+    crowd: Any = FakeBatch([request(f"c{i}") for i in range(4)])
+    one.update_running_batch(lambda _, batch: batch, SimpleNamespace(), crowd)  # type: ignore[arg-type]
+    one.gate.begins(crowd)
+    one.prepare_for_decode(prepare, crowd)  # type: ignore[arg-type]
+    assert one.faults[Feature.DECODE].number == 0
+    assert one.gate.belief.step_us(4, 404, 0) == pytest.approx(7_000.0, rel=0.01)
