@@ -44,6 +44,8 @@ async def measured(model: str, effort: Effort, names: Sequence[str]) -> Report:
         state = await site.state()
     for part in parts.values():
         part.tell(report)
+    faults = sum(feature["faults"] for feature in state["features"].values())
+    report.checks.append(Check(name="faults of the plug-in", value=faults, target=0, unit=""))
     if any(name in SELECTING for name in names):
         _tell_selecting(report, state)
     found.values[AT_REST] = resting_us(heard=True)

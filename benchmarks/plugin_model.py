@@ -12,7 +12,7 @@ from policies.clock import VirtualClock
 from policies.step_line import StepLine
 from policies.types import Role
 
-PACKINGS = {"all": "all", "online-first": "online-paced", "slack": "slack-due"}
+PACKINGS = {"all": "all", "online-first": "online-paced", "slack": "most-kept"}
 
 
 @dataclass(frozen=True, slots=True)

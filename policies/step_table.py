@@ -7,8 +7,6 @@ from policies.packing import StepUs
 NEWS = 0.2
 """The weight of a new step in the mean of its cell, once the cell has seen five."""
 FACTOR_NEWS = 0.02
-HELD_UP = 1.3
-"""What took longer than so many times what such steps take, was held up by something else."""
 
 
 class StepTable:
@@ -37,12 +35,6 @@ class StepTable:
         cell = self._cells.get(key)
         ratio = self._factor if cell is None else cell[0]
         return self._profile(count, context_tokens, longest_tokens) * ratio
-
-    def usual_us(
-        self, count: int, context_tokens: int, longest_tokens: int, took_us: float
-    ) -> float:
-        """What such a step may have taken by itself."""
-        return min(took_us, HELD_UP * self.step_us(count, context_tokens, longest_tokens))
 
     def observe(self, count: int, context_tokens: int, longest_tokens: int, took_us: float) -> None:
         profile_us = self._profile(count, context_tokens, longest_tokens)

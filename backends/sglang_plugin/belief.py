@@ -38,8 +38,7 @@ class Belief:
         self._seen += len(steps)
         if corrects and self.table is not None:
             for count, tokens, took_us in steps:
-                usual_us = self.table.usual_us(count, tokens, tokens, took_us)
-                self.table.observe(count, tokens, tokens, usual_us)
+                self.table.observe(count, tokens, tokens, took_us)
 
     def is_ready(self) -> bool:
         """Whether anything can be said of a step; fits what has been seen where that is due."""
