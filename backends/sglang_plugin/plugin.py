@@ -248,5 +248,6 @@ class Plugin:
             "choosing_us": round(gate.spent_us),
             "steps": reporter.steps,
             "reporting_us": round(reporter.spent_us),
+            "reporting_cpu_us": round(reporter.computed_us),
             "reports": "" if socket is None or reporter.faults.over else socket.endpoint,
         }

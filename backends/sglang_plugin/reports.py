@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from backends.sglang_plugin.clock import computed_us
 from backends.sglang_plugin.contract import Batch
 from backends.sglang_plugin.faults import Faults
 from backends.sglang_plugin.riders import is_offline
@@ -74,7 +75,8 @@ class Reporter:
     ) -> None:
         self.faults = faults
         self.steps = self.reports = 0
-        self.spent_us = 0.0
+        self.spent_us = self.computed_us = 0.0
+        """Of telling steps apart and sending them; the second without what others took meanwhile."""
         self.socket: Socket | None = None
         self._now_us = now_us
         self._saw = saw
@@ -107,28 +109,30 @@ class Reporter:
         if not is_decode and not mode.is_extend():
             return
         self.steps += 1
-        if not self._notes:
-            if is_decode and self.steps % LOOK_EVERY:
-                return
+        if not self._notes and not (self.steps % LOOK_EVERY and is_decode):
             self.look()
-            if not self._notes:
-                return
-        now_us = self._now_us()
-        if (
-            is_decode
-            and batch.reqs == self._members
-            and not batch.after_idle_gap
-            and self._parked() == self._left_out
-        ):
+        if self._notes:
+            self._note(batch, self._now_us(), is_decode=is_decode)
+
+    def _note(self, batch: Batch, now_us: float, *, is_decode: bool) -> None:
+        is_same = is_decode and batch.reqs == self._members and not batch.after_idle_gap
+        if is_same and self._parked() == self._left_out:
             self._ends.append(now_us)
-            if now_us < self._due_us:
-                return
+            if now_us >= self._due_us:
+                self._work(None, now_us, is_decode=True)
         else:
-            self._begin(batch, now_us, is_decode=is_decode)
+            self._work(batch, now_us, is_decode=is_decode)
+
+    def _work(self, begun: Batch | None, now_us: float, *, is_decode: bool) -> None:
+        """What most steps do without."""
+        began_us = computed_us()
+        if begun is not None:
+            self._begin(begun, now_us, is_decode=is_decode)
         if now_us >= self._due_us:
             self._due_us = now_us + EVERY_US
             self._send()
         self.spent_us += self._now_us() - now_us
+        self.computed_us += computed_us() - began_us
 
     def look(self) -> None:
         """Whether anybody wants the steps from here on; what was before, is not known."""
