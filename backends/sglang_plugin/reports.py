@@ -76,7 +76,7 @@ class Reporter:
         self.faults = faults
         self.steps = self.reports = 0
         self.spent_us = self.computed_us = 0.0
-        """Of telling steps apart and sending them; the second without what others took meanwhile."""
+        """Of telling steps apart and sending them; the second: by this thread alone."""
         self.socket: Socket | None = None
         self._now_us = now_us
         self._saw = saw
