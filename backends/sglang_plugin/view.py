@@ -86,7 +86,7 @@ def _sent(on_host: Tensor, like: Tensor) -> Tensor:
 
 
 def _cut(whole: Batch, keep: list[int]) -> Batch:
-    batch = _copied(whole)
+    batch: Batch = _copied(whole)
     sampling = batch.sampling_info = _copied(whole.sampling_info)
     orchestrator = sampling.penalizer_orchestrator
     if orchestrator is not None and orchestrator.is_required:

@@ -17,7 +17,7 @@ from tests.backends.sglang_plugin.fakes import Clock, DecodeMode, FakeBatch, pre
 def plugin(clock: Clock) -> Plugin:
     """It has met its scheduler."""
     one = Plugin(Options(), {}, clock)
-    one._met = SimpleNamespace()  # type: ignore[assignment]
+    one._met = SimpleNamespace()
     return one
 
 
@@ -81,9 +81,9 @@ def test_an_engine_that_chooses_fits_its_own_line_to_its_own_steps() -> None:
         batch = FakeBatch([request(f"{number} {i}") for i in range(1 + number % 4)])
         batch.forward_mode = DecodeMode()
         clock.us += 3_000.0 + 1_000.0 * len(batch.reqs)
-        one.process_batch_result(lambda *_: None, SimpleNamespace(), batch, None)  # type: ignore[arg-type]
+        one.process_batch_result(lambda *_: None, SimpleNamespace(), batch, None)
     crowd: Any = FakeBatch([request(f"c{i}") for i in range(4)])
-    one.update_running_batch(lambda _, batch: batch, SimpleNamespace(), crowd)  # type: ignore[arg-type]
+    one.update_running_batch(lambda _, batch: batch, SimpleNamespace(), crowd)
     one.gate.begins(crowd)
     one.prepare_for_decode(prepare, crowd)  # type: ignore[arg-type]
     assert one.faults[Feature.DECODE].number == 0

@@ -145,7 +145,7 @@ def test_a_port_that_is_taken_costs_the_reports_alone() -> None:
     def taken() -> Any:
         raise OSError("Address already in use")
 
-    one = Reporter(Faults("reports"), Clock(), [].extend, lambda: False, lambda: 0, taken)
+    one = Reporter(Faults("reports"), Clock(), lambda _: None, lambda: False, lambda: 0, taken)
     one.open()
     assert "Address already in use" in one.faults.why_off
 
