@@ -22,6 +22,7 @@ from benchmarks.plugin_mixed import (
 )
 from benchmarks.plugin_model import AsMeasured, Row, circled, played
 from benchmarks.plugin_overhead import ROUNDS, resting_us
+from benchmarks.plugin_site import Stream
 from policies.step_line import SeenStep, StepLine
 
 LINE = StepLine(2_000.0, 500.0, 0.3)
@@ -108,3 +109,9 @@ def test_rest_costs_something(heard: bool) -> None:  # noqa: FBT001
     rounds = resting_us(heard=heard, steps=10_000)
     assert len(rounds) == ROUNDS
     assert 0 < min(rounds) < 1_000
+
+
+def test_an_answer_that_stopped_short_has_failed() -> None:
+    assert Stream(limit=3).has_failed
+    assert Stream(limit=3, events=[(0.1, 1), (0.2, 2)]).has_failed
+    assert not Stream(limit=3, events=[(0.1, 1), (0.3, 3)]).has_failed
