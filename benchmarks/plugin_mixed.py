@@ -126,8 +126,8 @@ class Mixed:
     effort: Effort
     found: Found
     targets: Targets = UNTARGETED
-    steps: dict[tuple[float, str], list[SeenStep]] = field(default_factory=dict)
-    """By load and mode."""
+    steps: dict[tuple[float, str], list[list[SeenStep]]] = field(default_factory=dict)
+    """By load and mode, of each run."""
     tight: list[Asker] = field(default_factory=list)
     loose: list[Asker] = field(default_factory=list)
     first_s: dict[float, list[float]] = field(default_factory=dict)
@@ -161,6 +161,7 @@ class Mixed:
         async with site.listening() as steps:
             at_knee = await self._ask("all", 1.0, UNTARGETED, steps, "the knee")
             self.targets = Targets(at_knee.tight_ms, LOOSE_OVER_TIGHT * at_knee.tight_ms)
+            self.steps.clear()  # from here on, pairs
             for number in range(self.effort.runs):
                 for load in self.loads:
                     say(f"(b) {load:g} of the knee, run {number + 1} of {self.effort.runs}")
@@ -213,7 +214,7 @@ class Mixed:
         await asyncio.sleep(REPORTED_WITHIN_S)
         if any(it.has_failed for own in circles for it in own[:-1]):
             return None
-        self.steps.setdefault((load, mode), []).extend(steps[known:])
+        self.steps.setdefault((load, mode), []).append(steps[known:])
         if mode == "all":
             self.first_s.setdefault(load, []).extend(
                 it.ttft_ms / 1e3 for own in circles for it in own[1:] if it.events
@@ -269,14 +270,17 @@ class Mixed:
     def _predicted(self, report: Report) -> Table:
         """What the patched simulator makes of the same clients with the measured line of steps."""
         line = self._line()
-        count = sum(map(len, self.steps.values()))
+        count = sum(len(steps) for runs in self.steps.values() for steps in runs)
         report.notes.append(
             f"(b) measured step: {line.base_us:.0f} us + {line.request_us:.0f} us a request + "
             f"{line.token_us * 1000:.1f} us for 1,000 tokens of context ({count} steps)"
         )
-        held = {
-            load: Held.of(line, self.steps[load, "all"], self.first_s[load]) for load in self.loads
-        }
+        held = {load: Held.of(line, self._stock(load), self.first_s[load]) for load in self.loads}
+        for load in self.loads:
+            told = Spread.of(self.by_the_line(line, load))
+            report.notes.append(
+                f"(b) tokens/s over stock by the line, {load:g} of the knee: {told}"
+            )
         report.notes += [f"(b) stock at {load:g} of the knee: {it}" for load, it in held.items()]
         table = Table(title="(b) simulated with the measured steps", title_justify="left")
         for column in ("case", "met, %", "real", "error, points", "tokens/s", "real", "error"):
@@ -296,10 +300,25 @@ class Mixed:
                 table.add_row(f"{load:g} of the knee, {mode}", *told)
         return table
 
+    def _stock(self, load: float) -> list[SeenStep]:
+        return [step for steps in self.steps[load, "all"] for step in steps]
+
+    def by_the_line(self, line: StepLine, load: float) -> list[float]:
+        """Tokens/s over stock of each pair, had every step taken what the line says."""
+        stock, slack = (
+            [
+                sum(it.requests for it in run) / sum(line.step_us(*it[:2]) for it in run)
+                for run in runs
+            ]
+            for runs in (self.steps[load, mode] for mode in MODES)
+        )
+        return [ours / theirs for theirs, ours in zip(stock, slack, strict=True)]
+
     def _line(self) -> StepLine:
         usual = [
             step
-            for (_, mode), steps in self.steps.items()
+            for (_, mode), runs in self.steps.items()
+            for steps in runs
             for step in (told_apart(steps)[0] if mode == "all" else steps)
         ]
         line = fitted(usual)

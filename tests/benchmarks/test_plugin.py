@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from itertools import repeat
+from typing import cast
 
 import pytest
 
+from benchmarks.plugin_found import Effort, Found
 from benchmarks.plugin_mixed import (
     Answer,
     Asker,
     Held,
+    Mixed,
     Targets,
     again,
     mingled,
@@ -22,7 +25,7 @@ from benchmarks.plugin_mixed import (
 )
 from benchmarks.plugin_model import AsMeasured, Row, circled, played
 from benchmarks.plugin_overhead import ROUNDS, resting_us
-from benchmarks.plugin_site import Stream
+from benchmarks.plugin_site import Site, Stream
 from policies.step_line import SeenStep, StepLine
 
 LINE = StepLine(2_000.0, 500.0, 0.3)
@@ -115,3 +118,13 @@ def test_an_answer_that_stopped_short_has_failed() -> None:
     assert Stream(limit=3).has_failed
     assert Stream(limit=3, events=[(0.1, 1), (0.2, 2)]).has_failed
     assert not Stream(limit=3, events=[(0.1, 1), (0.3, 3)]).has_failed
+
+
+def test_by_the_line_a_slower_machine_is_no_loss_of_the_rule() -> None:
+    mixed = Mixed(cast("Site", None), Effort(runs=1), Found())
+    fast = [SeenStep(n, 1_000 * n, LINE.step_us(n, 1_000 * n)) for n in (4, 4, 2, 2)]
+    slow = [step._replace(took_us=1.5 * step.took_us) for step in fast]
+    mixed.steps = {(1.0, "all"): [fast, fast], (1.0, "slack"): [slow, fast[:2]]}
+    both, fuller = mixed.by_the_line(LINE, 1.0)
+    assert both == pytest.approx(1.0)
+    assert fuller > 1.1
