@@ -277,7 +277,7 @@ class Mixed:
         )
         held = {load: Held.of(line, self._stock(load), self.first_s[load]) for load in self.loads}
         for load in self.loads:
-            told = Spread.of(self.by_the_line(line, load))
+            beside = Spread.of(self.by_the_line(line, load))
             report.notes.append(
                 f"(b) tokens/s over stock by the line, {load:g} of the knee: {told}"
             )

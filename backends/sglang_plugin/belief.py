@@ -11,7 +11,8 @@ from policies.step_table import StepTable
 
 FEWEST_STEPS: Final = 32
 """Before so many were seen, nothing is claimed without a gateway's word."""
-REMEMBERED: Final = 2048
+REMEMBERED: Final = 512
+"""A fit over so many holds the engine up for some milliseconds, once."""
 
 
 class Belief:
