@@ -279,7 +279,7 @@ class Mixed:
         for load in self.loads:
             beside = Spread.of(self.by_the_line(line, load))
             report.notes.append(
-                f"(b) tokens/s over stock by the line, {load:g} of the knee: {told}"
+                f"(b) tokens/s over stock by the line, {load:g} of the knee: {beside}"
             )
         report.notes += [f"(b) stock at {load:g} of the knee: {it}" for load, it in held.items()]
         table = Table(title="(b) simulated with the measured steps", title_justify="left")
