@@ -17,8 +17,10 @@ from policies.capacity import (
     waits_share,
 )
 from policies.demand import Demand, Fleet, Flow, Lengths, Targets
-from policies.planners import DynLoad, DynSla
-from policies.ratio import Dopd, DopdPlus, Memory, Plan, Ratio, Static, Why, least
+from policies.dopd_plus import DopdPlus
+from policies.need import Reckoning, least
+from policies.planners import Dopd, DynLoad, DynSla
+from policies.ratio import Memory, Plan, Ratio, Static, Why
 from tests.policies.sites import CHAT, CODE, COST, REASONING, SITE, TARGETS, demand, fleet, flow
 
 POLICIES: list[Ratio] = [Static(), Dopd(), DopdPlus(), DynLoad(), DynSla()]
@@ -242,7 +244,7 @@ def test_a_role_that_can_spare_a_server_gives_it_to_the_one_that_is_short() -> N
 def test_a_server_is_not_given_away_when_those_left_would_not_bear_their_load() -> None:
     """The load of each is N / (N - 1) of what it was."""
     asked_for = demand(CODE, 70.0)
-    assert DopdPlus().need(asked_for, fleet(4, 1)).prefills == 4  # type: ignore[union-attr]
+    assert Reckoning(asked_for, fleet(4, 1)).need().prefills == 4  # type: ignore[union-attr]
     busy_decodes = replace(asked_for, kv_use=0.97)
     plan = asked(DopdPlus(), busy_decodes, fleet(4, 1))
     assert split(plan) == (4, 1)
