@@ -10,6 +10,7 @@ import csv
 import gzip
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,11 +99,11 @@ def forecast(values: list[float]) -> Found:
     told: dict[str, float] = {}
 
     def heard(name: str, forecaster: Forecaster) -> Forecaster:
-        def kept(series: list[float] | tuple[float, ...]) -> float:
+        def kept(series: Sequence[float]) -> float:
             told[name] = max(0.0, forecaster(series))
             return told[name]
 
-        return kept  # type: ignore[return-value]  # a sequence of floats
+        return kept
 
     outlook = Outlook(
         forecasters={name: heard(name, one) for name, one in FORECAST.items()}, quantile=QUANTILE

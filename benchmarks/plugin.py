@@ -32,6 +32,7 @@ PARTS: dict[str, Callable[[Site, Effort, Found], Part]] = {
     "long": Displacement,
 }
 SELECTING = ("beside", "mixed")
+AT_REST = "overhead of a step, mode all"
 
 
 async def measured(model: str, effort: Effort, names: Sequence[str]) -> Report:
@@ -43,11 +44,13 @@ async def measured(model: str, effort: Effort, names: Sequence[str]) -> Report:
         state = await site.state()
     for part in parts.values():
         part.tell(report)
+    faults = sum(feature["faults"] for feature in state["features"].values())
+    report.checks.append(Check(name="faults of the plug-in", value=faults, target=0, unit=""))
     if any(name in SELECTING for name in names):
         _tell_selecting(report, state)
-    at_rest_us = resting_us()
-    name = "overhead of a step, mode all"
-    report.checks.append(Check(name=name, value=at_rest_us, target=5, unit="us"))
+    found.values[AT_REST] = resting_us(heard=True)
+    found.values[f"{AT_REST}, no listener"] = resting_us(heard=False)
+    report.checks.append(Check(name=AT_REST, value=found.median(AT_REST), target=5, unit="us"))
     report.spread |= {name: Spread.of(values) for name, values in found.values.items()}
     if effort.quick:
         report.notes.append("quick: one run, one target, one load, shorter ones")
@@ -56,11 +59,14 @@ async def measured(model: str, effort: Effort, names: Sequence[str]) -> Report:
 
 def _tell_selecting(report: Report, state: dict[str, Any]) -> None:
     selecting_us = state["choosing_us"] / max(1, state["chosen_steps"])
+    telling_us, of_cpu_us = (
+        state[what] / max(1, state["steps"]) for what in ("reporting_us", "reporting_cpu_us")
+    )
     name = "overhead of a step, selecting"
     report.checks.append(Check(name=name, value=selecting_us, target=150, unit="us"))
     report.notes.append(
         f"selecting: {state['views']:,} choices for {state['view_steps']:,} steps of fewer than "
-        f"all; reports {state['reporting_us'] / max(1, state['steps']):.1f} us a step in the engine"
+        f"all; reports {telling_us:.1f} us a step in the engine, {of_cpu_us:.1f} us of it computing"
     )
 
 

@@ -39,12 +39,12 @@ class Colocation:
     @property
     def online_row(self) -> Row:
         of = self.effort.of
-        return Row(prompt_tokens=of(ONLINE_PROMPT), tokens=of(ONLINE_TOKENS))
+        return Row(prompt_tokens=of(ONLINE_PROMPT), tokens=ONLINE_TOKENS)
 
     @property
     def offline_row(self) -> Row:
         of = self.effort.of
-        return Row(prompt_tokens=of(OFFLINE_PROMPT), tokens=2 * of(ONLINE_TOKENS), online=False)
+        return Row(prompt_tokens=of(OFFLINE_PROMPT), tokens=2 * ONLINE_TOKENS, online=False)
 
     async def measure(self) -> None:
         self.online = [self.site.prompt(self.online_row.prompt_tokens) for _ in range(ONLINE)]

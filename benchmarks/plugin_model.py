@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 from backends.engine import EngineConfig, Request, Resident, ids_prompt, patched
@@ -11,7 +12,7 @@ from policies.clock import VirtualClock
 from policies.step_line import StepLine
 from policies.types import Role
 
-PACKINGS = {"all": "all", "online-first": "online-paced", "slack": "slack-due"}
+PACKINGS = {"all": "all", "online-first": "online-paced", "slack": "most-kept"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,14 +20,16 @@ class AsMeasured:
     """Prompts are computed elsewhere; here one only joins."""
 
     line: StepLine
-    join_s: float = 0.0
-    """For so long nobody steps."""
+    joins_s: Iterator[float] = field(default_factory=lambda: repeat(0.0))
+    """For so long nobody steps as one joins."""
+    held: Iterator[float] = field(default_factory=lambda: repeat(1.0))
+    """How many times as long as the line says a step takes."""
 
     def prefill_s(self, chunks: Sequence[tuple[int, int]]) -> float:
-        return max(1e-9, self.join_s) * len(chunks)
+        return sum(max(1e-9, next(self.joins_s)) for _ in chunks)
 
     def decode_s(self, batch: int, context_tokens: int) -> float:
-        return self.line.step_us(batch, context_tokens) * 1e-6
+        return self.line.step_us(batch, context_tokens) * 1e-6 * next(self.held)
 
 
 @dataclass(slots=True)
@@ -74,7 +77,7 @@ class Model:
             packing=PACKINGS[mode],
             hold_steps=hold_steps,
         )
-        self._engine = patched(config, self.clock, times)
+        self._engine = patched(config, self.clock, times, predicted=AsMeasured(times.line))
         self._sent = 0
 
     def send(self, row: Row, over: Callable[[], object] | None = None) -> Told:
@@ -108,10 +111,10 @@ def circled(
     mode: str,
     hold_steps: int,
     *,
-    again_s: float,
+    again_s: Iterator[float],
     until_s: float,
 ) -> list[list[Told]]:
-    """In each circle a request comes so long after the one before it has ended."""
+    """In each circle a request comes some time after the one before it has ended."""
     model = Model(times, mode, hold_steps)
     heard: list[list[Told]] = []
 
@@ -120,7 +123,7 @@ def circled(
             told.append(model.send(row, lambda: again(rows, told)))
 
     def again(rows: Iterator[Row], told: list[Told]) -> None:
-        model.clock.call_at(model.clock.time() + again_s, begin, rows, told)
+        model.clock.call_at(model.clock.time() + next(again_s), begin, rows, told)
 
     for circle in circles:
         heard.append([])

@@ -9,7 +9,6 @@ from bisect import bisect_right
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from operator import itemgetter
 from typing import Any
 
@@ -53,9 +52,9 @@ class Stream:
         return (last_s - first_s) * 1e3 / (last - first)
 
     @property
-    def longest_gap_s(self) -> float:
-        times = [at_s for at_s, _ in self.events]
-        return max((b - a for a, b in pairwise(times)), default=0.0)
+    def has_failed(self) -> bool:
+        """Of one that has ended."""
+        return not self.events or self.events[-1][1] < self.limit
 
     def tokens_between(self, from_s: float, until_s: float) -> int:
         return self.tokens_until(until_s) - self.tokens_until(from_s)
@@ -117,6 +116,8 @@ class Site:
             async for line in answer.content:
                 if line.startswith(b"data: {"):
                     told = orjson.loads(line[6:])
+                    if "error" in told:
+                        continue
                     stream.events.append((time.monotonic(), told["meta_info"]["completion_tokens"]))
                     stream.ids = told["output_ids"]
 

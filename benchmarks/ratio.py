@@ -37,6 +37,8 @@ from benchmarks.ratio_worlds import (
     RELAUNCH_S,
     RIVALS,
     SWITCH_S,
+    TABLE,
+    TRACES,
     WORLDS,
     Closed,
     acting_policies,
@@ -62,7 +64,9 @@ LISTED = ("static 3P3D", "static 4P2D", "static 5P1D")
 """1P1D, 2P1D and, as near as six servers come to it, 3P1D: the paper's."""
 NEAR = 0.03
 """Rates that differ by no more are the same."""
-PHASE_S, QUICK_PHASE_S = 1200.0, 150.0
+PHASE_S, QUICK_PHASE_S = 1200.0, 80.0
+CLOSED_S, QUICK_CLOSED_S = (150.0, 60.0), (35.0, 25.0)
+"""How long, and how much of it does not count."""
 SWITCHES_S = (SWITCH_S, RELAUNCH_S)
 SEEDS, QUICK_SEEDS = (11, 12, 13), (1,)
 """Policies are tuned on others: on 1 and 2."""
@@ -259,31 +263,39 @@ def equal_check(load: str, ours: Held, others: dict[str, Held]) -> Check:
 # All of it.
 
 
+def demand(data: Path) -> None:
+    """ConfigError where something is missing: it would be missed after minutes, or replaced."""
+    for file in (Path(TABLE), *(Path("traces", name) for name in TRACES), forecast.SERIES):
+        if not (data / file).is_file():
+            raise ConfigError(f"{data / file} is not there; say with --data where it is")
+
+
 def measure(asked: argparse.Namespace) -> Report:
     report = Report(title="ratio")
+    demand(asked.data)
     if "closed" in asked.parts:
-        for world in WORLDS:
+        for world in [it for it in WORLDS if it.quick or not asked.quick]:
             _closed(world, asked, report)
     if "dynamic" in asked.parts:
         _acting(SWITCH_S, asked, report)
     if "relaunch" in asked.parts and not asked.quick:
         _acting(RELAUNCH_S, asked, report)
-    if "headroom" in asked.parts:
+    if "headroom" in asked.parts and not asked.quick:
         _headroom(asked, report)
     if "forecast" in asked.parts:
         _forecast(asked, report)
     if asked.quick:
         report.notes.append(
-            f"--quick: few loads of the closed loop; phases of {QUICK_PHASE_S:g} s instead of "
-            f"{PHASE_S:g} s, one seed, no relaunch, no planner with more in hand"
+            "--quick: two of three models in the closed loop, with one or two loads, for "
+            f"{QUICK_CLOSED_S[0]:g} s instead of {CLOSED_S[0]:g} s; phases of {QUICK_PHASE_S:g} s "
+            f"instead of {PHASE_S:g} s, one seed; no relaunch, no planner with more in hand"
         )
     return report
 
 
 def _closed(world: Closed, asked: argparse.Namespace, report: Report) -> None:
-    clients, lasts_s, warm_up_s = world.clients, 150.0, 60.0
-    if asked.quick:
-        clients, lasts_s, warm_up_s = world.quick, 75.0, 45.0
+    clients = world.quick if asked.quick else world.clients
+    lasts_s, warm_up_s = QUICK_CLOSED_S if asked.quick else CLOSED_S
     plan = closed_plan(asked.data, world, clients, duration_s=lasts_s, warm_up_s=warm_up_s)
     outcomes = simulated(plan, asked.processes, f"closed loop, {world.title}")
     report.notes += (f"{world.title}: {note}" for note in notes_of(outcomes))
@@ -315,21 +327,16 @@ def _acting(switch_s: float, asked: argparse.Namespace, report: Report) -> None:
 
 def _headroom(asked: argparse.Namespace, report: Report) -> None:
     """What the targets cost everybody who keeps them, with one seed."""
-    switches_s = SWITCHES_S[:1] if asked.quick else SWITCHES_S
-    seeds = QUICK_SEEDS if asked.quick else SEEDS[:1]
-    ours = [it for switch_s in switches_s for it in acting_policies(switch_s) if is_ours(it)]
-    policies = [*ours, *fixed_policies(), *(() if asked.quick else compared_policies())]
+    ours = [it for switch_s in SWITCHES_S for it in acting_policies(switch_s) if is_ours(it)]
+    policies = [*ours, *fixed_policies(), *compared_policies()]
     for load in LOADS:
-        runs = _runs(load, seeds, policies, asked)
+        runs = _runs(load, SEEDS[:1], policies, asked)
         found = {name: mean(each) for name, each in runs.items()}
         report.tables.append(dynamic_table(f"(ii) {load}, at equal attainment, one seed", found))
         others = {name: it for name, it in found.items() if not name.startswith(OURS)}
-        for switch_s in switches_s:
+        for switch_s in SWITCHES_S:
             own = found[switching(OURS, switch_s)]
             report.checks.append(equal_check(f"{load}, switch {switch_s:g} s", own, others))
-
-
-LOADS = {"code, reasoning, chat": shifting, f"gamma {BURST_SHAPE:g}": bursting}
 
 
 def _runs(

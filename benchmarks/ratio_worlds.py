@@ -47,7 +47,8 @@ class Closed:
     input_max: int = 8192
     output_max: int = 2048
     clients: tuple[int, ...]
-    quick: tuple[int, ...]
+    quick: tuple[int, ...] = ()
+    """With --quick, which leaves it out where there are none."""
 
     def fleet(self, name: str, entries: Iterable[ServerEntry]) -> FleetEntry:
         servers = tuple(
@@ -70,7 +71,7 @@ PROMPT_HEAVY = Closed(
     device=DEVICE,
     tp=4,
     clients=(8, 128, 256, 320, 392, 448, 512),
-    quick=(256, 392),
+    quick=(256,),
 )
 """The size of the paper's Llama: prompts are what takes time, and memory is plenty."""
 _KNEES = tuple(range(64, 136, 8))
@@ -91,7 +92,6 @@ ANSWER_HEAVY = Closed(
     input_max=1500,
     output_max=512,
     clients=(8, 32, *_KNEES, 160, 256, 392),
-    quick=(80, 128, 160),
 )
 """DOPD was measured against DistServe on OPT-30B. OPT models have many KV bytes a token: few
 sequences fit, and answers are what takes time. DistServe's authors have fitted their engine's steps
@@ -111,7 +111,7 @@ LARGER = dataclasses.replace(
         decode_sequence_us=63.3,
     ),
     clients=(8, 32, *_KNEES, 136, 160, 256),
-    quick=(64, 104, 128),
+    quick=(104, 128),
 )
 """Its steps alone take more than half of the TPOT target: what comes between them hurts more."""
 WORLDS = (PROMPT_HEAVY, ANSWER_HEAVY, LARGER)
@@ -264,19 +264,23 @@ def _phase(name: str, trace: Trace) -> Source:
     return Source(entry, trace)
 
 
+PHASES = (
+    ("code", "azure_2023_code.csv.gz", 2.85),
+    ("reasoning", "servegen_deepseek_r1_2h_4rps.csv.gz", 1.0),
+    ("chat", "azure_2023_conv.csv.gz", 2.9),
+)
+"""How many times the recording's pace each one has."""
+TRACES = tuple(file for _, file, _ in PHASES)
+
+
 def shifting(data: Path, phase_s: float, seed: int) -> list[Source]:
     """Bursty code, then reasoning, then chat: the best split is another one each time.
 
     Each seed begins elsewhere in the recordings.
     """
     folder, random = data / "traces", Random(f"{seed}/turned")
-    phases = (
-        ("code", "azure_2023_code.csv.gz", 2.85),
-        ("reasoning", "servegen_deepseek_r1_2h_4rps.csv.gz", 1.0),
-        ("chat", "azure_2023_conv.csv.gz", 2.9),
-    )
     found = []
-    for number, (name, file, rate_scale) in enumerate(phases):
+    for number, (name, file, rate_scale) in enumerate(PHASES):
         rows = read_trace(folder / file).rows
         start_s, turned = number * phase_s, random.random()
         found.append(_phase(name, _stretched(rows, start_s, phase_s, rate_scale, turned)))

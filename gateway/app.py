@@ -107,7 +107,7 @@ class Gateway:
         )
         turn = turn_for(config.ratio, around)
         self._actuator = Turning(turn, self.backend, clock, tasks, self.roll)
-        self.control = RatioControl(self.core, clock, tasks, size=turn.size, ready=turn.ready)
+        self.control = RatioControl(self.core, clock, tasks, turn)
         self.driver = Driver(
             self.core, clock, self.backend, self.control.decided, actuator=self._actuator
         )

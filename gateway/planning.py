@@ -6,32 +6,27 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from backends.base import Post, Size
 from gateway.coming import Coming
 from gateway.core import Core
-from gateway.ingress import Ingress
+from gateway.expected import Expected
+from gateway.other_hands import OtherHands
+from gateway.role_changes import RoleChanges
 from policies.clock import Clock
-from policies.demand import Demand, Fleet, Flow, Site, Targets
+from policies.demand import Demand, Fleet, Site, Targets
+from policies.dopd_plus import DopdPlus
 from policies.events import (
     Decision,
     Event,
     Fail,
-    LoadReport,
     Reject,
-    RoleSwitched,
-    SwitchWanted,
-    WorkerGone,
     WorkerUp,
 )
-from policies.forecast import Outlook, Prediction
+from policies.forecast import Prediction
 from policies.ledger import Ledger
 from policies.monitor import Seen
-from policies.ratio import DopdPlus, Memory, Plan, Ratio
+from policies.ratio import Memory, Plan, Ratio
 from policies.types import Kind, Role, Worker
 
-ANOTHER_KIND = 4.0
-"""Where prompts or answers are so many times as long as they were, or as short, what was learnt of
-the arrivals before is forgotten: peaks of short requests are no measure for long ones."""
 URGENT_S = 1.0
 """How often it is asked whether something is urgent between two looks."""
 
@@ -91,108 +86,56 @@ class Planner:
         self,
         core: Core,
         clock: Clock,
-        post: Post,
+        changes: RoleChanges,
         control: Control,
         *,
         gpus: Callable[[Worker], int] = lambda _: 1,
-        size: Size | None = None,
         told: Callable[[Look], object] = lambda _: None,
         ask_first: Callable[[Look], object] | None = None,
     ) -> None:
         """`ask_first` gets what is to be done, and calls `act` if it can be; None: it can."""
         self._core = core
         self._clock = clock
-        self._post = post
+        self._changes = changes
         self._gpus = gpus
-        self._size = size
         self._told = told
         self._act = ask_first or self.act
         self._memory = Memory()
         self._sites: dict[Role, Site] = {}
-        self._rates = {kind: Outlook(quantile=control.quantile) for kind in Kind}
-        self._steady = Outlook(quantile=control.quantile)
-        """Of online requests, over as long as it takes to get a server: what comes and goes within
-        that time is not helped by one."""
-        self._lasting = Outlook(quantile=control.quantile)
-        """The same over as long as one of them stays, too."""
-        self._like: tuple[float, float] | None = None
-        """Prompts and answers of the kind of load that the forecasts have seen."""
         self._looked_us = self._now_us()
-        self._flows: dict[Kind, Flow] = {}
-        self.ingress = Ingress(self._looked_us)
+        self.expected = Expected(self._looked_us, control.quantile)
         self.control = control
         self.last: Look | None = None
-        self._roles: dict[str, Role] = {}
-        """As the servers said last, or as they were made here. What a server says first is not a
-        change, whatever it is configured as."""
-        self._announced: dict[str, Role] = {}
-        """As whoever asked them said last: the core may hear of it only after us."""
-        self._held_until_us = 0
+        self.others = OtherHands(core, control.lease_s)
         self._coming = Coming()
 
     def adopt(self, control: Control) -> None:
         """Other rules from here on; what was seen of the load stays."""
         if control.policy != self.control.policy:
             self._memory = Memory()
-        for outlook in (*self._rates.values(), self._steady, self._lasting):
-            outlook.quantile = control.quantile
+        self.expected.adopt(control.quantile)
+        self.others.lease_s = control.lease_s
         self.control = control
 
     def hear(self, now_us: int, event: Event) -> None:
-        self.ingress.hear(now_us, event)
-        match event:
-            case RoleSwitched(name, Role() as role, _, by_another):
-                if by_another:
-                    self._stand_back(now_us)
-                self._roles[name] = self._announced[name] = role
-            case WorkerUp(worker):
-                self._announce(worker)
-            case WorkerGone(name):
-                self._forget(name)  # it may come back as something else
-            case LoadReport(name):
-                self._watch(name, now_us)
-            case _:
-                pass
-
-    def _announce(self, worker: Worker) -> None:
-        known = self._core.ledgers.get(worker.name)
-        if known is None:
-            self._coming.arrived(worker.role)
-        if known is None or known.worker.url != worker.url:
-            self._forget(worker.name)
-        self._announced[worker.name] = worker.role
-
-    def _forget(self, name: str) -> None:
-        self._roles.pop(name, None)
-        self._announced.pop(name, None)
-
-    def _watch(self, name: str, now_us: int) -> None:
-        """A role that changed while nothing moved here was changed by somebody else."""
-        if (ledger := self._core.ledgers.get(name)) is None:
-            return
-        role = self._announced.get(name, ledger.worker.role)
-        was = self._roles.setdefault(name, role)
-        if role is not was:
-            self._roles[name] = role
-            if name not in self._core.switching.moves:
-                self._stand_back(now_us)
+        self.expected.ingress.hear(now_us, event)
+        if isinstance(event, WorkerUp) and event.worker.name not in self._core.ledgers:
+            self._coming.arrived(event.worker.role)
+        self.others.hear(now_us, event)
 
     def is_held(self, now_us: int) -> bool:
         """Somebody else has changed roles of late."""
-        return now_us < self._held_until_us
-
-    def _stand_back(self, now_us: int) -> None:
-        self._held_until_us = now_us + round(self.control.lease_s * 1e6)
+        return now_us < self.others.until_us
 
     def decided(self, decision: Decision) -> None:
         if isinstance(decision, Reject | Fail):
-            self.ingress.decided(decision)
+            self.expected.ingress.decided(decision)
 
     def tick(self) -> None:
         """To be called every URGENT_S: looks when the interval is over, or when it cannot wait."""
         now_us = self._now_us()
-        if self._size is not None:
-            self._coming.look(self._size.starting, now_us)
+        if self._changes.size is not None:
+            self._coming.look(self._changes.size.starting, now_us)
         if now_us - self._looked_us >= self.control.interval_s * 1e6:
             self._observe(now_us)
         elif not self._is_urgent(now_us):
@@ -204,38 +147,14 @@ class Planner:
 
     def _observe(self, now_us: int) -> None:
         """The interval that has just ended."""
-        for kind in Kind:
-            self._flows[kind] = self.ingress.look(kind, self.control.interval_s, now_us)
-        if self._is_another_kind(self._flows[Kind.ONLINE]):
-            for outlook in (self._rates[Kind.ONLINE], self._steady, self._lasting):
-                outlook.forget()
-        for kind, flow in self._flows.items():
-            self._rates[kind].observe(flow.rate_per_s)
         control = self.control
-        stay_s = self._flows[Kind.ONLINE].answer.mean * control.targets.tpot_s
         lead_s = control.launch_s if control.budget_gpus else control.switch_s
-        lead_s = max(control.interval_s, lead_s)
-        self._steady.observe(self._rate_per_s(lead_s, now_us))
-        self._lasting.observe(self._rate_per_s(max(lead_s, stay_s), now_us))
+        self.expected.observe(control.interval_s, lead_s, control.targets.tpot_s, now_us)
         self._looked_us = now_us
-
-    def _rate_per_s(self, span_s: float, now_us: int) -> float:
-        return self.ingress.monitor.rate_per_s(Kind.ONLINE, round(span_s * 1e6), now_us)
-
-    def _is_another_kind(self, flow: Flow) -> bool:
-        now = (flow.prompt.mean, flow.answer.mean)
-        if not all(now):
-            return False
-        was, self._like = self._like or now, self._like or now
-        factors = (max(a / b, b / a) for a, b in zip(now, was, strict=True))
-        if max(factors) < ANOTHER_KIND:
-            return False
-        self._like = now
-        return True
 
     def _is_urgent(self, now_us: int) -> bool:
         policy = self.control.policy
-        if not isinstance(policy, DopdPlus) or self.last is None or not self._flows:
+        if not isinstance(policy, DopdPlus) or self.last is None or not self.expected.flows:
             return False
         return policy.is_urgent(self._demand(now_us))
 
@@ -245,7 +164,7 @@ class Planner:
             return
         demand = self._demand(now_us)
         self._memory, plan = self.control.policy.next(self._memory, demand, fleet, now_us)
-        forecast = self._rates[Kind.ONLINE].predict()
+        forecast = self.expected.forecast(Kind.ONLINE)
         self.last = look = Look(
             now_us=now_us,
             demand=demand,
@@ -258,6 +177,10 @@ class Planner:
         if look.wants_change and self.control.mode is Mode.ACT and not look.is_held:
             self._act(look)
 
+    def act(self, look: Look) -> int:
+        """How many servers are asked to change, started ones included."""
+        return self._changes.ask(look.plan, look.fleet)
+
     # What is known.
 
     @property
@@ -266,17 +189,15 @@ class Planner:
         return len(self._core.switching.moves) + coming
 
     def _demand(self, now_us: int) -> Demand:
-        flows, ingress = self._flows, self.ingress
-        forecasts = {kind: outlook.predict() for kind, outlook in self._rates.items()}
-        online, offline = flows[Kind.ONLINE], flows[Kind.OFFLINE]
-        expected = replace(online, rate_per_s=forecasts[Kind.ONLINE].point)
+        expected, ingress = self.expected, self.expected.ingress
+        online, offline = expected.flows[Kind.ONLINE], expected.flows[Kind.OFFLINE]
         decodes = self.serving(Role.DECODE)
         waiting = ingress.waiting - len(self.serving(Role.PREFILL))
         return Demand(
-            online=replace(online, rate_per_s=self._steady.predict().upper),
-            lasting_per_s=self._lasting.predict().upper,
-            expected=expected,
-            offline=replace(offline, rate_per_s=forecasts[Kind.OFFLINE].point),
+            online=replace(online, rate_per_s=expected.steady_per_s),
+            lasting_per_s=expected.lasting_per_s,
+            expected=replace(online, rate_per_s=expected.forecast(Kind.ONLINE).point),
+            offline=replace(offline, rate_per_s=expected.forecast(Kind.OFFLINE).point),
             targets=self.control.targets,
             waiting=max(0, waiting),
             waiting_tokens=ingress.waiting_tokens,
@@ -292,12 +213,7 @@ class Planner:
         )
 
     def serving(self, role: Role) -> list[Ledger]:
-        ledgers = self._core.ledgers
-        return [
-            ledger
-            for name in sorted(ledgers)
-            if (ledger := ledgers[name]).worker.role is role and ledger.up and not ledger.is_leaving
-        ]
+        return self._changes.serving(role)
 
     def _fleet(self) -> Fleet | None:
         """None where the hardware of a role is not known."""
@@ -337,40 +253,6 @@ class Planner:
                     factor=learnt.factor,
                 )
         return None
-
-    # What is done.
-
-    def act(self, look: Look) -> int:
-        """How many servers are asked to change, started ones included."""
-        began = 0
-        more = {
-            Role.PREFILL: look.plan.prefills - look.fleet.prefills,
-            Role.DECODE: look.plan.decodes - look.fleet.decodes,
-        }
-        asked: set[str] = set()
-        for short, spare in ((Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)):
-            while more[short] > 0 > more[spare]:
-                more[short] -= 1
-                more[spare] += 1
-                began += self._want(spare, short, look, asked)
-        for role, count in more.items():
-            for _ in range(max(0, count)):
-                if self._size is not None and look.fleet.is_elastic:
-                    began += self._size.launch(role)
-            for _ in range(max(0, -count)):
-                if look.fleet.is_elastic:
-                    began += self._want(role, None, look, asked)
-        return began
-
-    def _want(self, role: Role, to: Role | None, look: Look, asked: set[str]) -> bool:
-        """The server with the least to end first; in a tie the last by name."""
-        free = [it for it in self.serving(role) if it.worker.name not in asked]
-        if len(free) < 2:
-            return False
-        chosen = min(reversed(free), key=lambda it: (it.decodes + it.prefills, it.context_tokens))
-        asked.add(chosen.worker.name)
-        self._post(SwitchWanted(chosen.worker.name, to, look.plan.why.value))
-        return True
 
 
 def _kv_use(ledger: Ledger) -> float:

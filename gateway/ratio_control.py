@@ -1,35 +1,34 @@
-"""The ratio controller of a live gateway: its loop, its log lines and its metrics."""
+"""The ratio controller of a live gateway: when it looks, and whether it acts on what it finds."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 import structlog
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from backends.base import Size
+from backends.actuators.turning import Turn
 from backends.pause import pause
 from gateway.config import Config, tp_of
 from gateway.core import Core
 from gateway.driver import Driver
 from gateway.planning import URGENT_S, Control, Look, Mode, Planner
+from gateway.ratio_log import RatioLog, Undone
+from gateway.ratio_metrics import SwitchTotals, gauge, info_of, of_look
 from gateway.reach import Reach
+from gateway.refusals import Refusals
+from gateway.role_changes import RoleChanges
 from gateway.rulebook import control_of
 from gateway.shortage import Shortage
 from policies.clock import Clock
 from policies.demand import Targets
 from policies.events import Decision, Outcome, SwitchOver
-from policies.forecast import LAST
 from policies.types import Role
 
 log = structlog.get_logger("slackwater.ratio")
-
-
-async def _always() -> str:
-    return ""
 
 
 class RatioControl(Collector):
@@ -40,26 +39,22 @@ class RatioControl(Collector):
         core: Core,
         clock: Clock,
         tasks: asyncio.TaskGroup,
-        *,
-        size: Size | None = None,
-        ready: Callable[[], Awaitable[str]] = _always,
+        turn: Turn,
     ) -> None:
-        """`ready`: why the actuator could change nothing now, asked before anything is done."""
         self._core = core
         self._clock = clock
         self._tasks = tasks
-        self._size = size
+        self._turn = turn
         self._loop: asyncio.Task[None] | None = None
         self._planner: Planner | None = None
-        self._reach = Reach(ready, clock)
+        self._reach = Reach(turn.hindrance, clock)
+        self._refusals = Refusals(clock)
         self._shortage = Shortage()
         self._wish: Look | None = None
         """What is to be done as soon as the actuator has answered."""
-        self._told: tuple[int, int, bool] | None = None
-        """What was said last and not done."""
+        self._log = RatioLog()
         self._info = {"policy": "static", "mode": "advise", "actuator": "sglang"}
-        self._outcomes: dict[Outcome, int] = {}
-        self._drained_s = self._took_s = 0.0
+        self.switches = SwitchTotals()
         self._tp = {"": 1}
         """GPUs of a server: those of the ones that say so, and of all others."""
         self._switch_s: float | None = None
@@ -84,13 +79,19 @@ class RatioControl(Collector):
             self._begin(control, driver)
 
     def _begin(self, control: Control, driver: Driver) -> None:
+        changes = RoleChanges(
+            self._core,
+            driver.post,
+            size=self._turn.size,
+            at_once=self._turn.at_once,
+            comes_last=self._refusals.was_refused,
+        )
         planner = Planner(
             self._core,
             self._clock,
-            driver.post,
+            changes,
             control,
             gpus=lambda worker: self._tp.get(worker.name, self._tp[""]),
-            size=self._size,
             told=self._look,
             ask_first=self._wished,
         )
@@ -109,8 +110,8 @@ class RatioControl(Collector):
     def close(self) -> None:
         if self._loop is not None:
             self._loop.cancel()
-        self._loop = self._planner = self._told = self._wish = None
-        self._shortage = Shortage()
+        self._loop = self._planner = self._wish = None
+        self._shortage, self._log = Shortage(), RatioLog()
 
     def decided(self, now_us: int, decision: Decision) -> None:
         if isinstance(decision, SwitchOver):
@@ -119,10 +120,8 @@ class RatioControl(Collector):
             self._planner.decided(decision)
 
     def _over(self, over: SwitchOver) -> None:
-        self._outcomes[over.outcome] = self._outcomes.get(over.outcome, 0) + 1
-        if over.outcome is not Outcome.HANGS:  # its end will be told, too
-            self._drained_s += over.drained_us / 1e6
-            self._took_s += over.took_us / 1e6
+        self._refusals.over(over)
+        self.switches.add(over)
         if over.outcome is Outcome.DONE and over.role is not None:
             self._measured((over.took_us - over.drained_us) / 1e6)
         log.info(
@@ -145,42 +144,33 @@ class RatioControl(Collector):
 
     def _look(self, look: Look) -> None:
         self._shortage.look(look)
-        if look.wants_change and (not self._acts or look.is_held):
-            self._say_once(look)
+        if look.wants_change and not self._acts:
+            self._log.undone(look, Undone.ADVISES)
+        elif look.wants_change and look.is_held:
+            self._log.undone(look, Undone.HELD)
 
     def _wished(self, look: Look) -> None:
         self._wish = look
 
     async def _act(self, planner: Planner) -> None:
-        """No server is emptied for somebody who does not answer."""
         look, self._wish = self._wish, None
         if look is None:
             return
-        if await self._reach.lost() or not self._acts or not planner.act(look):
-            self._say_once(look)
-            return
-        self._told = None
-        self._say(look, acts=True)
+        undone = await self._undone(look, planner)
+        if undone is None:
+            self._log.done(look)
+        else:
+            self._log.undone(look, undone)
 
-    def _say_once(self, look: Look) -> None:
-        wish = (look.plan.prefills, look.plan.decodes, look.is_held)
-        if wish != self._told:
-            self._told = wish
-            self._say(look, acts=False)
-
-    def _say(self, look: Look, *, acts: bool) -> None:
-        fleet, plan = look.fleet, look.plan
-        log.info(
-            "ratio",
-            acts=acts,
-            held=look.is_held,
-            have=f"{fleet.prefills}P{fleet.decodes}D",
-            wanted=f"{plan.prefills}P{plan.decodes}D",
-            why=plan.why.value,
-            upper_per_s=round(look.forecast.upper, 3),
-            by=look.forecast.by,
-            terms={name: round(value, 4) for name, value in plan.terms.items()},
-        )
+    async def _undone(self, look: Look, planner: Planner) -> Undone | None:
+        """No server is emptied for somebody who does not answer, or does not do it; None: done."""
+        if self._refusals.waits and min(look.fleet.prefills, look.fleet.decodes) > 0:
+            return Undone.REFUSED
+        if await self._reach.lost():
+            return Undone.AWAY
+        if not self._acts:  # a reload was faster
+            return Undone.ADVISES
+        return None if planner.act(look) else Undone.NOBODY_FREE
 
     @property
     def _acts(self) -> bool:
@@ -189,62 +179,15 @@ class RatioControl(Collector):
     # Metrics.
 
     def collect(self) -> Iterator[Metric]:
-        switches = CounterMetricFamily(
-            "slackwater_role_switches", "Role switches by how they ended", labels=["outcome"]
-        )
-        for outcome, count in self._outcomes.items():
-            switches.add_metric([outcome.value], count)
-        yield switches
-        seconds = CounterMetricFamily(
-            "slackwater_role_switch_seconds", "Time out of rotation", labels=["part"]
-        )
-        seconds.add_metric(["drain"], self._drained_s)
-        seconds.add_metric(["switch"], self._took_s - self._drained_s)
-        yield seconds
-        yield _gauge(
-            "slackwater_ratio_moves", "Switches under way", len(self._core.switching.moves)
-        )
-        info = GaugeMetricFamily(
-            "slackwater_ratio_info", "What decides, and who changes servers", labels=[*self._info]
-        )
-        info.add_metric([*self._info.values()], 1)
-        yield info
+        yield from self.switches.collect()
+        yield gauge("slackwater_ratio_moves", "Switches under way", len(self._core.switching.moves))
+        yield info_of(self._info)
         held = reached = None
         serving: dict[Role, int] = {}
         if (planner := self._planner) is not None:
             held = planner.is_held(round(self._clock.time() * 1e6))
-            reached = not self._reach.why
+            reached = self._reach.answers
             serving = {it: len(planner.serving(it)) for it in (Role.PREFILL, Role.DECODE)}
-        yield _gauge("slackwater_ratio_held", "1: stands back from somebody else's change", held)
-        yield _gauge("slackwater_ratio_actuator_up", "0: it did not answer when asked", reached)
-        yield from _of_look(None if planner is None else planner.last, serving)
-
-
-def _gauge(name: str, words: str, value: float | None) -> Metric:
-    """Without a value it is named, and nothing is said of it."""
-    return GaugeMetricFamily(name, words, value=value)
-
-
-def _of_look(look: Look | None, serving: Mapping[Role, int]) -> Iterator[Metric]:
-    """As of the last look, but for what serves."""
-    servers = GaugeMetricFamily(
-        "slackwater_ratio_servers", "Servers of each role", labels=["role", "which"]
-    )
-    rate = GaugeMetricFamily(
-        "slackwater_ratio_rate_per_s", "Online requests a second", labels=["which"]
-    )
-    errors = GaugeMetricFamily(
-        "slackwater_forecast_error", "Errors over load, of late", labels=["by"]
-    )
-    if look is not None:
-        wanted = {Role.PREFILL: look.plan.prefills, Role.DECODE: look.plan.decodes}
-        need = {} if look.need is None else dict(zip(wanted, look.need, strict=True))
-        for which, counts in (("had", serving), ("wanted", wanted), ("need", need)):
-            for role, count in counts.items():
-                servers.add_metric([role.value, which], count)
-        rate.add_metric([LAST], look.forecast.last)
-        rate.add_metric(["forecast"], look.forecast.point)
-        rate.add_metric(["upper"], look.forecast.upper)
-        for name, error in look.forecast.errors.items():
-            errors.add_metric([name], error)
-    yield from (servers, rate, errors)
+        yield gauge("slackwater_ratio_held", "1: stands back from somebody else's change", held)
+        yield gauge("slackwater_ratio_actuator_up", "0: it did not answer when asked", reached)
+        yield from of_look(None if planner is None else planner.last, serving)

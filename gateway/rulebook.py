@@ -17,12 +17,12 @@ from policies.admit import Admit, Headroom
 from policies.breaker import BreakerRule
 from policies.colocation import Colocated
 from policies.demand import Targets
+from policies.dopd_plus import DopdPlus
 from policies.hold import ForSlack as HoldForSlack
 from policies.hold import Hold
 from policies.planners import DynLoad, DynSla
 from policies.pools import ByLatency, Pools
 from policies.preempt import AbortRule, ForSlack, GiveWay, Stay
-from policies.ratio import DopdPlus
 from policies.registry import DISPLACE, GATHER, HOLD, ORDER, PLACE, POOLS, PREEMPT, RATIO
 from policies.retry import RetryRule
 from policies.standstill import Standstill

@@ -43,6 +43,4 @@ def is_too_small(look: Look) -> bool:
     """Of policies that do not say what they need, nobody knows."""
     if look.need is None:
         return False
-    prefills, decodes = look.need
-    fleet = look.fleet
-    return prefills * fleet.prefill.gpus + decodes * fleet.decode.gpus > fleet.limit_gpus
+    return look.fleet.gpus_of(*look.need) > look.fleet.limit_gpus

@@ -107,7 +107,11 @@ class Fleet:
 
     @property
     def gpus(self) -> int:
-        return self.prefills * self.prefill.gpus + self.decodes * self.decode.gpus
+        return self.gpus_of(self.prefills, self.decodes)
+
+    def gpus_of(self, prefills: int, decodes: int) -> int:
+        """Of another number of servers."""
+        return prefills * self.prefill.gpus + decodes * self.decode.gpus
 
     @property
     def is_elastic(self) -> bool:

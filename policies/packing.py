@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import inf
+from math import ceil, inf
 from typing import NamedTuple, Protocol
 
 
@@ -86,73 +86,127 @@ class Kairos:
 class Slack:
     """Whoever is on time gets ahead of its target, and what is ahead is spent on long contexts.
 
-    * Everybody steps, unless that takes longer than the limit: then as many as fit do, first those
-      who would be late before they are asked again, then the shortest.
+    * Everybody steps, unless that takes longer than the limit: then the shortest do that fit.
     * The limit is `aim` of the target, or what the least advanced request that is on time has in
-      hand at that pace, where this is more. Who is late for good sets none: it would stop all.
+      hand at that pace, where this is more. Who is late sets none: it would stop all.
     * Tokens per second are never fewer than in a step of all: a busy server would fall behind.
-      Where those who fit are too few for that, all step, or as few more as it takes.
+      Where those who fit are too few for that, all step.
     * Nobody waits for more than `most_skipped` steps in a row; when a turn comes, all step, because
       a step that one long context makes slow costs the others least when they are in it.
     """
 
     aim: float = 0.7
     most_skipped: int = 15
-    forgiven: float = 0.0
-    """Who is late by more tokens than these is late for good; who by fewer, may yet catch up."""
-    haste: float = 0.7
-    """What `aim` is for those who have to catch up."""
-    grows: bool = False
-    """Where too few fit: by as few as it takes, not to all."""
-    due_steps: int = 0
-    """A choice may be good for so many steps of all: who is late by then is due now."""
     by_longest = False
 
     def choose(self, running: Sequence[Running], step_us: StepUs) -> list[int]:
         everybody = list(range(len(running)))
-        contexts = [row.context_tokens for row in running]
-        limit_us = self.limit_us(running)
-        if len(running) < 2 or any(row.skipped >= self.most_skipped for row in running):
+        if _is_turn(running, self.most_skipped):
             return everybody
-        all_us = step_us(len(running), sum(contexts), max(contexts))
+        contexts = [row.context_tokens for row in running]
+        limit_us, all_us = (
+            self.limit_us(running),
+            step_us(len(running), sum(contexts), max(contexts)),
+        )
         if all_us <= limit_us:
             return everybody
-        everybody.sort(key=contexts.__getitem__)  # stable: in a tie, who joined first
-        if self.due_steps:
-            soon_us = self.due_steps * all_us
-            everybody.sort(key=lambda i: not self._is_due(running[i], soon_us))
-        must = [i for i in everybody if running[i].must_step]
-        everybody = must + [i for i in everybody if not running[i].must_step]
-        least = max(1, len(must))
-        sums = list(accumulate(contexts[i] for i in everybody))
-        tops = list(accumulate((contexts[i] for i in everybody), max))
-        low, high = least, len(running)
-        while low + 1 < high:
-            middle = (low + high) // 2
-            if step_us(middle, sums[middle - 1], tops[middle - 1]) <= limit_us:
-                low = middle
-            else:
-                high = middle
-        while low * all_us < len(running) * step_us(low, sums[low - 1], tops[low - 1]):
-            low = low + 1 if self.grows else len(running)
-        return sorted(everybody[:low])
+        everybody.sort(key=lambda i: (not running[i].must_step, contexts[i]))
+        line = _Line(everybody, contexts, step_us)
+        fit = line.fit(limit_us, max(1, sum(row.must_step for row in running)))
+        too_few = fit * all_us < len(running) * line.us(fit)
+        return sorted(everybody if too_few else everybody[:fit])
 
     def limit_us(self, running: Sequence[Running]) -> float:
-        """How long a step may take for the sake of those who can be on time."""
+        """How long a step may take for the sake of those who are on time."""
         least_us, aim = inf, self.aim
         for row in running:
             tpot_us, since_us = row.tpot_us, row.since_first_us
             due_us = tpot_us * (row.produced + 1)
-            if tpot_us > 0 and since_us <= due_us + self.forgiven * tpot_us:
-                pace = aim if since_us <= due_us else self.haste
-                own_us = max(aim * due_us - since_us, pace * tpot_us)
+            if tpot_us > 0 and since_us <= due_us:
+                own_us = max(aim * due_us - since_us, aim * tpot_us)
                 if own_us < least_us:
                     least_us = own_us
         return least_us
 
-    def _is_due(self, row: Running, soon_us: float) -> bool:
-        left_us = _slack_us(row)
-        return -self.forgiven * row.tpot_us <= left_us < soon_us
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MostKept:
+    """As many targets as can be kept, by the pace that each request can afford from now on.
+
+    * Everybody steps, unless shorter steps keep the targets of `worth` of all more. So it is stock
+      where stock keeps all, and where nothing can keep more than stock does.
+    * What a request can afford is `aim` of its target, longer or shorter by what it has in hand or
+      lacks, over the next tokens. A step is as long as the least advanced of those with one target
+      can afford: the target by which the most are kept. Who can afford more takes only its share
+      of such steps, and those whose shares are the smallest are kept.
+    * Of these, first come those who would be late before the next choice, then the shortest of all.
+    * Tokens per second are not fewer than in a step of all, but for what may be `spent`: a busy
+      server would fall behind. Where those who fit are too few, as few more step as it takes.
+    * Nobody waits for more than `most_skipped` steps in a row; when a turn comes, all step.
+    """
+
+    aim: float = 0.8
+    over_tokens: float = 32.0
+    """What a request has in hand, or lacks, is made up for over so many."""
+    hopeless: float = 0.5
+    """Who can afford less than so much of its target sets no pace: it would stop all."""
+    worth: float = 0.15
+    spent: float = 0.03
+    """A step has a part that does not depend on who is in it: without anything to spend hardly any
+    step of fewer is worth its time."""
+    due_steps: int = 5
+    """A choice may be good for so many steps of all: who is late by then is due now."""
+    most_skipped: int = 15
+    by_longest = False
+
+    def choose(self, running: Sequence[Running], step_us: StepUs) -> list[int]:
+        everybody = list(range(len(running)))
+        if _is_turn(running, self.most_skipped):
+            return everybody
+        contexts = [row.context_tokens for row in running]
+        all_us = step_us(len(running), sum(contexts), max(contexts))
+        limit_us, kept = self.kept(running, step_us)
+        if limit_us >= all_us:
+            return everybody
+        soon_us = self.due_steps * all_us
+        due = {i for i in kept if _slack_us(running[i]) < soon_us}
+        everybody.sort(key=lambda i: (not running[i].must_step, i not in due, contexts[i]))
+        line = _Line(everybody, contexts, step_us)
+        fit = line.fit(limit_us, max(1, sum(row.must_step for row in running)))
+        least_per_us = (1 - self.spent) * len(running) / all_us
+        while fit < len(running) and fit < least_per_us * line.us(fit):
+            fit += 1
+        return sorted(everybody[:fit])
+
+    def kept(self, running: Sequence[Running], step_us: StepUs) -> tuple[float, list[int]]:
+        """The length of a step by which the most are kept, and who they are."""
+        contexts = [row.context_tokens for row in running]
+        affords_us = [self.afford_us(row) for row in running]
+        all_us = step_us(len(running), sum(contexts), max(contexts))
+        best = all_us, [i for i, afford_us in enumerate(affords_us) if afford_us >= all_us]
+        fewest = len(best[1]) + max(1, ceil(self.worth * len(running)))
+        paces_us = self._paces_us(running, affords_us) if fewest <= len(running) else ()
+        for pace_us in paces_us:
+            if pace_us < all_us:
+                kept = _sharing(pace_us, affords_us, contexts, step_us)
+                if len(kept) >= fewest:
+                    fewest, best = len(kept), (pace_us, kept)
+        return best
+
+    def afford_us(self, row: Running) -> float:
+        """For each of its next tokens."""
+        if row.tpot_us <= 0:
+            return inf
+        return self.aim * row.tpot_us + _slack_us(row) / self.over_tokens
+
+    def _paces_us(self, running: Sequence[Running], affords_us: Sequence[float]) -> list[float]:
+        """Of each target, what the least advanced of those who still may keep it can afford."""
+        least_us: dict[float, float] = {}
+        for row, afford_us in zip(running, affords_us, strict=True):
+            target_us = row.tpot_us
+            if self.hopeless * target_us <= afford_us < least_us.get(target_us, inf):
+                least_us[target_us] = afford_us
+        return sorted(least_us.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,11 +313,61 @@ PACKING: dict[str, Packing] = {
     "all": All(),
     "kairos": Kairos(),
     "slack": Slack(),
-    "slack-due": Slack(aim=0.8, forgiven=32.0, due_steps=5, grows=True),
+    "most-kept": MostKept(),
     "online-first": OnlineFirst(),
     "online-exact": OnlineFirst(ask_every=1),
     "online-paced": OnlinePaced(),
 }
+
+
+def _is_turn(running: Sequence[Running], most_skipped: int) -> bool:
+    """Whether all step, whatever they can afford."""
+    return len(running) < 2 or any(row.skipped >= most_skipped for row in running)
+
+
+class _Line:
+    """Requests in the order in which they are taken into a step."""
+
+    def __init__(self, order: Sequence[int], contexts: Sequence[int], step_us: StepUs) -> None:
+        self._step_us = step_us
+        self._sums = list(accumulate(contexts[i] for i in order))
+        self._tops = list(accumulate((contexts[i] for i in order), max))
+
+    def us(self, count: int) -> float:
+        """The step of the first so many."""
+        return self._step_us(count, self._sums[count - 1], self._tops[count - 1])
+
+    def fit(self, limit_us: float, least: int) -> int:
+        """How many of the first ones do, `least` at least, and not all."""
+        low, high = least, len(self._sums)
+        while low + 1 < high:
+            middle = (low + high) // 2
+            if self.us(middle) <= limit_us:
+                low = middle
+            else:
+                high = middle
+        return low
+
+
+def _sharing(
+    pace_us: float, affords_us: Sequence[float], contexts: Sequence[int], step_us: StepUs
+) -> list[int]:
+    """Who can be kept by steps that are so long, each in its share of them."""
+    shares = sorted(
+        (pace_us / afford_us * contexts[i], pace_us / afford_us, i)
+        for i, afford_us in enumerate(affords_us)
+        if afford_us >= pace_us
+    )
+    kept: list[int] = []
+    tokens = count = 0.0
+    longest = 0
+    for share_tokens, share, index in shares:
+        tokens, count = tokens + share_tokens, count + share
+        longest = max(longest, contexts[index]) if share else 0
+        if step_us(ceil(count), int(tokens), longest) > pace_us and share:
+            break
+        kept.append(index)
+    return kept
 
 
 def _slack_us(row: Running) -> float:

@@ -1,24 +1,85 @@
-"""Dynamo's two planners as they are printed: what a ratio policy is measured against."""
+"""DOPD and Dynamo's two planners as their code has them: what ours is measured against."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from policies.demand import Demand, Fleet
-from policies.ratio import (
-    Memory,
-    Plan,
-    Why,
-    holds,
-    tpot_correction,
-    ttft_correction,
-    within_budget,
-)
+from policies.ratio import Memory, Plan, Why, holds
 from policies.sizing import largest_batch
 
 AHEAD = 3
 """Intervals that the trend looks ahead, and that a new decode server is spared."""
+DOPD_KV_BLOCKS, DOPD_BLOCK_TOKENS = 2040, 128
+"""Constants of the published code: Llama-70B FP8, tp 2 on H100, 96 % of the memory."""
+DOPD_IDLE_S = 50.0
+
+
+@dataclass(frozen=True, slots=True)
+class Dopd:
+    """DOPD as its code has it: a count of one interval stands for concurrency, N_P ignores N_D."""
+
+    def next(
+        self, memory: Memory, demand: Demand, fleet: Fleet, now_us: int
+    ) -> tuple[Memory, Plan]:
+        seen = (fleet.prefills, fleet.decodes)
+        changed = memory.seen not in ((0, 0), seen)
+        memory = replace(memory, seen=seen)
+        if changed:
+            return memory, holds(fleet, Why.CHANGED)
+        if demand.idle_s > DOPD_IDLE_S and fleet.is_elastic:
+            return memory, Plan(prefills=1, decodes=1, why=Why.IDLE)
+        flow = demand.expected
+        if not flow.rate_per_s or not flow.answer.mean or not flow.prompt.mean:
+            return memory, holds(fleet, Why.UNKNOWN)
+        prefills, decodes, terms = self._wanted(demand, fleet)
+        return memory, within_budget(prefills, decodes, fleet, Why.RATIO, terms)
+
+    def _wanted(self, demand: Demand, fleet: Fleet) -> tuple[int, int, dict[str, float]]:
+        flow = demand.expected
+        isl, osl = flow.prompt.mean, flow.answer.mean
+        context = isl + osl / 2
+        most = max(1, DOPD_KV_BLOCKS // math.ceil(context / DOPD_BLOCK_TOKENS))
+        prefill_time_s = fleet.prefill.cost.prefill_one(max(1, round(isl))).seconds
+        corrected = tpot_correction(demand, fleet, context)
+        step_time_s = fleet.decode.cost.decode(most, round(most * context)).seconds * corrected
+        ratio = most * prefill_time_s / (osl * step_time_s)
+        requests = flow.rate_per_s * demand.interval_s
+        terms = {"ratio": ratio, "batch": most, "requests": requests, "tpot_factor": corrected}
+        return math.ceil(ratio), math.ceil(requests / most), terms
+
+
+def tpot_correction(demand: Demand, fleet: Fleet, context: float) -> float:
+    """Dynamo's factor: the step as seen beside the one of the profile at that concurrency."""
+    if demand.tpot_s is None or demand.stay_s is None:
+        return 1.0
+    each = demand.expected.rate_per_s / max(1, fleet.decodes) * demand.stay_s
+    count = max(1, round(each))
+    profile_s = fleet.decode.cost.decode(count, round(count * context)).seconds
+    return demand.tpot_s / profile_s
+
+
+def ttft_correction(demand: Demand, fleet: Fleet) -> float:
+    if demand.ttft_s is None:
+        return 1.0
+    tokens = max(1, round(demand.expected.prompt.mean))
+    return demand.ttft_s / fleet.prefill.cost.prefill_one(tokens).seconds
+
+
+def within_budget(
+    prefills: int, decodes: int, fleet: Fleet, why: Why, terms: Mapping[str, float]
+) -> Plan:
+    """Scaled down as DOPD and Dynamo do; a fleet that cannot shrink gives the rest to decode."""
+    prefills, decodes = max(1, prefills), max(1, decodes)
+    each_p, each_d, limit = fleet.prefill.gpus, fleet.decode.gpus, fleet.limit_gpus
+    required = fleet.gpus_of(prefills, decodes)
+    if required > limit or not fleet.is_elastic:
+        prefills = max(1, int(prefills * limit / required))
+        prefills = max(1, min(prefills, (limit - each_d) // each_p))
+        decodes = max(1, (limit - prefills * each_p) // each_d)
+    return Plan(prefills=prefills, decodes=decodes, why=why, terms=terms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +130,9 @@ class DynLoad:
                 return holds(fleet, Why.TREND, terms)
             return Plan(prefills=prefills, decodes=decodes, why=Why.TREND, terms=terms)
         limit = fleet.limit_gpus
-        if prefills * fleet.prefill.gpus + decodes * fleet.decode.gpus > limit:
+        if fleet.gpus_of(prefills, decodes) > limit:
             decodes = min(decodes, fleet.decodes)
-        if prefills * fleet.prefill.gpus + decodes * fleet.decode.gpus > limit:
+        if fleet.gpus_of(prefills, decodes) > limit:
             prefills = min(prefills, fleet.prefills)
         return Plan(prefills=prefills, decodes=decodes, why=Why.TREND, terms=terms)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from policies.displace import ByCost, Cheapest, Displace, Never, Slices
+from policies.dopd_plus import DopdPlus
 from policies.gather import AtOnce, ByLength, Gather
 from policies.hold import ForSlack as HoldForSlack
 from policies.hold import Hold
@@ -11,10 +12,10 @@ from policies.hrrn import Hrrn
 from policies.lengths import LengthSplit
 from policies.order import Edf, Fcfs, Order, Shortest
 from policies.place import CacheAware, LeastWork, Place, PowerOfTwo, RoundRobin
-from policies.planners import DynLoad, DynSla
+from policies.planners import Dopd, DynLoad, DynSla
 from policies.pools import ByLatency, Pools, Shared
 from policies.preempt import ForSlack, GiveWay, Stay
-from policies.ratio import Dopd, DopdPlus, Ratio, Static
+from policies.ratio import Ratio, Static
 from policies.salvage import Salvage
 from policies.slack import Kairos
 

@@ -11,7 +11,7 @@ from policies.packing import PACKING, OnlinePaced, Packing, Running, StepUs
 STEPPING: dict[str, Packing] = {
     "all": PACKING["all"],
     "online-first": PACKING["online-paced"],
-    "slack": PACKING["slack-due"],
+    "slack": PACKING["most-kept"],
 }
 """What a real engine offers. Steps are not what they were predicted to be, and whoever joins halts
 all for some: the pace that was kept so far decides, not the prediction of one step."""

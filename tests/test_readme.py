@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from backends.actuators.sglang import SglangTurn
 from gateway import serve
 from gateway.app import Gateway
 from gateway.config import Config, load, workers_of
@@ -88,8 +89,8 @@ def test_the_policies_are_those_of_the_registries() -> None:
 
 
 def test_the_metrics_are_those_of_the_gateway() -> None:
-    core = Core(Rules())
-    control = RatioControl(core, VirtualClock(), asyncio.TaskGroup())
+    core, clock = Core(Rules()), VirtualClock()
+    control = RatioControl(core, clock, asyncio.TaskGroup(), SglangTurn(clock))
     families = [*Metrics(core, lambda: 0).registry.collect(), *control.collect()]
     names = {f.name + ("_total" if f.type == "counter" else "") for f in families}
     assert {code_names(row[0])[0] for row in rows(section("Metrics"))} == names

@@ -16,8 +16,9 @@ from contextlib import suppress
 
 import structlog
 
+from backends.actuators.launches import Launches
 from backends.actuators.settings import Kubernetes
-from backends.actuators.turning import Turned, UnfitError
+from backends.actuators.turning import Hindrance, Turned, UnfitError
 from backends.base import Roll, Size
 from backends.kubernetes.api import AbsentError, Api, ApiError, ConflictError, connected
 from backends.kubernetes.lease import Lease
@@ -79,10 +80,10 @@ class KubernetesTurn:
         self._tasks = tasks
         self._roll = roll
         self._loop: asyncio.Task[None] | None = None
-        self._launches: set[asyncio.Task[None]] = set()
         self._one_at_a_time = asyncio.Lock()
-        self.size: Size | None = self
-        self.starting: dict[Role, int] = {}
+        self._launches = Launches(tasks, self._start, _not_started)
+        self.size: Size | None = self._launches
+        self.at_once: int | None = 1
 
     async def open(self) -> None:
         """The pods that serve are on the list before the first request comes."""
@@ -120,8 +121,8 @@ class KubernetesTurn:
     async def close(self) -> None:
         if self._loop is None:
             return
-        for task in (self._loop, *self._launches):
-            task.cancel()
+        self._loop.cancel()
+        self._launches.cancel()
         with suppress(ApiError):
             if self._lease.is_held and self._lease.plan:
                 await self._finish(self._lease.plan)
@@ -142,12 +143,19 @@ class KubernetesTurn:
                 failing = True
             await pause(self._clock, self._cluster.poll_s)
 
-    async def ready(self) -> str:
+    async def hindrance(self) -> Hindrance | None:
         try:
             await self._presence.look()
+            await self._lease.look()
         except ApiError as error:
-            return str(error)
-        return ""
+            return Hindrance(why=str(error))
+        if self._lease.is_anothers:
+            return Hindrance(why=self._holder_has_it, by_another=True)
+        return None
+
+    @property
+    def _holder_has_it(self) -> str:
+        return f"{self._lease.holder} has the lease"
 
     # Roles.
 
@@ -162,7 +170,7 @@ class KubernetesTurn:
 
     async def _turn(self, name: str, role: Role) -> Turned:
         if not await self._is_ours():
-            return Turned(why=f"{self._lease.holder} has the lease", by_another=True)
+            return Turned(why=self._holder_has_it, by_another=True)
         await self._presence.look()
         source = _OTHER[role]
         if why := self._unfit(name, source):
@@ -173,7 +181,7 @@ class KubernetesTurn:
         with self._presence.keeping(name):
             await self._note(had, role)
             before = {it.name for it in self._presence.of(role)}
-            if why := await self._gives_up(name, source, had[source]):
+            if why := await self._given_up(name, source, had[source]):
                 await self._lease.note("")
                 return Turned(why=why)
             turned = await self._replaced(before, role, had)
@@ -193,7 +201,7 @@ class KubernetesTurn:
             return f"a {pod.owner} gives up its last pod first, which {name} is not"
         return ""
 
-    async def _gives_up(self, name: str, source: Role, had: int) -> str:
+    async def _given_up(self, name: str, source: Role, had: int) -> str:
         """The pod is on its way out; else all is as it was, and why."""
         await self._mark(name, LEAST_COST)
         try:
@@ -293,27 +301,17 @@ class KubernetesTurn:
 
     # Size.
 
-    def launch(self, role: Role) -> bool:
-        self._count(role, 1)
-        task = self._tasks.create_task(self._launch(role))
-        self._launches.add(task)
-        task.add_done_callback(self._launches.discard)
-        return True
+    async def _start(self, role: Role) -> str:
+        async with self._one_at_a_time:
+            try:
+                return await self._added(role)
+            except ApiError as error:
+                return str(error)
 
-    async def _launch(self, role: Role) -> None:
-        try:
-            async with self._one_at_a_time:
-                await self._add(role)
-        except ApiError as error:
-            log.warning("no server was started", role=role.value, error=str(error))
-        except Exception as error:  # noqa: BLE001  # the task's edge: a launch ends nothing else
-            log.warning("no server was started", role=role.value, error=repr(error))
-        finally:
-            self._count(role, -1)
-
-    async def _add(self, role: Role) -> None:
+    async def _added(self, role: Role) -> str:
+        """Why there is not one more; empty where there is."""
         if not await self._is_ours():
-            raise ConflictError(f"{self._lease.holder} has the lease")
+            return self._holder_has_it
         await self._presence.look()
         before = {it.name for it in self._presence.of(role)}
         had = await self._workloads.replicas(role)
@@ -321,10 +319,7 @@ class KubernetesTurn:
         new, why = await self._new(before, role)
         if new is None:
             await self._restore(role, had + 1, had)
-            raise ApiError(why)
-
-    def _count(self, role: Role, more: int) -> None:
-        self.starting[role] = self.starting.get(role, 0) + more
+        return why
 
     async def end(self, server: Server) -> str:
         async with self._one_at_a_time:
@@ -335,7 +330,7 @@ class KubernetesTurn:
 
     async def _end(self, name: str, role: Role) -> str:
         if not await self._is_ours():
-            return f"{self._lease.holder} has the lease"
+            return self._holder_has_it
         await self._presence.look()
         if why := self._unfit(name, role):
             return why
@@ -343,4 +338,8 @@ class KubernetesTurn:
         if had < 2:
             return f"the cluster keeps {had} {role.value} servers"
         with self._presence.keeping(name):
-            return await self._gives_up(name, role, had)
+            return await self._given_up(name, role, had)
+
+
+def _not_started(role: Role, why: str) -> None:
+    log.warning("no server was started", role=role.value, error=why)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from backends.actuators.turning import Turned
+from backends.actuators.turning import Hindrance, Turned
 from backends.base import Size
 from backends.sglang import Server
 from policies.types import Role, Worker
@@ -16,6 +16,7 @@ class NobodyTurn:
     def __init__(self, why: str) -> None:
         self.why = why
         self.size: Size | None = None
+        self.at_once: int | None = None
 
     async def open(self) -> None: ...
     async def close(self) -> None: ...
@@ -23,8 +24,8 @@ class NobodyTurn:
     async def problems(self, workers: Sequence[Worker]) -> list[str]:
         return [self.why]
 
-    async def ready(self) -> str:
-        return self.why
+    async def hindrance(self) -> Hindrance | None:
+        return Hindrance(why=self.why)
 
     async def turn(self, server: Server, role: Role) -> Turned:
         return Turned(why=self.why)

@@ -14,8 +14,9 @@ from typing import Any
 
 import structlog
 
+from backends.actuators.launches import Launches
 from backends.actuators.settings import Ray
-from backends.actuators.turning import Turned, UnfitError
+from backends.actuators.turning import Hindrance, Turned, UnfitError
 from backends.base import Roll, Size
 from backends.fleet import interpreter
 from backends.fleet.link import Link
@@ -29,6 +30,7 @@ log = structlog.get_logger("slackwater.ray")
 
 AGAIN_S = 10.0
 """A process that has lost the cluster is followed by another one after this time."""
+LOST = "the Ray cluster is lost"
 SLACK_S = 60.0
 """Beside the two starts that a switch may take."""
 
@@ -51,11 +53,13 @@ class RayTurn:
         self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._listed: set[str] = set()
         self._busy: set[str] = set()
+        self._holder: str | None = None
+        """Who has the lease, as the process said last; empty: this gateway."""
         self._link: Link | None = None
         self._keeper: asyncio.Task[None] | None = None
-        self._launches: set[asyncio.Task[None]] = set()
-        self.size: Size | None = self
-        self.starting: dict[Role, int] = {}
+        self._launches = Launches(tasks, self._start, _not_started)
+        self.size: Size | None = self._launches
+        self.at_once: int | None = None
 
     async def open(self) -> None:
         """Joined; servers that start come later."""
@@ -66,9 +70,9 @@ class RayTurn:
         self._keeper = self._tasks.create_task(self._keep())
 
     async def close(self) -> None:
-        for task in (self._keeper, *self._launches):
-            if task is not None:
-                task.cancel()
+        if self._keeper is not None:
+            self._keeper.cancel()
+        self._launches.cancel()
         if self._link is not None:
             await self._link.close()
 
@@ -139,8 +143,18 @@ class RayTurn:
             return f"{python} has no Ray, or it ended: pip install 'slackwater[ray]' there"
         return f"none in {self._actors.join_s:.0f} s"
 
-    async def ready(self) -> str:
-        return "the Ray cluster is lost" if self._link is None or self._link.lost.done() else ""
+    async def hindrance(self) -> Hindrance | None:
+        if self._is_lost:
+            return Hindrance(why=LOST)
+        if self._holder is None:
+            return Hindrance(why="the Ray cluster has not told yet who has the lease")
+        if self._holder:
+            return Hindrance(why=f"{self._holder} has the lease", by_another=True)
+        return None
+
+    @property
+    def _is_lost(self) -> bool:
+        return self._link is None or self._link.lost.done()
 
     async def _keep(self) -> None:
         """A cluster that is lost is joined again; its servers' own probes say how they are."""
@@ -148,9 +162,10 @@ class RayTurn:
             assert self._link is not None
             await asyncio.wait([self._link.lost])
             log.warning("the Ray cluster is lost", again_s=AGAIN_S)
+            self._holder = None
             for asked in self._asked.values():
                 if not asked.done():
-                    asked.set_result({"why": "the Ray cluster is lost", "is_restarted": True})
+                    asked.set_result({"why": LOST, "is_restarted": True})
             await self._link.close()
             await pause(self._clock, AGAIN_S)
             with suppress(FleetError):
@@ -163,7 +178,8 @@ class RayTurn:
             case {"event": "lost", "why": str(why)}:
                 error = FleetError(f"no Ray cluster at {self._actors.address}: {why}")
                 self._joined.set_exception(error)
-            case {"event": "servers", "servers": list(servers)}:
+            case {"event": "servers", "servers": list(servers), "ours": bool(ours)}:
+                self._holder = "" if ours else str(event.get("holder"))
                 self._list(servers)
             case {"event": "done", "id": int(number), **told}:
                 if (asked := self._asked.get(number)) is not None and not asked.done():
@@ -195,8 +211,8 @@ class RayTurn:
 
     async def _ask(self, do: str, **details: object) -> dict[str, Any]:
         """What became of it."""
-        if self._link is None or self._link.lost.done():
-            return {"why": "the Ray cluster is lost"}
+        if self._link is None or self._is_lost:
+            return {"why": LOST}
         number = next(self._numbers)
         asked = self._asked[number] = asyncio.get_running_loop().create_future()
         most_s = 2 * self._actors.start_s + SLACK_S
@@ -228,26 +244,13 @@ class RayTurn:
     async def end(self, server: Server) -> str:
         return str((await self._ask("end", name=server.name)).get("why", ""))
 
-    def launch(self, role: Role) -> bool:
+    async def _start(self, role: Role) -> str:
         """Ray finds the GPUs, or it does not come."""
-        self._count(role, 1)
-        task = self._tasks.create_task(self._launch(role))
-        self._launches.add(task)
-        task.add_done_callback(self._launches.discard)
-        return True
+        return str((await self._ask("start", role=role.value)).get("why", ""))
 
-    async def _launch(self, role: Role) -> None:
-        try:
-            told = await self._ask("start", role=role.value)
-            if why := told.get("why"):
-                log.warning("no actor was started", role=role.value, error=str(why))
-        except Exception as error:  # noqa: BLE001  # the task's edge: a launch ends nothing else
-            log.warning("no actor was started", role=role.value, error=repr(error))
-        finally:
-            self._count(role, -1)
 
-    def _count(self, role: Role, more: int) -> None:
-        self.starting[role] = self.starting.get(role, 0) + more
+def _not_started(role: Role, why: str) -> None:
+    log.warning("no actor was started", role=role.value, error=why)
 
 
 def _late(asked: asyncio.Future[dict[str, Any]], why: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from backends.actuators.turning import Turned
+from backends.actuators.turning import Hindrance, Turned
 from backends.base import Size
 from backends.fleet.fleet import Relaunched
 from backends.fleet.spec import FleetError
@@ -32,6 +32,7 @@ class RelaunchTurn:
     def __init__(self, fleet: Relauncher) -> None:
         self._fleet = fleet
         self.size: Size | None = None
+        self.at_once: int | None = None
 
     async def open(self) -> None: ...
     async def close(self) -> None: ...
@@ -44,12 +45,12 @@ class RelaunchTurn:
         theirs = [it for it in workers if it.role is not Role.UNIFIED and it.url not in owned]
         return [f"{it.name} is no server of the fleet: nobody can relaunch it" for it in theirs]
 
-    async def ready(self) -> str:
+    async def hindrance(self) -> Hindrance | None:
         try:
             await self._fleet.roles()
         except FleetError as error:
-            return str(error)
-        return ""
+            return Hindrance(why=str(error))
+        return None
 
     async def turn(self, server: Server, role: Role) -> Turned:
         done = await self._fleet.relaunch(server.worker.url, role)

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from backends.actuators.turning import AGAIN_S, Turned, object_of
+from backends.actuators.turning import AGAIN_S, Hindrance, Turned, object_of
 from backends.base import Size
 from backends.fetch import fetch
 from backends.http import HttpError
@@ -36,6 +36,7 @@ class SglangTurn:
     ) -> None:
         self._clock = clock
         self.size: Size | None = None
+        self.at_once: int | None = None
         self.idle_s = idle_s
         """For so long a server that is empty in the books may say that it is not idle."""
         self.switch_s = switch_s
@@ -49,8 +50,8 @@ class SglangTurn:
     async def problems(self, workers: Sequence[Worker]) -> list[str]:
         return []  # each server says itself whether it takes a switch
 
-    async def ready(self) -> str:
-        return ""  # each server is asked itself, just before
+    async def hindrance(self) -> Hindrance | None:
+        return None  # each server is asked itself, just before
 
     async def turn(self, server: Server, role: Role) -> Turned:
         """The server's reason where it refused, or why nothing came of it."""

@@ -46,11 +46,22 @@ class Turned:
     """Who is there in its place."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hindrance:
+    """Why no server can be changed just now."""
+
+    why: str
+    by_another: bool = False
+    """Whoever does it answers; somebody else is the one to whom it listens."""
+
+
 class Turn(Protocol):
     """How an empty server is made something else: all that differs between actuators."""
 
     size: Size | None
     """Starts servers, where it can; what it starts comes on the list."""
+    at_once: int | None
+    """So many changes at a time: no server is emptied that would wait for another one's."""
 
     async def open(self) -> None:
         """Before the first move; UnfitError where it cannot do any."""
@@ -65,9 +76,9 @@ class Turn(Protocol):
         """
         ...
 
-    async def ready(self) -> str:
-        """Asked before a server is taken out of rotation: why nothing can be changed just now;
-        empty where whoever does it answers. It changes nothing, and is cheap."""
+    async def hindrance(self) -> Hindrance | None:
+        """Asked before a server is taken out of rotation; None: it would be changed, as far as
+        anybody knows. It changes nothing, and is cheap."""
         ...
 
     async def turn(self, server: Server, role: Role) -> Turned:
@@ -155,16 +166,18 @@ class Turning:
             turned = await self.turn.turn(server, role)
             if turned.is_gone:
                 return await self._succeeded(server, turned)
-            return await self._stayed(server, turned)
+            return await self._stayed(server, turned, role)
         finally:
             server.is_turning = False
 
-    async def _stayed(self, server: Server, turned: Turned) -> RoleSwitched:
-        role = await self.role_of(server)
+    async def _stayed(self, server: Server, turned: Turned, wanted: Role) -> RoleSwitched:
+        role, why = await self.role_of(server), turned.why
+        if role is not None and role is not wanted:
+            why = why or f"it is said to be done, and it is a {role.value} server all the same"
         server.is_known = server.is_known and role is not None and not turned.is_restarted
         if role is not None:
             self._note(server, role, is_restarted=turned.is_restarted)
-        return RoleSwitched(server.name, role, turned.why, turned.by_another)
+        return RoleSwitched(server.name, role, why, turned.by_another)
 
     async def _succeeded(self, server: Server, turned: Turned) -> RoleSwitched:
         """Off the list first, so that what is told of it concerns nobody else of its name."""

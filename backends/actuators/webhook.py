@@ -30,7 +30,7 @@ import orjson
 import structlog
 
 from backends.actuators.settings import Webhook
-from backends.actuators.turning import Turned, UnfitError, object_of
+from backends.actuators.turning import Hindrance, Turned, UnfitError, object_of
 from backends.base import Roll, Size
 from backends.fetch import fetch
 from backends.http import HttpError, Reason, Upstream
@@ -65,6 +65,7 @@ class WebhookTurn:
         self._upstream: Upstream | None = None
         self._page = "/"
         self.size: Size | None = None
+        self.at_once: int | None = None
 
     async def open(self) -> None:
         if not self.hook.url:
@@ -84,16 +85,20 @@ class WebhookTurn:
     async def problems(self, workers: Sequence[Worker]) -> list[str]:
         await self.open()
         try:
-            why = await self.ready()
+            found = await self.hindrance()
         finally:
             await self.close()
-        return [why] if why else []
+        return [] if found is None else [found.why]
 
-    async def ready(self) -> str:
+    async def hindrance(self) -> Hindrance | None:
         number = self._rng.getrandbits(128)
         told = await self._put(_question("check", f"{number:032x}", self.hook.within_s))
         why = told.why if isinstance(told, _Told) else str(told)
-        return why and f"the webhook does not say that it is done with a check: {why}"
+        if not why:
+            return None
+        by_another = isinstance(told, _Told) and told.by_another
+        why = f"the webhook does not say that it is done with a check: {why}"
+        return Hindrance(why=why, by_another=by_another)
 
     async def turn(self, server: Server, role: Role) -> Turned:
         told = await self._settled("switch", server.worker, role)

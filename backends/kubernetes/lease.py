@@ -51,6 +51,11 @@ class Lease:
         return self._record.holder
 
     @property
+    def is_anothers(self) -> bool:
+        """As of the last look."""
+        return not self.is_held and not self._is_free
+
+    @property
     def plan(self) -> str:
         """What was under way when the record was written."""
         return self._record.plan

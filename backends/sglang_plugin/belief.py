@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
 from policies.step_line import SeenStep, StepLine, fitted
@@ -10,7 +11,8 @@ from policies.step_table import StepTable
 
 FEWEST_STEPS: Final = 32
 """Before so many were seen, nothing is claimed without a gateway's word."""
-REMEMBERED: Final = 2048
+REMEMBERED: Final = 512
+"""A fit over so many holds the engine up for some milliseconds, once."""
 
 
 class Belief:
@@ -19,7 +21,7 @@ class Belief:
     __slots__ = ("_fit_at", "_given", "_seen", "_steps", "line", "table")
 
     def __init__(self) -> None:
-        self._steps: deque[tuple[int, int, float]] = deque(maxlen=REMEMBERED)
+        self._steps: deque[SeenStep] = deque(maxlen=REMEMBERED)
         self._given: StepLine | None = None
         self._seen, self._fit_at = 0, FEWEST_STEPS
         self.line: StepLine | None = None
@@ -32,19 +34,18 @@ class Belief:
         self._begin(line)
         self._fit_at = max(FEWEST_STEPS, self._seen)
 
-    def saw(self, count: int, context_tokens: int, took_us: float) -> None:
-        self._steps.append((count, context_tokens, took_us))
-        self._seen += 1
-
-    def learnt(self, count: int, context_tokens: int, took_us: float) -> None:
-        if self.table is not None:
-            self.table.observe(count, context_tokens, context_tokens, took_us)
+    def saw(self, steps: Sequence[SeenStep], *, corrects: bool) -> None:
+        self._steps += steps
+        self._seen += len(steps)
+        if corrects and self.table is not None:
+            for count, tokens, took_us in steps:
+                self.table.observe(count, tokens, tokens, took_us)
 
     def is_ready(self) -> bool:
         """Whether anything can be said of a step; fits what has been seen where that is due."""
         if self._given is None and self._seen >= self._fit_at:
             self._fit_at = 2 * self._seen
-            self._begin(fitted([SeenStep(*step) for step in self._steps]))
+            self._begin(fitted([*self._steps]))
         return self.table is not None
 
     def step_us(self, count: int, context_tokens: int, longest_tokens: int) -> float:

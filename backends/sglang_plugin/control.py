@@ -32,7 +32,7 @@ class Control:
     mode: str = STEPS_ALL
     tpot_us: float = 0.0
     """The target of online requests that name none."""
-    displace: bool = True
+    displace: bool = False
     """Whether an online prompt goes before an offline one that is in its chunks."""
     valves: Valves = field(default_factory=Valves)
     line: StepLine | None = None

@@ -8,6 +8,7 @@ waited long enough. Only offline prompts are put aside, so there is never more t
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any, Final
 
 from backends.sglang_plugin.contract import Batch, Plan, Request, Scheduler
@@ -22,11 +23,16 @@ MOST_ASIDE_US: Final = 10_000_000.0
 class Displacement:
     def __init__(self, faults: Faults, now_us: Callable[[], float]) -> None:
         self.faults = faults
-        self.allowed = True
+        self.until_us = -inf
+        """For so long it is allowed."""
         self.aside: Request | None = None
         self.displaced = self.resumed = 0
         self._now_us = now_us
         self._since_us = 0.0
+
+    @property
+    def allowed(self) -> bool:
+        return not self.faults.over and self._now_us() <= self.until_us
 
     def plan(self, original: Original, engine: Scheduler, running: Batch) -> Plan:
         """SGLang's own plan, over what may be computed now."""
@@ -42,7 +48,7 @@ class Displacement:
         return self._without_offline(original, engine, running)
 
     def _gives_way(self, engine: Scheduler, current: Request) -> bool:
-        if not self.allowed or self.faults.over or current.pending_bootstrap:
+        if not self.allowed or current.pending_bootstrap:
             return False
         if engine.enable_overlap and engine.disaggregation_mode.value == "prefill":
             return False  # it has switched its role since it was looked at
@@ -55,7 +61,7 @@ class Displacement:
             return False
 
     def _goes_on(self, engine: Scheduler) -> bool:
-        if not self.allowed or self.faults.over:
+        if not self.allowed:
             return True
         return self._now_us() - self._since_us > MOST_ASIDE_US or not _online_waits(engine)
 

@@ -72,7 +72,8 @@ def options_of(environ: Mapping[str, str]) -> Options:
     names = [*Feature] if named is None else [one.strip() for one in named.split(",")]
     known = frozenset(Feature(name) for name in names if name in {*Feature})
     if unknown := [name for name in names if name and name not in {*Feature}]:
-        log.error("slackwater: %s: no such feature: %s", FEATURES, ", ".join(unknown))
+        there = ", ".join(Feature)
+        log.error("slackwater: %s: no such feature: %s (%s)", FEATURES, ", ".join(unknown), there)
     return Options(
         features=known,
         untested=environ.get(UNTESTED) == "1",

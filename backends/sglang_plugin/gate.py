@@ -11,7 +11,7 @@ from backends.sglang_plugin.belief import Belief
 from backends.sglang_plugin.contract import Batch, Request
 from backends.sglang_plugin.control import STEPS_ALL, Control
 from backends.sglang_plugin.faults import Faults
-from backends.sglang_plugin.riders import Rider, rider_of
+from backends.sglang_plugin.riders import CLASS, TPOT, Rider, rider_of
 from backends.sglang_plugin.view import View, settle
 from policies.packing import Packing, Running, StepUs
 from policies.stepping import STEPPING, elected, holding
@@ -47,13 +47,22 @@ class Choice(NamedTuple):
 
 
 SEED: Final = 1
+NONSENSE: Final = f"a request's {CLASS} or {TPOT} makes no sense, and counts as untold"
 
 
 class Gate:
     """Between SGLang's choice of a running batch and its preparation for a step."""
 
-    def __init__(self, faults: Faults, now_us: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        faults: Faults,
+        now_us: Callable[[], float],
+        learn: Callable[[], None] = lambda: None,
+    ) -> None:
         self.control = Control()
+        self.rests = True
+        """Everyone steps, and nothing is left to be put right."""
+        self.parked = 0
         self.belief = Belief()
         self.sizes: tuple[int, ...] = ()
         """Batch sizes that CUDA graphs were captured for."""
@@ -63,9 +72,14 @@ class Gate:
         self.steps, self.spent_us = 0, 0.0
         """Steps that a choice was due for, and what all the choosing took."""
         self._now_us = now_us
+        self._learn = learn
+        """Before a choice: of the steps since the last one."""
         self._rng = random.Random(SEED)
         self._packing: Packing = STEPPING[STEPS_ALL]
         self._view: View | None = None
+        self._members: list[Any] | None = None
+        self._riders: list[Rider] = []
+        """Of those members."""
         self._everyone: list[Any] | None = None
         self._everyone_left = 0
         self._due: Batch | None = None
@@ -101,15 +115,6 @@ class Gate:
         self.view_steps += 1
         self._stepping = view
 
-    @property
-    def rests(self) -> bool:
-        """Everyone steps, and nothing is left to be put right."""
-        return self.control.mode == STEPS_ALL and self._view is None
-
-    @property
-    def parked(self) -> int:
-        return 0 if self._view is None else len(self._view.parked)
-
     def whole_of(self, batch: Batch) -> Batch | None:
         """The batch that this one is a view of."""
         view = self._view
@@ -122,6 +127,7 @@ class Gate:
         self._everyone = None
         if self._view is not None:
             self._view.until_us = 0.0  # a new choice, by the new rule
+        self._go_on(self._view)
 
     # How.
 
@@ -135,7 +141,7 @@ class Gate:
             return view
         self._note_skipped()
         try:
-            self._view = self._next(batch, now_us)
+            self._go_on(self._next(batch, now_us))
         except Exception as error:  # noqa: BLE001  # the engine goes on without: everyone steps
             self.faults.count(error)
             self._catch_up(batch)
@@ -185,7 +191,12 @@ class Gate:
         if view.whole is batch:
             self._note_skipped()
             settle(view)
-        self._view = None
+        self._go_on(None)
+
+    def _go_on(self, view: View | None) -> None:
+        self._view = view
+        self.parked = 0 if view is None else len(view.parked)
+        self.rests = view is None and self.control.mode == STEPS_ALL
 
     def _chosen(self, batch: Batch, now_us: float) -> Choice | None:
         """None: everyone."""
@@ -194,13 +205,12 @@ class Gate:
             return None
         control = self.control
         packing = self._packing
-        if not isinstance(packing, Drill | Faulty) and not self.belief.is_ready():
-            return None
-        riders = [rider_of(request, now_us) for request in batch.reqs]
-        running = [
-            self._row(request, rider, now_us)
-            for request, rider in zip(batch.reqs, riders, strict=True)
-        ]
+        if not isinstance(packing, Drill | Faulty):
+            self._learn()
+            if not self.belief.is_ready():
+                return None
+        riders = self._riders_of(batch.reqs, now_us)
+        running = self._rows(batch.reqs, riders, now_us)
         keep = elected(packing, running, self.belief.step_us, self.sizes)
         if len(keep) == len(running):
             for rider in riders:
@@ -218,20 +228,32 @@ class Gate:
             return Faulty()
         return holding(STEPPING[control.mode], control.valves.hold_steps)
 
-    def _row(self, request: Request, rider: Rider, now_us: float) -> Running:
-        control = self.control
-        waited_us = now_us - rider.parked_us if rider.parked_us else 0.0
-        return Running(
-            request.seqlen,
-            max(0, len(request.output_ids) - rider.base),
-            now_us - rider.first_us,
-            rider.tpot_us or (control.tpot_us if rider.is_online else 0.0),
-            rider.skipped,
-            rider.is_online,
-            rider.always
-            or request.to_finish is not None
-            or waited_us >= control.valves.most_parked_us,
-        )
+    def _riders_of(self, members: list[Any], now_us: float) -> list[Rider]:
+        if members is not self._members:
+            self._members = members
+            self._riders = [rider_of(request, now_us) for request in members]
+            if any(rider.is_nonsense for rider in self._riders):
+                self.faults.say(NONSENSE)
+        return self._riders
+
+    def _rows(
+        self, members: Sequence[Request], riders: Sequence[Rider], now_us: float
+    ) -> list[Running]:
+        online_us, most_us = self.control.tpot_us, self.control.valves.most_parked_us
+        return [
+            Running(
+                request.seqlen,
+                max(0, len(request.output_ids) - rider.base),
+                now_us - rider.first_us,
+                rider.tpot_us or (online_us if rider.is_online else 0.0),
+                rider.skipped,
+                rider.is_online,
+                rider.always
+                or request.to_finish is not None
+                or (rider.parked_us > 0 and now_us - rider.parked_us >= most_us),
+            )
+            for request, rider in zip(members, riders, strict=True)
+        ]
 
 
 def _note_parked(
@@ -251,19 +273,27 @@ def _note_parked(
 
 def why_everyone(batch: Any) -> str:
     """What makes a step over some of its requests one that was not tested; empty: nothing."""
+    found = _why_all(batch)
+    for request in batch.reqs if not found else ():
+        if request.beam_group is not None:
+            return "beam search"
+        if request.kv.holds_mamba:
+            return "Mamba states"
+    return found
+
+
+def _why_all(batch: Any) -> str:
     sampling = batch.sampling_info
-    reasons = {
-        "speculative decoding": not batch.spec_algorithm.is_none(),
-        "beam search": batch.beam_tail is not None
-        or any(req.beam_group is not None for req in batch.reqs),
-        "diffusion decoding": batch.dllm_config is not None,
-        "HiSparse": batch.hisparse_coordinator is not None,
-        "an encoder": batch.model_config.is_encoder_decoder,
-        "its own input": batch.input_ids is not None,
-        "lengths that the host does not know": batch.seq_lens_cpu is None,
-        "a custom logit processor": sampling.has_custom_logit_processor,
-        "sampling masks": any(sampling.return_sampling_masks or ()),
-        "a watermark": sampling.has_watermark_candidates,
-        "Mamba states": any(req.kv.holds_mamba for req in batch.reqs),
-    }
-    return ", ".join(name for name, holds in reasons.items() if holds)
+    reasons = (
+        ("speculative decoding", not batch.spec_algorithm.is_none()),
+        ("beam search", batch.beam_tail is not None),
+        ("diffusion decoding", batch.dllm_config is not None),
+        ("HiSparse", batch.hisparse_coordinator is not None),
+        ("an encoder", batch.model_config.is_encoder_decoder),
+        ("its own input", batch.input_ids is not None),
+        ("lengths that the host does not know", batch.seq_lens_cpu is None),
+        ("a custom logit processor", sampling.has_custom_logit_processor),
+        ("sampling masks", sampling.return_sampling_masks and any(sampling.return_sampling_masks)),
+        ("a watermark", sampling.has_watermark_candidates),
+    )
+    return next((name for name, holds in reasons if holds), "")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Final
 
 from backends.sglang_plugin.contract import Batch, Plan, Scheduler
@@ -13,8 +14,9 @@ from backends.sglang_plugin.control import Control, Refused, adjusted, is_ours, 
 from backends.sglang_plugin.displace import Displacement
 from backends.sglang_plugin.faults import Faults
 from backends.sglang_plugin.gate import Gate
-from backends.sglang_plugin.reports import Reporter, Socket
+from backends.sglang_plugin.reports import Reporter, Socket, Step
 from backends.sglang_plugin.targets import Feature, unfit
+from policies.step_line import SeenStep
 
 log = logging.getLogger("sglang.slackwater")
 
@@ -46,12 +48,13 @@ class Plugin:
         for feature, why in refused.items():
             self.faults[feature].turn_off(why)
         self.control = Control()
-        self.gate = Gate(self.faults[Feature.DECODE], now_us)
+        self.gate = Gate(self.faults[Feature.DECODE], now_us, lambda: self.reporter.catch_up())
         self.displacement = Displacement(self.faults[Feature.PREFILL], now_us)
         self.reporter = Reporter(
             self.faults[Feature.REPORTS],
             now_us,
             self._saw,
+            lambda: not self.gate.rests,
             lambda: self.gate.parked,
             self._open_socket,
         )
@@ -86,11 +89,10 @@ class Plugin:
         host = f"[{host}]" if ":" in host else host
         return Socket(self._options.reports or f"tcp://{host}:*")
 
-    def _saw(self, count: int, context_tokens: int, took_us: float) -> None:
-        belief = self.gate.belief
-        belief.saw(count, context_tokens, took_us)
-        if not self.gate.rests and not self._options.drill:
-            belief.learnt(count, context_tokens, took_us)
+    def _saw(self, steps: Sequence[Step]) -> None:
+        decodes = [SeenStep(step[1], step[2], float(step[5])) for step in steps if step[0]]
+        corrects = not self.gate.rests and not self._options.drill
+        self.gate.belief.saw(decodes, corrects=corrects)
 
     # Decode selection.
 
@@ -118,6 +120,8 @@ class Plugin:
         self, original: Callable[..., Plan], engine: Scheduler, running_batch: Batch
     ) -> Plan:
         """SGLang takes what steps for what runs: it gets the whole back."""
+        if self.gate.rests:
+            return original(engine, running_batch)
         plan = original(engine, running_batch)
         whole = self.gate.whole_of(plan.running_batch)
         if whole is not None:
@@ -173,6 +177,8 @@ class Plugin:
     ) -> Any:
         if self._met is None:
             self.meet(engine)
+        if self._now_us() > self.control.until_us:
+            self._adopt(Control())  # an engine that rests does not look
         answer = original(engine, recv_req)
         answer.internal_state[STATE] = self.state()
         return answer
@@ -205,7 +211,8 @@ class Plugin:
     def _adopt(self, control: Control) -> None:
         self.control = control
         self.gate.adopt(control)
-        self.displacement.allowed = control.displace
+        self.reporter.look()
+        self.displacement.until_us = control.until_us if control.displace else -inf
 
     def _answer(self, *, updated: bool) -> Any:
         messages: Any = importlib.import_module("sglang.srt.managers.io_struct")
@@ -241,5 +248,6 @@ class Plugin:
             "choosing_us": round(gate.spent_us),
             "steps": reporter.steps,
             "reporting_us": round(reporter.spent_us),
+            "reporting_cpu_us": round(reporter.computed_us),
             "reports": "" if socket is None or reporter.faults.over else socket.endpoint,
         }

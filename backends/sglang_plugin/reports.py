@@ -1,15 +1,17 @@
 """What is told of each step: who was in it and how long it took, to whoever listens.
 
 A publishing socket in SGLang's own style: three frames, the topic, a sequence number and JSON.
-Without a listener nothing is composed; a full pipe loses reports and never holds the engine up.
+Without a listener, while everybody steps, nothing is noted; a full pipe loses reports and never
+holds the engine up.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from backends.sglang_plugin.clock import computed_us
 from backends.sglang_plugin.contract import Batch
 from backends.sglang_plugin.faults import Faults
 from backends.sglang_plugin.riders import is_offline
@@ -17,8 +19,10 @@ from backends.sglang_plugin.riders import is_offline
 TOPIC: Final = b"slackwater.steps"
 FIELDS: Final = ("decode", "count", "context_tokens", "offline", "parked", "took_us", "new_tokens")
 """Of each step in a report, in this order."""
-MOST_STEPS: Final = 64
-MOST_WAIT_US: Final = 100_000.0
+LOOK_EVERY: Final = 16
+"""Steps between looks at who listens, while nobody does."""
+EVERY_US: Final = 250_000.0
+"""A report wakes other threads and processes, which take the engine's cores."""
 HIGH_WATER: Final = 64
 
 Step = tuple[int, int, int, int, int, int, int]
@@ -64,22 +68,33 @@ class Reporter:
         self,
         faults: Faults,
         now_us: Callable[[], float],
-        saw: Callable[[int, int, float], None],
+        saw: Callable[[Sequence[Step]], None],
+        chooses: Callable[[], bool],
         parked: Callable[[], int],
         open_socket: Callable[[], Socket],
     ) -> None:
         self.faults = faults
         self.steps = self.reports = 0
-        self.spent_us = 0.0
+        self.spent_us = self.computed_us = 0.0
+        """Of telling steps apart and sending them; the second: by this thread alone."""
         self.socket: Socket | None = None
         self._now_us = now_us
         self._saw = saw
+        self._chooses = chooses
+        """Whether the engine needs its steps itself, to choose by, whoever listens."""
         self._parked = parked
         self._open_socket = open_socket
-        self._pending: list[Step] = []
-        self._sent_us = self._ended_us = 0.0
+        self._is_heard = self._notes = False
+        self._due_us = 0.0
+        self._steps: list[Step] = []
+        """Since the last report; of these, `_known` have been told to the engine's own belief."""
+        self._known = 0
+        self._decode_mode: object = None
         self._members: list[Any] = []
-        self._context = self._offline = 0
+        self._context = self._offline = self._left_out = 0
+        self._ends: list[float] = []
+        """Of steps by the same requests, which are told apart when somebody asks."""
+        self._ended_us = 0.0
 
     def open(self) -> None:
         try:
@@ -89,49 +104,88 @@ class Reporter:
 
     def ended(self, batch: Batch) -> None:
         """After a batch's result was processed."""
-        now_us, before_us = self._now_us(), self._ended_us
-        self._ended_us = now_us
-        is_decode = batch.forward_mode.is_decode()
-        if not is_decode and not batch.forward_mode.is_extend():
+        mode = batch.forward_mode
+        is_decode = mode is self._decode_mode or self._is_decode(mode)
+        if not is_decode and not mode.is_extend():
             return
+        self.steps += 1
+        if not self._notes and not (self.steps % LOOK_EVERY and is_decode):
+            self.look()
+        if self._notes:
+            self._note(batch, self._now_us(), is_decode=is_decode)
+
+    def _note(self, batch: Batch, now_us: float, *, is_decode: bool) -> None:
+        is_same = is_decode and batch.reqs == self._members and not batch.after_idle_gap
+        if is_same and self._parked() == self._left_out:
+            self._ends.append(now_us)
+            if now_us >= self._due_us:
+                self._work(None, now_us, is_decode=True)
+        else:
+            self._work(batch, now_us, is_decode=is_decode)
+
+    def _work(self, begun: Batch | None, now_us: float, *, is_decode: bool) -> None:
+        """What most steps do without."""
+        began_us = computed_us()
+        if begun is not None:
+            self._begin(begun, now_us, is_decode=is_decode)
+        if now_us >= self._due_us:
+            self._due_us = now_us + EVERY_US
+            self._send()
+        self.spent_us += self._now_us() - now_us
+        self.computed_us += computed_us() - began_us
+
+    def look(self) -> None:
+        """Whether anybody wants the steps from here on; what was before, is not known."""
+        self._is_heard = self.socket is not None and self.socket.is_heard()
+        notes = self._is_heard or self._chooses()
+        if notes != self._notes:
+            self._tell_apart()
+            self._notes = notes
+            self._ended_us, self._members = 0.0, []
+
+    def catch_up(self) -> None:
+        """The engine's belief learns of the steps since it last did."""
+        self._tell_apart()
+        if len(self._steps) > self._known:
+            news = self._steps[self._known :]
+            self._known = len(self._steps)
+            self._saw(news)
+
+    def _is_decode(self, mode: Any) -> bool:
+        """Modes are single objects: the one that decodes is asked but once."""
+        if mode.is_decode():
+            self._decode_mode = mode
+        return mode is self._decode_mode
+
+    def _begin(self, batch: Batch, now_us: float, *, is_decode: bool) -> None:
+        """A step by others than the one before it."""
+        self._tell_apart()
+        before_us, self._ended_us = self._ended_us, now_us
         if batch.after_idle_gap or not before_us:
             before_us = max(before_us, (batch.launch_ts or 0.0) * 1e6)
-        took_us = now_us - before_us
-        count = len(batch.reqs)
-        self._follow(batch.reqs, grows=is_decode)
-        self.steps += 1
-        if is_decode:
-            self._saw(count, self._context, took_us)
-        parked = self._parked() if is_decode else 0
+        self._members = batch.reqs[:] if is_decode else []
+        self._context = sum(request.seqlen for request in batch.reqs)
+        self._offline = sum(map(is_offline, batch.reqs))
+        self._left_out = self._parked() if is_decode else 0
         new_tokens = 0 if is_decode else batch.extend_num_tokens or 0
-        self._pending.append(
-            (
-                int(is_decode),
-                count,
-                self._context,
-                self._offline,
-                parked,
-                int(took_us),
-                new_tokens,
-            )
-        )
-        if len(self._pending) >= MOST_STEPS or now_us - self._sent_us >= MOST_WAIT_US:
-            self._send(now_us)
-        self.spent_us += self._now_us() - now_us
+        told = len(batch.reqs), self._context, self._offline, self._left_out
+        self._steps.append((int(is_decode), *told, int(now_us - before_us), new_tokens))
 
-    def _follow(self, members: list[Any], *, grows: bool) -> None:
-        """The same requests as in the step before are one token longer each, and no other class."""
-        if grows and members == self._members:
-            self._context += len(members)
-            return
-        self._members = members[:]
-        self._context = sum(request.seqlen for request in members)
-        self._offline = sum(map(is_offline, members))
+    def _tell_apart(self) -> None:
+        """In each step every request of it became one token longer."""
+        ends, self._ends = self._ends, []
+        count, context, before_us = len(self._members), self._context, self._ended_us
+        for ended_us in ends:
+            context += count
+            took_us = int(ended_us - before_us)
+            self._steps.append((1, count, context, self._offline, self._left_out, took_us, 0))
+            before_us = ended_us
+        self._context, self._ended_us = context, before_us
 
-    def _send(self, now_us: float) -> None:
-        self._sent_us = now_us
-        pending, self._pending = self._pending, []
-        if self.socket is None or not self.socket.is_heard():
-            return
-        self.socket.send(self.reports, pending)
-        self.reports += 1
+    def _send(self) -> None:
+        self.catch_up()
+        steps, self._steps, self._known = self._steps, [], 0
+        self.look()
+        if self._is_heard and self.socket is not None:
+            self.socket.send(self.reports, steps)
+            self.reports += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from backends.sglang_plugin.contract import Request
@@ -16,11 +17,15 @@ _PLACE: Final = "slackwater_rider"
 class Rider:
     """One request of this engine; nonsense in what is told of it counts as untold."""
 
-    __slots__ = ("always", "base", "first_us", "is_online", "parked_us", "skipped", "tpot_us")
+    __slots__ = (
+        *("always", "base", "first_us", "is_nonsense", "is_online"),
+        *("parked_us", "skipped", "tpot_us"),
+    )
 
     def __init__(self, request: Request, now_us: float) -> None:
         told = request.sampling_params.custom_params
         told = told if isinstance(told, dict) else {}
+        self.is_nonsense = is_nonsense(told)
         self.is_online = told.get(CLASS) != "offline"
         self.tpot_us = target_us(told.get(TPOT))
         self.always = is_penalised(request.sampling_params)
@@ -58,9 +63,7 @@ def target_us(told: object) -> float:
     return told * 1e3 if 0 < told <= LONGEST_TARGET_MS else 0.0
 
 
-def is_nonsense(told: object) -> bool:
-    if not isinstance(told, dict):
-        return False
+def is_nonsense(told: Mapping[str, Any]) -> bool:
     strange_class = told.get(CLASS, "online") not in ("online", "offline")
     return strange_class or (TPOT in told and not target_us(told[TPOT]))
 

@@ -14,6 +14,7 @@ from backends.workload import Ask
 from gateway.core import Core, Rules
 from gateway.driver import Driver
 from gateway.planning import URGENT_S, Look, Planner
+from gateway.role_changes import RoleChanges
 from gateway.rulebook import control_of, rules_of
 from gateway.scenario import CLOSED, FleetEntry, PolicyEntry
 from gateway.simulation.asks import Stream, opened, prefixes_of, prepared
@@ -249,13 +250,13 @@ class World:
             switch_s=max(plan.entry.role_switch_s for plan in self._servers),
             launch_s=self._fleet.launch_s,
         )
+        size = self._actuator if elastic else None
         return Planner(
             self._core,
             self._clock,
-            lambda event: self._driver.post(event),
+            RoleChanges(self._core, lambda event: self._driver.post(event), size=size),
             control,
             gpus=lambda worker: gpus[worker.name],
-            size=self._actuator if elastic else None,
             told=self._looks.append,
         )
 

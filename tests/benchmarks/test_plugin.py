@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
+from itertools import repeat
+from typing import cast
 
 import pytest
 
+from benchmarks.plugin_found import Effort, Found
 from benchmarks.plugin_mixed import (
     Answer,
     Asker,
+    Held,
+    Mixed,
     Targets,
-    halted_s,
+    again,
     mingled,
     seen,
     spaced,
@@ -18,7 +24,8 @@ from benchmarks.plugin_mixed import (
     told_of,
 )
 from benchmarks.plugin_model import AsMeasured, Row, circled, played
-from benchmarks.plugin_overhead import resting_us
+from benchmarks.plugin_overhead import ROUNDS, resting_us
+from benchmarks.plugin_site import Site, Stream
 from policies.step_line import SeenStep, StepLine
 
 LINE = StepLine(2_000.0, 500.0, 0.3)
@@ -42,9 +49,9 @@ def test_a_target_is_kept_by_leaving_offline_requests_out() -> None:
 
 
 def test_in_a_circle_the_next_comes_some_time_after_the_one_before_and_halts_the_others() -> None:
-    times = AsMeasured(LINE, join_s=0.05)
+    times = AsMeasured(LINE, joins_s=repeat(0.05))
     rows = [replace(ONLINE, tokens=11)] * 9
-    told = circled(times, [rows, rows], "all", 4, again_s=0.2, until_s=1.0)
+    told = circled(times, [rows, rows], "all", 4, again_s=repeat(0.2), until_s=1.0)
     first, second = told[0][:2]
     assert second.times_s[0] - first.times_s[-1] == pytest.approx(0.25, abs=0.06)
     assert [len(own) for own in told] == [3, 3]
@@ -74,7 +81,23 @@ def test_a_step_that_somebody_joined_before_tells_for_how_long_all_were_halted()
     kept, joining = told_apart([*usual, slow])
     assert kept == usual[1:]
     assert [it.joined for it in joining] == [2]
-    assert halted_s(LINE, joining) == pytest.approx(0.004)
+    held = Held.of(LINE, [*usual, slow], [0.2])
+    assert held.joins_s == pytest.approx([0.004])
+    assert held.ratios == pytest.approx([1.0] * 3)
+
+
+def test_what_was_slow_for_a_while_is_so_again() -> None:
+    got = again([1.0, 2.0, 3.0], random.Random(1))
+    drawn = [next(got) for _ in range(6)]
+    assert drawn[:3] == drawn[3:]
+    assert "".join(f"{it:.0f}" for it in drawn[:3]) in "123123"
+
+
+def test_steps_that_are_held_up_take_longer_than_they_are_predicted_to() -> None:
+    times = AsMeasured(LINE, held=repeat(1.5))
+    told = circled(times, [[ONLINE]], "all", 4, again_s=repeat(0.0), until_s=10.0)
+    plain = played(LINE, [ONLINE], "all", hold_steps=4)
+    assert told[0][0].tpot_ms == pytest.approx(1.5 * plain[0].tpot_ms, rel=0.02)
 
 
 def test_any_first_few_prompts_are_about_as_long_as_all() -> None:
@@ -84,5 +107,24 @@ def test_any_first_few_prompts_are_about_as_long_as_all() -> None:
         assert sum(prompts[:few]) / few == pytest.approx(3_050, rel=0.1)
 
 
-def test_rest_costs_something() -> None:
-    assert 0 < resting_us(500) < 1_000
+@pytest.mark.parametrize("heard", [True, False])
+def test_rest_costs_something(heard: bool) -> None:  # noqa: FBT001
+    rounds = resting_us(heard=heard, steps=10_000)
+    assert len(rounds) == ROUNDS
+    assert 0 < min(rounds) < 1_000
+
+
+def test_an_answer_that_stopped_short_has_failed() -> None:
+    assert Stream(limit=3).has_failed
+    assert Stream(limit=3, events=[(0.1, 1), (0.2, 2)]).has_failed
+    assert not Stream(limit=3, events=[(0.1, 1), (0.3, 3)]).has_failed
+
+
+def test_by_the_line_a_slower_machine_is_no_loss_of_the_rule() -> None:
+    mixed = Mixed(cast("Site", None), Effort(runs=1), Found())
+    fast = [SeenStep(n, 1_000 * n, LINE.step_us(n, 1_000 * n)) for n in (4, 4, 2, 2)]
+    slow = [step._replace(took_us=1.5 * step.took_us) for step in fast]
+    mixed.steps = {(1.0, "all"): [fast, fast], (1.0, "slack"): [slow, fast[:2]]}
+    both, fuller = mixed.by_the_line(LINE, 1.0)
+    assert both == pytest.approx(1.0)
+    assert fuller > 1.1

@@ -11,6 +11,7 @@ from benchmarks.ratio import (
     Point,
     at_rate,
     closed_checks,
+    demand,
     dynamic_checks,
     equal_check,
     goodput,
@@ -29,6 +30,7 @@ from benchmarks.ratio_worlds import (
     split,
     switching,
 )
+from gateway.settings import ConfigError
 from gateway.simulation.figures import Figures, Quantiles
 from gateway.simulation.runs import cases_of, run_case
 from policies.types import Kind, Role
@@ -134,3 +136,8 @@ def test_a_shifting_load_is_served_and_paid_for_by_every_policy() -> None:
     assert found.gpu_s + found.released * 60.0 > 4 * 60.0
     assert found.gpu_s < GPUS * 90.0
     assert found.switched + found.launched + found.released > 0
+
+
+def test_what_is_missing_is_told_of_before_anything_is_simulated() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere/.* is not there; say with --data"):
+        demand(NOWHERE)

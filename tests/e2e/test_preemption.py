@@ -22,7 +22,10 @@ STEP_S = 0.01
 LONG_STEP_S = 0.1
 """Long enough that a poll of the load report is quick beside it."""
 LONG_TOKENS = 10 * CHUNK_TOKENS
-"""Seconds of prefill: an online prompt behind it would miss its target."""
+CHUNK_S = 0.4
+"""The floor of a chunk, long beside what it waits for a core of a busy machine."""
+TTFT_MS = 1500.0
+"""An online prompt behind ten chunks would miss it."""
 
 
 def preemptions(site: Site) -> int:
@@ -163,8 +166,9 @@ async def long_one_begun(site: Site, chunk_s: float) -> Leg:
 
 
 async def test_an_online_prompt_does_not_wait_behind_a_long_offline_one(client: Client) -> None:
-    classes = Classes(online=Online(ttft_ms=400.0))
+    classes = Classes(online=Online(ttft_ms=TTFT_MS))
     async with standing(client, *PAIRS, classes=classes) as site:
+        await client.slow(client.fleet.prefill, CHUNK_S)
         chunk_s = median([await first_token_s(site, CHUNK_TOKENS) for _ in range(3)])
         alone_s = max([await first_token_s(site, 200) for _ in range(3)])
         waits_s = []
@@ -176,4 +180,5 @@ async def test_an_online_prompt_does_not_wait_behind_a_long_offline_one(client: 
         assert median(waits_s) <= 2 * chunk_s + alone_s
         taken = site.gateway.core.accounts.preemptions
         assert taken[Kind.OFFLINE, "prefill", Reason.ONLINE_PREFILL] >= 3
+        await client.slow(client.fleet.prefill, None)
         await site.freed()

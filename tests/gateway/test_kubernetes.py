@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from structlog.testing import capture_logs
 
 from backends.actuators.settings import Kubernetes
 from gateway.actuation import Actuation
@@ -240,8 +241,12 @@ async def test_numbers_that_somebody_else_changes_are_theirs(tmp_path: Path) -> 
             return answer
 
         cluster._patched = meddled  # type: ignore[method-assign,assignment]  # between the two calls
-        await site.until("it is over", lambda: site.gateway.control._outcomes, within_s=90.0)
-        assert [it.value for it in site.gateway.control._outcomes] == ["switched_by_another"]
+        await site.until(
+            "it is over", lambda: site.gateway.control.switches.outcomes, within_s=90.0
+        )
+        assert [it.value for it in site.gateway.control.switches.outcomes] == [
+            "switched_by_another"
+        ]
         assert cluster.scaled == [("decode", 1), ("decode", 2)]
         assert cluster.replicas == {Role.PREFILL: 5, Role.DECODE: 2}
 
@@ -298,6 +303,26 @@ async def test_the_fleet_grows_and_shrinks_with_what_is_wanted_within_its_budget
             await asyncio.sleep(60.0)
         assert cluster.scaled == scaled
         assert sorted(roles(site).values()) == ["decode", "decode", "prefill", "prefill"]
+
+
+async def test_no_server_is_emptied_while_another_gateway_has_the_lease(tmp_path: Path) -> None:
+    cluster = ScriptedCluster()
+    control = {"policy": "dopd+", "mode": Mode.ACT, "interval_s": 2.0}
+    cost = Cost(model="Llama-3.1-8B", device="h100")
+    cluster.hold(held_by("another gateway"))
+    async with clustered(cluster, tmp_path, control=control, cost=cost) as site:
+        planner = site.gateway.control._planner
+        assert planner is not None
+        with capture_logs() as told:
+            planner.adopt(replace(planner.control, policy=Wanted(3, 1)))
+            for _ in range(200):
+                await asyncio.sleep(0.1)
+                assert usable(site) == names(FOUR)
+            (hindered,) = [it for it in told if it["event"] == "somebody else changes the servers"]
+            assert hindered["error"] == "another gateway has the lease"
+            assert "slackwater_ratio_actuator_up 1.0" in (await site.get("/metrics")).raw.decode()
+            await site.until("it falls silent", lambda: cluster.scaled, within_s=60.0)
+        assert cluster.scaled[0] == ("decode", 1)
 
 
 async def test_an_adviser_follows_the_pods_and_takes_no_lease(tmp_path: Path) -> None:

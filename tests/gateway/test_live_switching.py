@@ -10,10 +10,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from backends.actuators.turning import Turning
+from backends.emulator import FaultKind
+from gateway.actuation import Actuation
 from gateway.config import Cost, RatioSettings
 from gateway.planning import Mode
 from policies.events import SwitchWanted
 from policies.types import Role
+from tests.gateway.actuated import by, switched
 from tests.gateway.gateway_under_test import OFFLINE, QUICK, Site, Told, generate, spec, standing
 
 FLEET = (
@@ -107,6 +110,16 @@ async def test_a_server_that_is_dead_when_it_is_to_switch_stays_out() -> None:
         assert (await site.serves()).status == 200
 
 
+async def test_a_switch_that_hangs_ends_with_its_server_serving_as_what_it_was() -> None:
+    ratio = by(Actuation.SGLANG, switch_s=20.0)
+    async with standing(FLEET, ratio=ratio) as site:
+        site.hurt("d2", FaultKind.HANG, path="/pd_role_switch")
+        ((outcome, why),) = await switched(site, "d2", Role.PREFILL)
+        assert (outcome, why.endswith("after 20.0 s")) == ("failed", True)
+        assert site.now_s() < 30.0
+        assert (roles(site)["d2"], site.core.ledgers["d2"].usable(0)) == ("decode", True)
+
+
 def controlled(mode: Mode) -> dict[str, Any]:
     online = replace(QUICK.classes.online, ttft_ms=500.0, tpot_ms=9.0, patience=100.0)
     return {
@@ -133,6 +146,20 @@ async def test_the_controller_gives_decode_what_prefill_can_spare() -> None:
         metrics = (await site.get("/metrics")).raw.decode()
     assert 'slackwater_role_switches_total{outcome="done"}' in metrics
     assert 'slackwater_ratio_servers{role="decode",which="wanted"}' in metrics
+
+
+async def test_fifty_times_the_load_after_none_at_all_is_borne_and_forgotten() -> None:
+    """Nothing for a minute, then sixty at once: a controller acts, and swings in no direction."""
+    async with standing(BUSY_PREFILLS, **controlled(Mode.ACT)) as site:
+        await asyncio.sleep(60.0)
+        assert roles(site) == {"p1": "prefill", "p2": "prefill", "p3": "prefill", "d1": "decode"}
+        told = await answers(site, 20, 20, 1.0)
+        told += await answers(site, 60, 200, 0.02)
+        assert all(it.status == 200 for it in told)
+        after = roles(site)
+        assert {"prefill", "decode"} == {*after.values()}
+        await asyncio.sleep(300.0)
+        assert roles(site) == after
 
 
 async def test_an_adviser_changes_nothing() -> None:

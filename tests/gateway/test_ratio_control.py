@@ -1,14 +1,20 @@
+"""The controller's books: who has changed what, what is asked of whom, and for what load."""
+
 from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from backends.actuators.sglang import SglangTurn
 from gateway.core import Core, Rules
-from gateway.planning import Control, Planner
+from gateway.planning import Control, Mode, Planner
 from gateway.ratio_control import RatioControl
+from gateway.role_changes import RoleChanges
 from policies.clock import VirtualClock
+from policies.demand import Demand, Fleet
 from policies.events import (
     Arrived,
     Event,
@@ -16,21 +22,24 @@ from policies.events import (
     LoadReport,
     Outcome,
     SwitchOver,
+    SwitchWanted,
     WorkerDown,
     WorkerGone,
     WorkerUp,
 )
-from policies.ratio import Static
+from policies.ratio import Memory, Plan, Static, Why
 from policies.steps import Costs
-from policies.types import Role
+from policies.types import Role, Worker
 from tests.gateway.talk import decode, load, online, prefill
 from tests.policies.sites import COST
 
 SECOND = 1_000_000
+QUIET = Control(policy=Static())
 
 
 def test_a_switch_that_hangs_and_then_ends_was_out_of_rotation_once() -> None:
-    control = RatioControl(Core(Rules()), VirtualClock(), asyncio.TaskGroup())
+    clock = VirtualClock()
+    control = RatioControl(Core(Rules()), clock, asyncio.TaskGroup(), SglangTurn(clock))
     for outcome, took_s in ((Outcome.HANGS, 121), (Outcome.DONE, 150)):
         control.decided(0, SwitchOver("d1", Role.PREFILL, outcome, SECOND, took_s * SECOND))
     values = {
@@ -46,11 +55,13 @@ def test_a_switch_that_hangs_and_then_ends_was_out_of_rotation_once() -> None:
 class Planned:
     """A planner beside its core; it looks every ten seconds."""
 
-    def __init__(self) -> None:
-        workers = [prefill("a"), prefill("b"), decode("c")]
+    def __init__(self, *others: Worker, control: Control = QUIET, **more: Any) -> None:
+        workers = [prefill("a"), prefill("b"), decode("c"), *others]
         self.core = Core(Rules(costs=Costs(default=COST)), workers)
         self.clock = VirtualClock()
-        self.planner = Planner(self.core, self.clock, lambda _: None, Control(policy=Static()))
+        self.asked: list[Event] = []
+        changes = RoleChanges(self.core, self.asked.append, **more)
+        self.planner = Planner(self.core, self.clock, changes, control)
 
     def hear(self, *events: Event) -> None:
         """As a driver tells of them: whoever listens hears of them before the core."""
@@ -116,3 +127,33 @@ def test_peaks_of_short_requests_are_no_measure_for_long_ones() -> None:
         ready_for += [planned.interval(5, answer_tokens) for _ in range(6)][-1:]
     assert ready_for[0] > 7.0
     assert 5.0 <= ready_for[1] < 7.0
+
+
+class OneDecode:
+    """All the others are to prefill."""
+
+    def next(
+        self, memory: Memory, demand: Demand, fleet: Fleet, now_us: int
+    ) -> tuple[Memory, Plan]:
+        servers = fleet.prefills + fleet.decodes
+        return memory, Plan(prefills=servers - 1, decodes=1, why=Why.SHORT_OF_PREFILL)
+
+
+@pytest.mark.parametrize(("at_once", "asked"), [(None, 3), (2, 2), (1, 1)])
+def test_no_server_is_emptied_that_would_wait_for_another_ones_change(
+    at_once: int | None, asked: int
+) -> None:
+    control = Control(policy=OneDecode(), mode=Mode.ACT)
+    planned = Planned(decode("d"), decode("e"), decode("f"), control=control, at_once=at_once)
+    planned.is_held()
+    assert len(planned.asked) == asked
+    planned.hear(*planned.asked)
+    planned.is_held()
+    assert len(planned.asked) == asked
+
+
+def test_a_server_that_was_refused_is_asked_where_there_is_no_other_one() -> None:
+    control = Control(policy=OneDecode(), mode=Mode.ACT)
+    told = Planned(decode("d"), decode("e"), control=control, comes_last=lambda name: name == "e")
+    told.is_held()
+    assert [it.worker for it in told.asked if isinstance(it, SwitchWanted)] == ["d", "c"]

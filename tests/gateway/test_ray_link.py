@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from backends.actuators.ray import RayTurn
 from backends.actuators.settings import Ray
-from backends.actuators.turning import UnfitError
+from backends.actuators.turning import Hindrance, UnfitError
 from backends.fleet import interpreter
 from policies.types import Role
 
@@ -58,6 +58,37 @@ async def test_a_process_that_cannot_be_started_for_a_while_is_tried_again(
         await turn.close()
 
 
+HOLDS = """
+import json, sys
+def tell(event, **more):
+    print(json.dumps({"event": event, **more}), flush=True)
+tell("joined")
+for line in sys.stdin:
+    ours = json.loads(line)["do"] == "take"
+    tell("servers", servers=[], holder="us" if ours else "another gateway", ours=ours)
+    tell("done", id=json.loads(line)["id"])
+"""
+
+
+async def test_whoever_has_not_the_lease_is_not_ready(joins: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "holds.py"
+    script.write_text(HOLDS)
+    joins[1] = str(script)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        turn = turning(tasks)
+        await turn.open()
+        unknown = await turn.hindrance()
+        assert unknown is not None
+        assert not unknown.by_another
+        await turn._ask("look")
+        assert await turn.hindrance() == Hindrance(
+            why="another gateway has the lease", by_another=True
+        )
+        await turn._ask("take")
+        assert await turn.hindrance() is None
+        await turn.close()
+
+
 async def test_a_launch_that_goes_wrong_ends_nothing_else(
     joins: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,9 +99,10 @@ async def test_a_launch_that_goes_wrong_ends_nothing_else(
         async with asyncio.TaskGroup() as tasks:
             turn = turning(tasks)
             monkeypatch.setattr(turn, "_ask", fails)
-            turn.launch(Role.DECODE)
+            assert turn.size is not None
+            turn.size.launch(Role.DECODE)
     assert lines[0]["event"] == "no actor was started"
-    assert turn.starting == {Role.DECODE: 0}
+    assert turn.size.starting == {Role.DECODE: 0}
 
 
 async def test_an_interpreter_without_ray_is_told_of_in_one_line(

@@ -16,7 +16,7 @@ from gateway.planning import Mode
 from policies.demand import Demand, Fleet
 from policies.ratio import Memory, Plan, Why
 from policies.types import Role
-from tests.gateway.actuated import by, names, usable
+from tests.gateway.actuated import FOUR, by, names, usable
 from tests.gateway.gateway_under_test import Site, spec, standing
 from tests.gateway.test_live_switching import answers
 from tests.gateway.test_two_controllers import acting
@@ -35,6 +35,20 @@ class OneDecode:
         servers = fleet.prefills + fleet.decodes
         terms = {"need_prefills": servers, "need_decodes": 1}
         return memory, Plan(prefills=servers - 1, decodes=1, why=Why.SHORT_OF_PREFILL, terms=terms)
+
+
+class Torn(OneDecode):
+    """Wants something else at each look."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def next(
+        self, memory: Memory, demand: Demand, fleet: Fleet, now_us: int
+    ) -> tuple[Memory, Plan]:
+        self.looks += 1
+        memory, plan = super().next(memory, demand, fleet, now_us)
+        return memory, replace(plan, prefills=plan.prefills - self.looks % 2)
 
 
 class Content:
@@ -91,15 +105,53 @@ async def test_no_server_is_emptied_for_a_service_that_does_not_answer() -> None
         assert {it["acts"] for it in lines(told, "ratio")} == {False}
 
 
-async def test_a_service_that_is_back_gets_what_was_wanted_meanwhile() -> None:
-    receiver = Receiver(script=[(503, {})])
+async def test_what_is_wanted_of_a_service_that_is_away_is_said_once_whatever_it_is() -> None:
+    async with standing(THREE_DECODES, **live(AWAY)) as site:
+        with capture_logs() as told:
+            wants(site, Torn())
+            async with looking(site, 12.0):
+                pass
+    assert [it["acts"] for it in lines(told, "ratio")] == [False]
+
+
+@asynccontextmanager
+async def asking(receiver: Receiver) -> AsyncIterator[tuple[Site, list[Any]]]:
+    """A controller that acts, and is not content."""
     async with received(receiver, **{k: v for k, v in live(AWAY).items() if k != "ratio"}) as site:
         config = replace(site.config.ratio, policy="dopd+", mode=Mode.ACT, interval_s=1.0)
         with capture_logs() as told:
             site.gateway.adopt(replace(site.config, ratio=config))
             await answers(site, 15, 10, 0.1)
             wants(site, OneDecode())
-            await site.until("it has changed", lambda: lines(told, "role switch"), within_s=60.0)
+            yield site, told
+
+
+async def test_a_service_that_refuses_is_asked_less_and_less_often() -> None:
+    """Each time empties a server; what it answers to a check says nothing of that."""
+    async with asking(Receiver(refuses="no budget")) as (site, told):
+        await asyncio.sleep(300.0)
+        assert 3 <= len(lines(told, "role switch")) <= 5
+        assert {it["worker"] for it in lines(told, "role switch")} == {"d1", "d2"}
+        (refused,) = lines(told, "a change came to nothing")
+        assert (refused["error"], refused["again_s"]) == ("no budget", 15.0)
+        assert len(lines(told, "ratio")) <= 2 * len(lines(told, "role switch"))
+        assert usable(site) == names(FOUR)
+
+
+async def test_a_service_that_refuses_no_more_is_told_of_and_asked_at_once() -> None:
+    receiver = Receiver(refuses="no budget")
+    async with asking(receiver) as (site, told):
+        await site.until("it is refused", lambda: lines(told, "a change came to nothing"))
+        receiver.refuses = ""
+        await site.until("done", lambda: lines(told, "changes are done again"), within_s=60.0)
+        assert [it["outcome"] for it in lines(told, "role switch")] == ["failed", "done"]
+        assert site.now_s() < 60.0
+
+
+async def test_a_service_that_is_back_gets_what_was_wanted_meanwhile() -> None:
+    receiver = Receiver(script=[(503, {})])
+    async with asking(receiver) as (site, told):
+        await site.until("it has changed", lambda: lines(told, "role switch"), within_s=60.0)
         events = [it["event"] for it in told]
         lost = events.index("no server can be changed for now")
         back = events.index("servers can be changed again")

@@ -67,7 +67,11 @@ async def test_the_time_that_a_relaunch_takes_is_told_with_it() -> None:
     [
         ("refuses", "failed", "there is no room for it"),
         ("comes back", "failed", "weights do not fit"),
-        ("lies", "failed", ""),
+        (
+            "lies",
+            "failed",
+            "it is said to be done, and it is a decode server all the same",
+        ),
         ("busy", "switched_by_another", "it is being started already"),
     ],
 )
@@ -116,7 +120,7 @@ async def test_a_relaunch_that_hangs_is_told_of_and_its_server_stays_out() -> No
     async with owned(d2="hangs") as (site, _):
         site.gateway.driver.post(SwitchWanted("d2", Role.PREFILL, "asked for"))
         await asyncio.sleep(RELAUNCH.switch_s + 5.0)
-        outcomes = site.gateway.control._outcomes
+        outcomes = site.gateway.control.switches.outcomes
         assert [outcome.value for outcome in outcomes] == ["hangs"]
         assert "d2" not in usable(site)
         assert (await site.serves()).status == 200

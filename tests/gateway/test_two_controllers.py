@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -11,10 +12,11 @@ from typing import Any
 from structlog.testing import capture_logs
 
 from backends.actuators.sglang import SglangTurn
+from gateway.app import Gateway
 from gateway.config import Cost, RatioSettings
 from gateway.planning import Mode
 from policies.demand import Demand, Fleet
-from policies.events import SwitchWanted
+from policies.events import Outcome, SwitchWanted
 from policies.ratio import Memory, Plan, Why
 from policies.types import Role
 from tests.gateway.gateway_under_test import QUICK, Site, entry_of, generate, spec, standing
@@ -150,7 +152,7 @@ async def test_its_own_switches_do_not_hold_a_controller_back() -> None:
         assert roles(site)["p3"] == "decode"
         planner = site.gateway.control._planner
         assert planner is not None
-        assert planner._held_until_us == 0
+        assert planner.others.until_us == 0
         assert (await site.ask("/generate", generate(4))).status == 200
 
 
@@ -165,7 +167,7 @@ async def test_a_role_that_somebody_else_has_emptied_gets_a_server_in_spite_of_t
         began_s = site.now_s()
         await site.until("a role is filled", lambda: "decode" in roles(site).values())
         assert site.now_s() - began_s < 5.0
-        assert planner._held_until_us > 0
+        assert planner.others.until_us > 0
         assert all(it.status == 200 for it in told)
 
 
@@ -181,7 +183,40 @@ async def test_a_gateway_that_comes_back_after_its_own_switches_acts() -> None:
         site.gateway.adopt(config)
         await asyncio.sleep(3.0)
         assert roles(site) == {"p1": "prefill", "p2": "prefill", "p3": "prefill", "d1": "decode"}
-        assert planner._held_until_us == 0
+        assert planner.others.until_us == 0
         planner.adopt(replace(planner.control, policy=OnePrefill()))
         await answers(site, 20, 10, 0.05)
         await site.until("it acts", lambda: list(roles(site).values()).count("decode") == 3)
+
+
+@asynccontextmanager
+async def beside(site: Site) -> AsyncIterator[Site]:
+    """Another gateway over the same servers."""
+    async with asyncio.TaskGroup() as tasks:
+        loop = asyncio.get_running_loop()
+        gateway = Gateway(site.config, loop, random.Random(11), tasks, lambda _: None)
+        await gateway.start()
+        try:
+            yield replace(site, gateway=gateway)
+        finally:
+            await gateway.close()
+
+
+async def test_of_two_that_act_at_once_one_at_most_goes_on_and_nothing_is_lost() -> None:
+    many = (*(spec(f"p{i}", Role.PREFILL, kv_tokens=6_000) for i in range(5)), BUSY_PREFILLS[-1])
+    async with standing(many, **acting(1000.0)) as site, beside(site) as other:
+        await asyncio.sleep(1.0)
+        async with (
+            site.meanwhile(answers(site, 60, 150, 0.1)) as one,
+            other.meanwhile(answers(other, 60, 150, 0.1)) as two,
+        ):
+            for _ in range(80):
+                await asyncio.sleep(0.1)
+                held = {it.engine.role for it in site.fleet.servers.values()}
+                assert held == {Role.PREFILL, Role.DECODE}
+            told = await one + await two
+        assert [it.status for it in told] == [200] * 120
+        controls = [it.gateway.control for it in (site, other)]
+        done = [control.switches.outcomes.get(Outcome.DONE, 0) for control in controls]
+        assert 1 <= sum(done) <= 2
+        assert any(control._planner.others.until_us for control in controls if control._planner)

@@ -38,6 +38,8 @@ class Receiver:
     """Answered first, in turn; the last one for ever if `stays`."""
     stays: bool = False
     does: bool = True
+    refuses: str = ""
+    """Why, to every question but a check."""
     replaced_by: str = ""
     keeps_name: bool = False
     questions: list[dict[str, Any]] = field(default_factory=list)
@@ -52,8 +54,10 @@ class Receiver:
         question = json.loads(body)
         self.questions.append(question)
         self.heads.append(dict(request.headers))
-        changes = self.does and question["action"] != "check"
-        if changes and question["id"] not in self._changes:
+        changes = question["action"] != "check"
+        if changes and self.refuses:
+            return web.json_response({"status": "refused", "why": self.refuses})
+        if changes and self.does and question["id"] not in self._changes:
             self._changes[question["id"]] = asyncio.create_task(self._do(question))
         status, told = self._reply(question)
         return web.json_response(told, status=status)
@@ -139,7 +143,11 @@ async def test_the_question_is_typed_signed_and_has_its_key_in_the_header() -> N
         ((403, {"why": "who are you?"}), "failed", "who are you?"),
         ((404, {}), "failed", "the webhook answered 404"),
         ((200, {}), "failed", "the webhook answered 200"),
-        ((200, {"status": "done"}), "failed", ""),
+        (
+            (200, {"status": "done"}),
+            "failed",
+            "it is said to be done, and it is a decode server all the same",
+        ),
         ((409, {"why": "a rollout runs"}), "switched_by_another", "a rollout runs"),
         (
             (200, {"status": "done", "worker": {"url": "there"}}),

@@ -36,6 +36,7 @@ async def trial(ground: Ground, request: pytest.FixtureRequest) -> AsyncIterator
     async with talking(ground, zlib.crc32(request.node.nodeid.encode())) as client:
         trial = Trial(ground, client)
         await trial.slow(FLOOR_S)
+        await trial.set(url=ground.prefill, displace=1)
         try:
             yield trial
         finally:

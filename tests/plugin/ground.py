@@ -182,6 +182,10 @@ class Trial:
     async def until(self, key: str, value: int, url: str = "") -> None:
         await until(lambda: self.state(url), lambda state: state[key] >= value)
 
+    async def waits(self, url: str) -> None:
+        """Until a prompt waits for another's end."""
+        await self.client.until(url, lambda load: load["queues"]["waiting"] > 0)
+
     async def slow(self, step_s: float | None) -> None:
         for url in {self.ground.url, self.ground.prefill}:
             await self.client.slow(url, step_s)

@@ -12,6 +12,7 @@ from policies.packing import (
     PACKING,
     All,
     Kairos,
+    MostKept,
     OnlineFirst,
     OnlinePaced,
     Packing,
@@ -33,9 +34,8 @@ def by_longest(count: int, context: int, longest: int) -> float:
 
 
 LAWS_OF_STEPS = [by_sum, by_longest]
-DUE = PACKING["slack-due"]
-assert isinstance(DUE, Slack)
-SLACKS = [Slack(), DUE]
+KEPT = MostKept()
+SLACKS: list[Slack | MostKept] = [Slack(), KEPT]
 
 rows = st.builds(
     Running,
@@ -90,12 +90,15 @@ def test_a_step_of_some_is_no_longer_than_those_on_time_can_bear(
 
 def test_where_too_few_fit_the_engine_steps_as_few_more_as_tokens_per_second_ask_for() -> None:
     """Each request costs less than a mean one: a step of one alone would halve the tokens."""
-    members = [row(1_000, slack_ms=30)._replace(tpot_us=12_000.0) for _ in range(6)]
-    members += [row(90_000, slack_ms=30_000)] * 2
-    assert isinstance(DUE, Slack)
-    assert DUE.limit_us(members) < by_sum(1, 1_000, 1_000)
-    assert Slack().choose(members, by_sum) == [*range(8)]
-    assert DUE.choose(members, by_sum) == [*range(3)]
+    short = [row(1_000)._replace(tpot_us=12_000.0, since_first_us=0.0)] * 6
+    members = [*short, *([row(90_000, slack_ms=30_000)] * 2)]
+
+    def step_us(count: int, context: int, longest: int) -> float:
+        return 9_000.0 + 250.0 * count + 0.05 * context
+
+    assert KEPT.kept(members, step_us)[0] < step_us(4, 4_000, 1_000)
+    assert Slack(aim=0.8).choose(members, step_us) == [*range(8)]
+    assert KEPT.choose(members, step_us) == [*range(4)]
 
 
 @pytest.mark.parametrize("slack", SLACKS)
@@ -106,18 +109,46 @@ def test_nobody_is_left_out_where_a_step_of_all_keeps_to_the_limit_or_a_turn_has
     """So packing is stock, unless stock makes somebody late."""
     chosen = slack.choose(members, step_us)
     if len(chosen) < len(members):
-        assert took(members, range(len(members)), step_us) > slack.limit_us(members)
+        all_us = took(members, range(len(members)), step_us)
+        if isinstance(slack, MostKept):
+            assert all_us > slack.kept(members, step_us)[0]
+        else:
+            assert all_us > slack.limit_us(members)
         assert all(m.skipped < slack.most_skipped for m in members)
 
 
 @pytest.mark.parametrize("slack", SLACKS)
 @given(running, step_laws)
-def test_packing_never_costs_tokens_per_second(
+def test_packing_costs_no_tokens_per_second_but_for_what_may_be_spent(
     slack: Slack, members: list[Running], step_us: StepUs
 ) -> None:
     chosen, everybody = slack.choose(members, step_us), range(len(members))
     stock = len(members) / took(members, everybody, step_us)
-    assert len(chosen) / took(members, chosen, step_us) >= stock * (1 - 1e-9)
+    spent = slack.spent if isinstance(slack, MostKept) else 0.0
+    assert len(chosen) / took(members, chosen, step_us) >= stock * (1 - spent) * (1 - 1e-9)
+
+
+@given(running, step_laws)
+def test_steps_are_shortened_only_where_that_keeps_more_targets(
+    members: list[Running], step_us: StepUs
+) -> None:
+    chosen = KEPT.choose(members, step_us)
+    if len(chosen) < len(members):
+        all_us = took(members, range(len(members)), step_us)
+        by_stock = sum(KEPT.afford_us(m) >= all_us for m in members)
+        assert len(KEPT.kept(members, step_us)[1]) >= by_stock + KEPT.worth * len(members)
+
+
+def test_in_overload_the_targets_that_can_be_kept_are_and_no_more_are_tried() -> None:
+    """Two tight ones could be kept by steps of themselves alone, and would cost eight others."""
+    tight = [row(1_000)._replace(tpot_us=5_000.0, since_first_us=0.0)] * 2
+    loose = [row(30_000)._replace(tpot_us=60_000.0, since_first_us=0.0)] * 8
+
+    def step_us(count: int, context: int, longest: int) -> float:
+        return 3_000.0 + 0.15 * context
+
+    assert KEPT.choose([*tight, *loose], step_us) == [*range(10)]
+    assert KEPT.choose([*tight * 3, *loose[:2]], step_us) == [*range(6)]
 
 
 @given(running, step_laws)
@@ -154,18 +185,17 @@ def test_a_long_context_waits_until_the_others_are_ahead_of_their_target() -> No
 
 
 def test_who_would_be_late_before_the_next_choice_goes_before_short_ones_with_time() -> None:
-    members = [
-        row(4_000, slack_ms=20),
-        row(100_000, slack_ms=30_000),
-        row(70_000, slack_ms=20),
-        row(4_000, slack_ms=30_000),
-    ]
+    tight = [row(4_000, slack_ms=20)._replace(tpot_us=20_000.0)] * 2
+    loose = row(12_000)._replace(tpot_us=90_000.0, produced=99)
+    due, early = (loose._replace(since_first_us=9_000_000.0 - ms * 1e3) for ms in (20, 3_000))
 
     def step_us(count: int, context: int, longest: int) -> float:
-        return 400.0 + 0.53 * context
+        return 400.0 + 0.6 * context
 
-    assert DUE.choose(members, step_us) == [0, 2]
-    assert Slack().choose(members, step_us) == [0, 3]
+    for place in range(2):
+        others = [early, early, early]
+        others[place] = due
+        assert KEPT.choose([*tight, *others], step_us) == [0, 1, 2 + place]
 
 
 def test_who_was_halted_may_catch_up_and_who_is_late_for_good_may_not() -> None:
@@ -173,7 +203,7 @@ def test_who_was_halted_may_catch_up_and_who_is_late_for_good_may_not() -> None:
     for late_tokens, chosen in ((5, [0, 1]), (40, [0, 1, 2])):
         halted = row(4_000, slack_ms=-late_tokens * TPOT_US / 1e3)
         members = [halted, halted, row(120_000)._replace(tpot_us=10 * TPOT_US)]
-        assert DUE.choose(members, by_longest) == chosen
+        assert KEPT.choose(members, by_longest) == chosen
         assert Slack().choose(members, by_longest) == [0, 1, 2]
 
 

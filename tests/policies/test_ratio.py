@@ -17,8 +17,10 @@ from policies.capacity import (
     waits_share,
 )
 from policies.demand import Demand, Fleet, Flow, Lengths, Targets
-from policies.planners import DynLoad, DynSla
-from policies.ratio import Dopd, DopdPlus, Memory, Plan, Ratio, Static, Why, least
+from policies.dopd_plus import DopdPlus
+from policies.need import Reckoning, least
+from policies.planners import Dopd, DynLoad, DynSla
+from policies.ratio import Memory, Plan, Ratio, Static, Why
 from tests.policies.sites import CHAT, CODE, COST, REASONING, SITE, TARGETS, demand, fleet, flow
 
 POLICIES: list[Ratio] = [Static(), Dopd(), DopdPlus(), DynLoad(), DynSla()]
@@ -242,7 +244,7 @@ def test_a_role_that_can_spare_a_server_gives_it_to_the_one_that_is_short() -> N
 def test_a_server_is_not_given_away_when_those_left_would_not_bear_their_load() -> None:
     """The load of each is N / (N - 1) of what it was."""
     asked_for = demand(CODE, 70.0)
-    assert DopdPlus().need(asked_for, fleet(4, 1)).prefills == 4  # type: ignore[union-attr]
+    assert Reckoning(asked_for, fleet(4, 1)).need().prefills == 4  # type: ignore[union-attr]
     busy_decodes = replace(asked_for, kv_use=0.97)
     plan = asked(DopdPlus(), busy_decodes, fleet(4, 1))
     assert split(plan) == (4, 1)
@@ -338,6 +340,15 @@ def test_without_enough_for_both_the_fuller_role_is_relieved_if_that_is_worth_it
     plan = asked(DopdPlus(), demand(REASONING, 20.0), fleet(3, 3))
     assert (split(plan), plan.why) == ((1, 5), Why.SHORT_OF_DECODE)
     assert plan.terms["pressure_after"] < plan.terms["pressure"]
+
+
+@pytest.mark.parametrize("waits_for", ["prompts", "answers"])
+def test_in_overload_the_best_split_stays_whichever_role_is_waited_for(waits_for: str) -> None:
+    """What has come together while servers moved would move them again after each dwell."""
+    queue = {"waiting": 1000, "waiting_tokens": round(1000 * CHAT.prompt.mean)}
+    asked_for = demand(CHAT, 120.0, decode_is_full=waits_for == "answers", **queue)
+    plan = asked(DopdPlus(), asked_for, fleet(3, 3))
+    assert (split(plan), plan.why) == ((3, 3), Why.HOLDS)
 
 
 def test_without_anything_known_the_fleet_stays() -> None:

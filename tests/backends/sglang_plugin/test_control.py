@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from backends.sglang_plugin.control import Control, Refused, Setting, adjusted, setting_of
-from backends.sglang_plugin.riders import is_nonsense, rider_of
+from backends.sglang_plugin.riders import rider_of
 from policies.step_line import StepLine
 from tests.backends.sglang_plugin.fakes import request
 
@@ -65,6 +65,7 @@ def test_the_drill_is_for_those_who_asked_for_it() -> None:
         ({"slackwater_class": "offline"}, (False, 0.0), 0),
         ({"slackwater_class": "online", "slackwater_tpot_ms": 40}, (True, 40_000.0), 0),
         ({"slackwater_class": "urgent"}, (True, 0.0), 1),
+        ({"slackwater_class": ["offline"]}, (True, 0.0), 1),
         ({"slackwater_tpot_ms": "soon"}, (True, 0.0), 1),
         ({"slackwater_tpot_ms": True}, (True, 0.0), 1),
         ({"slackwater_tpot_ms": -3}, (True, 0.0), 1),
@@ -78,4 +79,4 @@ def test_nonsense_of_a_request_counts_as_untold(
 ) -> None:
     rider = rider_of(request("r", told=custom), 1.0)
     assert (rider.is_online, rider.tpot_us) == read
-    assert is_nonsense(custom) == nonsense
+    assert rider.is_nonsense == nonsense

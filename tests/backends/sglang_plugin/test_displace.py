@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,7 +51,9 @@ def offline(rid: str) -> FakeRequest:
 
 
 def displacement(clock: Clock | None = None) -> Displacement:
-    return Displacement(Faults("prefill"), clock or Clock())
+    one = Displacement(Faults("prefill"), clock or Clock())
+    one.until_us = inf
+    return one
 
 
 def under_way(one: Displacement) -> Engine:
@@ -138,5 +141,17 @@ def test_switched_off_with_one_aside_it_goes_on_when_the_slot_is_free() -> None:
     engine = under_way(one)
     engine.waiting_queue = [request("on"), request("next")]
     engine.step(one)
-    one.allowed = False
+    one.until_us = -inf
+    assert [engine.step(one) for _ in range(5)] == ["on", "on", "off", "off", "next"]
+
+
+def test_what_a_gateway_lent_ends_with_its_lease() -> None:
+    clock = Clock()
+    one = displacement(clock)
+    engine = under_way(one)
+    one.until_us = clock.us + 1_000.0
+    engine.waiting_queue = [request("on")]
+    assert engine.step(one) == "on"
+    clock.us += 2_000.0
+    engine.waiting_queue = [request("next")]
     assert [engine.step(one) for _ in range(5)] == ["on", "on", "off", "off", "next"]

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from backends.sglang_plugin.control import Control
 from backends.sglang_plugin.faults import Faults
-from backends.sglang_plugin.gate import Gate
+from backends.sglang_plugin.gate import NONSENSE, Gate
 from backends.sglang_plugin.riders import rider_of
 from backends.sglang_plugin.view import MOST_LAG
-from policies.step_line import StepLine
+from policies.step_line import SeenStep, StepLine
 from policies.stepping import Valves
 from tests.backends.sglang_plugin.fakes import Clock, FakeBatch, FakeRequest, prepare, request
 
@@ -205,8 +205,9 @@ def test_everyone_steps_in_batches_of_a_kind_that_was_not_tested(
 def test_without_a_word_on_steps_it_waits_until_it_has_seen_some() -> None:
     one, batch = gate(mode="online-first", line=None), mixed()
     assert names(step(one, batch)) == "abcd"
-    for count in range(64):
-        one.belief.saw(count % 8 + 1, 0, 1_000.0 + 1_000.0 * (count % 8 + 1))
+    counts = [1 + i % 8 for i in range(64)]
+    seen = [SeenStep(count, 0, 1_000.0 + 1_000.0 * count) for count in counts]
+    one.belief.saw(seen, corrects=False)
     batch.merge(offline("e"))
     assert names(step(one, batch)) == "ac"
 
@@ -216,3 +217,16 @@ def test_a_step_is_as_long_as_the_size_that_its_graph_was_captured_for() -> None
         one, batch = gate(mode="online-first"), FakeBatch([online("a"), offline("b")])
         one.sizes = sizes
         assert names(step(one, batch)) == ran
+
+
+def test_nonsense_about_a_request_is_said_once_and_everything_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    one, batch = gate(mode="online-first"), mixed()
+    for it in batch.reqs[1:]:
+        it.sampling_params.custom_params = {"slackwater_class": "x", "slackwater_tpot_ms": "soon"}
+    for number in range(3):
+        assert names(step(one, batch))[:4] == "abcd"  # all count as online, and none has to wait
+        batch.merge(online(f"e{number}"))
+    assert [it.getMessage() for it in caplog.records] == [f"slackwater: decode: {NONSENSE}"]
+    assert not one.faults.over

@@ -10,7 +10,7 @@ import pytest
 from backends.engine_words import setting, states_of, steps_of, told
 from backends.sglang_plugin.faults import Faults
 from backends.sglang_plugin.plugin import Options, Plugin
-from backends.sglang_plugin.reports import MOST_STEPS, Reporter, Step
+from backends.sglang_plugin.reports import EVERY_US, LOOK_EVERY, Reporter, Step
 from backends.sglang_plugin.targets import Feature
 from policies.step_line import SeenStep
 from policies.types import Job, Kind
@@ -32,16 +32,20 @@ class Listener:
         self.sent.append(json.dumps({"steps": steps}).encode())
 
 
-def reporter(clock: Clock, listener: Any, seen: list[Any] | None = None) -> Reporter:
-    saw = seen.append if seen is not None else lambda step: None
+def reporter(
+    clock: Clock, listener: Any, seen: list[Step] | None = None, *, chooses: bool = False
+) -> Reporter:
+    """It has looked who listens."""
     one = Reporter(
         Faults("reports"),
         clock,
-        lambda *step: saw(step),
+        (seen if seen is not None else []).extend,
+        lambda: chooses,
         lambda: 1,
         lambda: listener,
     )
     one.open()
+    one.look()
     return one
 
 
@@ -60,12 +64,13 @@ def run(one: Reporter, clock: Clock, batch: FakeBatch, steps: int, us: float = 1
 
 
 def test_a_step_lasts_from_the_end_of_the_one_before_it() -> None:
-    clock, listener, seen = Clock(), Listener(), []  # type: ignore[var-annotated]
-    one = reporter(clock, listener, seen)
+    clock, seen = Clock(), []  # type: ignore[var-annotated]
+    one = reporter(clock, Listener(), seen)
     batch = decoded("a", "b")
     run(one, clock, batch, 3)
-    assert [step[2] for step in seen[1:]] == [10_000, 10_000]
-    assert [step[:2] for step in seen] == [(2, 204), (2, 206), (2, 208)]
+    one.catch_up()
+    assert [step[5] for step in seen[1:]] == [10_000, 10_000]
+    assert [step[1:3] for step in seen] == [(2, 204), (2, 206), (2, 208)]
 
 
 def test_after_an_idle_gap_it_lasts_from_its_own_launch() -> None:
@@ -75,31 +80,72 @@ def test_after_an_idle_gap_it_lasts_from_its_own_launch() -> None:
     run(one, clock, batch, 1)
     batch.after_idle_gap, batch.launch_ts = True, (clock.us + 990_000) / 1e6
     run(one, clock, batch, 1, us=1_000_000)
-    assert seen[-1][2] == pytest.approx(10_000)
+    one.catch_up()
+    assert seen[-1][5] == pytest.approx(10_000)
 
 
 def test_steps_are_told_together_and_read_again_as_they_were() -> None:
     clock, listener = Clock(), Listener()
     one = reporter(clock, listener)
-    run(one, clock, decoded("a", "b"), 25)
+    run(one, clock, decoded("a", "b"), 60)
     told = [step for body in listener.sent for step in steps_of(body)]
-    assert 1 < len(listener.sent) < 6
+    assert 1 < len(listener.sent) <= 60 * 10_000 / EVERY_US + 1
     assert told[5] == SeenStep(2, 214, 10_000.0)
 
 
-def test_without_a_listener_nothing_is_composed() -> None:
-    clock, listener = Clock(), Listener(heard=False)
-    one = reporter(clock, listener)
-    run(one, clock, decoded("a"), 2 * MOST_STEPS)
+def test_without_a_listener_nothing_is_noted_while_everybody_steps() -> None:
+    clock, listener, seen = Clock(), Listener(heard=False), []  # type: ignore[var-annotated]
+    one = reporter(clock, listener, seen)
+    run(one, clock, decoded("a"), 100)
+    one.catch_up()
+    assert (listener.sent, seen) == ([], [])
+    assert one.steps == 100
+
+
+def test_who_begins_to_listen_is_told_of_what_comes_then() -> None:
+    clock, listener, seen = Clock(), Listener(heard=False), []  # type: ignore[var-annotated]
+    one = reporter(clock, listener, seen)
+    batch = decoded("a")
+    run(one, clock, batch, 2 * LOOK_EVERY - 1)
+    listener.heard = True
+    run(one, clock, batch, 3)
+    one.catch_up()
+    assert [step[5] for step in seen[1:]] == [10_000, 10_000]
+    assert seen[0][2] == batch.reqs[0].seqlen - 2
+
+
+def test_an_engine_that_chooses_learns_of_its_steps_though_nobody_listens() -> None:
+    clock, listener, seen = Clock(), Listener(heard=False), []  # type: ignore[var-annotated]
+    one = reporter(clock, listener, seen, chooses=True)
+    run(one, clock, decoded("a"), 60)
+    one.catch_up()
+    assert len(seen) == 60
     assert listener.sent == []
-    assert one.steps == 2 * MOST_STEPS
+
+
+def test_steps_are_told_once_each_whenever_it_is_asked_for_them() -> None:
+    clock, listener, seen = Clock(), Listener(), []  # type: ignore[var-annotated]
+    one = reporter(clock, listener, seen)
+    batch = decoded("a", "b")
+    for number in range(60):
+        run(one, clock, batch, 1)
+        if number % 7 == 0:
+            one.catch_up()
+        if number == 30:
+            batch.merge(request("c"))
+    one.catch_up()
+    told = [step for body in listener.sent for step in json.loads(body)["steps"]]
+    assert [list(step) for step in seen[: len(told)]] == told
+    assert [step[2] for step in seen] == [204 + 2 * i for i in range(31)] + [
+        368 + 3 * i for i in range(29)
+    ]
 
 
 def test_a_port_that_is_taken_costs_the_reports_alone() -> None:
     def taken() -> Any:
         raise OSError("Address already in use")
 
-    one = Reporter(Faults("reports"), Clock(), lambda *step: None, lambda: 0, taken)
+    one = Reporter(Faults("reports"), Clock(), lambda _: None, lambda: False, lambda: 0, taken)
     one.open()
     assert "Address already in use" in one.faults.why_off
 
