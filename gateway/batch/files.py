@@ -26,7 +26,6 @@ Range = tuple[int, int]
 _THREADS: Final = 4
 _PATIENCE_S: Final = 60.0
 """For a disk or a bucket that hangs."""
-_ROW_BYTES: Final = 4_000
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -188,11 +187,6 @@ class Blobs:
         """To be awaited before so many bytes of a long file are worked on."""
         if self._throttle is not None:
             await self._throttle.let(size_bytes)
-
-    async def let_rows(self, rows: int) -> None:
-        """After so many of one batch went into the database, or came out of it: each keeps the
-        event loop as long as some bytes that pass, and is to have a small part of its time."""
-        await self.let(rows * _ROW_BYTES)
 
     async def read(self, blob: str, start: int, length: int) -> bytes:
         await self.let(length)

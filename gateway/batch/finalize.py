@@ -36,7 +36,7 @@ async def finalize(
     """Two gateways that both believe that it is theirs write different blobs: one counts."""
     drafts = [Draft(store, blobs, new_id("blob_"), now_us) for _ in range(2)]
     try:
-        await _write(store, blobs, task, drafts)
+        await _write(store, task, drafts)
         output, errors = [await _file(draft, task.batch, new_id("file-")) for draft in drafts]
         return await store.conclude(task, output=output, errors=errors)
     except BaseException:
@@ -55,7 +55,7 @@ async def _file(draft: Draft, batch: Batch, file_id: str) -> StoredFile | None:
     return draft.as_file(file_id, batch.tenant, name, Purpose.OUTPUT, expires_s)
 
 
-async def _write(store: Store, blobs: Blobs, task: Task, drafts: Sequence[Draft]) -> None:
+async def _write(store: Store, task: Task, drafts: Sequence[Draft]) -> None:
     """Rows come by number, so that the files have the order of the input."""
     after = 0
     while rows := await store.recorded(task, after=after, limit=_ROWS):
@@ -64,7 +64,6 @@ async def _write(store: Store, blobs: Blobs, task: Task, drafts: Sequence[Draft]
             lines = [_line(task.batch, row) for row in rows if row.failed == bool(is_error)]
             if lines:
                 await draft.add(b"\n".join(lines) + b"\n", len(lines))
-        await blobs.let_rows(len(rows))
 
 
 def _line(batch: Batch, row: Recorded) -> bytes:

@@ -22,6 +22,8 @@ _REST_S: Final = 0.0002
 """Then the event loop may have the interpreter."""
 _ROWS: Final = 100
 """Stored in one transaction."""
+_ROW_BYTES: Final = 1_000
+"""To store a row keeps the event loop as long as so many bytes that pass."""
 _DROPPED: Final = 1_000
 
 
@@ -40,7 +42,7 @@ async def ingest(store: Store, blobs: Blobs, task: Task, limits: Limits) -> Batc
     rows = await blobs.off_loop(checker.rows)
     while slice_of := list(islice(rows, _ROWS)):
         await store.add_rows(task, slice_of)
-        await blobs.let_rows(len(slice_of))
+        await blobs.let(len(slice_of) * _ROW_BYTES)
     return await store.begin(task, model=checker.model, total=checker.total)
 
 

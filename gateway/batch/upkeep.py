@@ -27,8 +27,6 @@ _IDLE_S: Final = 1.0
 _AFTER_FAULT_S: Final = 5.0
 _LITTER: Final = 100
 _PURGED_ROWS: Final = 500
-_PURGED_FOR_ONE: Final = 10
-"""So many are deleted in the time that one takes to be stored."""
 _BEATS: Final = 4
 """Heartbeats in a lease."""
 
@@ -162,6 +160,6 @@ class Upkeep:
         self.wake(Stage.PURGE)
 
     async def _purge(self, task: Task) -> None:
-        while dropped := await self.store.drop_rows(task, _PURGED_ROWS):
-            await self.blobs.let_rows(dropped // _PURGED_FOR_ONE)
+        while await self.store.drop_rows(task, _PURGED_ROWS):
+            pass
         await self.store.purged(task)
