@@ -13,10 +13,24 @@ from backends.sglang_plugin.plugin import STATE
 from backends.sglang_plugin.reports import FIELDS, TOPIC
 from backends.sglang_plugin.riders import CLASS, TPOT
 from backends.sglang_plugin.targets import Feature
-from policies.step_line import SeenStep
+from policies.step_line import SeenStep, StepLine
 from policies.types import Job, Kind
 
-__all__ = ["MODES", "TOPIC", "Feature", "Heard", "setting", "states_of", "steps_of", "told"]
+__all__ = [
+    "MODES",
+    "NO_LINE",
+    "TOPIC",
+    "Feature",
+    "Heard",
+    "setting",
+    "states_of",
+    "steps_of",
+    "told",
+    "told_line",
+]
+
+NO_LINE: Final = {"base_us": 0.0, "request_us": 0.0, "token_us": 0.0}
+"""The engine takes back what it was told of its steps, and goes by its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +87,11 @@ def _features(state: Mapping[str, Any]) -> Mapping[str, Any]:
 def setting(**values: float) -> bytes:
     """The body of /set_internal_state."""
     return orjson.dumps({"server_args": {PREFIX + name: value for name, value in values.items()}})
+
+
+def told_line(line: StepLine) -> dict[str, float]:
+    """The settings that say how long steps are."""
+    return {name: float(value) for name, value in line._asdict().items()}
 
 
 def told(job: Job, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import orjson
 import structlog
 
 from backends.base import Post
-from backends.engine_words import MODES, Feature, Heard, setting, states_of
+from backends.engine_words import MODES, NO_LINE, Feature, Heard, setting, states_of, told_line
 from backends.fetch import fetch
 from backends.http import HttpError
 from backends.pause import pause
@@ -114,16 +114,11 @@ class EngineLink:
         return frozenset(name for name, is_on in wants.items() if is_on and name in heard.features)
 
     def _line(self, name: str) -> dict[str, float]:
-        """The cost model's word on steps; without one the engine fits its own."""
+        """The cost model's word on steps; without one the engine is to fit its own: of terms that
+        were left out it would keep what another word, or gateway, had set."""
         ledger = self._core.ledgers.get(name)
         line = None if ledger is None or ledger.steps is None else ledger.steps.step_line
-        if line is None:
-            return {}
-        return {
-            "base_us": line.base_us,
-            "request_us": line.request_us,
-            "token_us": line.token_us,
-        }
+        return NO_LINE if line is None else told_line(line)
 
     def _say(self, name: str, heard: Heard, features: frozenset[str]) -> None:
         """Once, and again when it has changed."""

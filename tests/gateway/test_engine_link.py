@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -16,6 +17,7 @@ from structlog.testing import capture_logs
 
 from backends.http import Upstream
 from backends.sglang import Server
+from backends.sglang_plugin.control import Control, adjusted, setting_of
 from gateway.core import Core
 from gateway.engine_link import UNHEARD, EngineLink
 from gateway.facts import Facts
@@ -25,6 +27,7 @@ from gateway.rules import Rules
 from gateway.step_reports import reachable
 from gateway.suitability import Level, of_server
 from policies.events import Event
+from policies.step_line import StepLine
 from policies.types import Role, Worker
 
 ON = {"on": True, "why_off": "", "faults": 0}
@@ -42,12 +45,15 @@ class Engine:
 
     def __init__(self) -> None:
         self.info = state()
+        self.control = Control()
         self.pushed: list[dict[str, float]] = []
         self.takes: object = [True]
         self.status = 200
 
     async def set(self, request: web.Request) -> web.Response:
-        self.pushed.append((await request.json())["server_args"])
+        told = (await request.json())["server_args"]
+        self.pushed.append(told)
+        self.control = adjusted(self.control, setting_of(told, drill=False), 0.0)
         return web.json_response(self.takes, status=self.status)
 
     async def tell(self, request: web.Request) -> web.Response:
@@ -55,8 +61,14 @@ class Engine:
 
 
 class Site:
-    def __init__(self, engine: Engine, server: Server, link: EngineLink) -> None:
-        self.engine, self.server, self.link = engine, server, link
+    def __init__(self, engine: Engine, server: Server, link: EngineLink, core: Core) -> None:
+        self.engine, self.server, self.link, self.core = engine, server, link, core
+
+    def predicts(self, line: StepLine | None) -> None:
+        """What the gateway's cost model says of its steps from now on."""
+        steps = None if line is None else SimpleNamespace(step_line=line)
+        ledgers = cast("dict[str, Any]", self.core.ledgers)
+        ledgers["w"] = SimpleNamespace(steps=steps)
 
     async def met(self) -> list[str]:
         return sorted(await self.link.meet(self.server, self.engine.info))
@@ -76,10 +88,11 @@ async def standing(**settings: Any) -> AsyncIterator[Site]:
     server = Server(worker, Upstream(worker.url, connect_timeout_s=1.0))
     async with asyncio.TaskGroup() as tasks:
         clock = asyncio.get_running_loop()
-        link = EngineLink(events.append, Core(Rules()), clock, tasks, 100_000.0)
+        core = Core(Rules())
+        link = EngineLink(events.append, core, clock, tasks, 100_000.0)
         link.settings = replace(PluginSettings(), **settings)
         server.is_known = True
-        yield Site(engine, server, link)
+        yield Site(engine, server, link, core)
         link.close()
         server.upstream.close()
     await runner.cleanup()
@@ -246,6 +259,24 @@ async def test_settings_are_numbers() -> None:
         assert json.loads(json.dumps(told)) == told
         assert (told["slackwater_mode"], told["slackwater_hold_steps"]) == (2, 8)
         assert told["slackwater_most_parked_us"] == 500_000
+
+
+async def test_an_engine_forgets_the_line_of_a_cost_model_that_is_gone() -> None:
+    line = StepLine(50.0, 1.0, 0.01)
+    async with standing() as site:
+        site.predicts(line)
+        await site.met()
+        assert site.engine.control.line == line
+        site.predicts(None)
+        await asyncio.sleep(11)
+        assert site.engine.control.line is None
+
+
+async def test_a_gateway_without_a_cost_model_takes_back_what_another_one_had_set() -> None:
+    async with standing() as site:
+        site.engine.control = Control(line=StepLine(50.0))
+        await site.met()
+        assert site.engine.control.line is None
 
 
 def findings(info: dict[str, Any]) -> list[tuple[Level, str]]:
