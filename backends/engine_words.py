@@ -18,6 +18,7 @@ from policies.types import Job, Kind
 
 __all__ = [
     "MODES",
+    "NO_FEATURE",
     "NO_LINE",
     "TOPIC",
     "Feature",
@@ -32,6 +33,10 @@ __all__ = [
 NO_LINE: Final = {"base_us": 0.0, "request_us": 0.0, "token_us": 0.0}
 """The engine takes back what it was told of its steps, and goes by its own."""
 
+NO_FEATURE: Final = f"no such feature: there are {', '.join(Feature)}"
+MOST_NAME: Final = 40
+"""Of a name that a server says; it goes into the log."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heard:
@@ -40,6 +45,7 @@ class Heard:
     features: frozenset[str]
     """On in all of them."""
     why_off: Mapping[str, str]
+    """Names that were given there as features and are none, too."""
     mode: str
     faults: int
     reports: tuple[str, ...]
@@ -58,6 +64,7 @@ def states_of(info: object) -> Heard | None:
         feature.value: next(filter(None, (_why_off(state, feature) for state in states)), "")
         for feature in Feature
     }
+    whys |= {name: NO_FEATURE for state in states for name in _unknown(state)}
     return Heard(
         features=frozenset(name for name, why in whys.items() if not why),
         why_off={name: why for name, why in whys.items() if why},
@@ -72,6 +79,11 @@ def _why_off(state: Mapping[str, Any], feature: Feature) -> str:
     if not isinstance(told, dict):
         return "it is not known there"
     return "" if told.get("on") is True else str(told.get("why_off") or "it is off")
+
+
+def _unknown(state: Mapping[str, Any]) -> list[str]:
+    told = state.get("unknown")
+    return [str(name)[:MOST_NAME] for name in told] if isinstance(told, list) else []
 
 
 def _faults(state: Mapping[str, Any]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from backends.engine_words import states_of
+from backends.engine_words import NO_FEATURE, states_of
 from gateway.facts import Facts
 from gateway.trial import Trial
 from policies.types import Kind, Pool, Role
@@ -128,7 +128,7 @@ def _of_plugin(facts: Facts) -> Iterator[Finding]:
     yield Finding(level=Level.NOTE, subject=facts.name, text=text)
     for feature, why in heard.why_off.items():
         text = f"the plug-in's {feature} is off: {why}"
-        level = Level.WARNING if heard.faults else Level.NOTE
+        level = Level.WARNING if heard.faults or why == NO_FEATURE else Level.NOTE
         yield Finding(level=level, subject=facts.name, text=text)
 
 

@@ -47,7 +47,7 @@ def register() -> None:
     if not is_named(os.environ) or ENGINE_MODULE not in sys.modules:
         return
     options = options_of(os.environ)
-    if not options.features:
+    if not is_wanted(options):
         return
     version = str(importlib.import_module("sglang.version").__version__)
     if why := why_not(CONTROL, version, untested=True):
@@ -67,15 +67,22 @@ def is_named(environ: Mapping[str, str]) -> bool:
     return NAME in [name.strip() for name in environ.get(PLUGINS, "").split(",")]
 
 
+def is_wanted(options: Options) -> bool:
+    """One that was asked for nothing but what is not there stays, to say so."""
+    return bool(options.features or options.unknown)
+
+
 def options_of(environ: Mapping[str, str]) -> Options:
     named = environ.get(FEATURES)
     names = [*Feature] if named is None else [one.strip() for one in named.split(",")]
     known = frozenset(Feature(name) for name in names if name in {*Feature})
-    if unknown := [name for name in names if name and name not in {*Feature}]:
+    unknown = tuple(name for name in names if name and name not in {*Feature})
+    if unknown:
         there = ", ".join(Feature)
         log.error("slackwater: %s: no such feature: %s (%s)", FEATURES, ", ".join(unknown), there)
     return Options(
         features=known,
+        unknown=unknown,
         untested=environ.get(UNTESTED) == "1",
         drill=environ.get(DRILL) == "1",
         reports=environ.get(REPORTS, ""),

@@ -29,6 +29,8 @@ class Options:
     """What the environment asked for."""
 
     features: frozenset[Feature] = frozenset(Feature)
+    unknown: tuple[str, ...] = ()
+    """Names that were given as features and are none."""
     untested: bool = False
     drill: bool = False
     """Modes for tests, and a line of steps that is taken as it was told."""
@@ -231,6 +233,7 @@ class Plugin:
                 }
                 for feature, faults in self.faults.items()
             },
+            "unknown": list(self._options.unknown),
             "mode": gate.control.mode,
             "tpot_us": gate.control.tpot_us,
             "hold_steps": gate.control.valves.hold_steps,

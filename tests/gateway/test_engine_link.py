@@ -295,6 +295,18 @@ def test_check_says_what_a_server_has_of_it_and_why_not_the_rest() -> None:
     ]
 
 
+async def test_a_name_that_is_no_feature_is_told_in_the_log_and_by_check() -> None:
+    async with standing() as site:
+        site.engine.info["internal_states"][0]["slackwater"]["unknown"] = ["decod"]
+        with capture_logs() as told:
+            await site.met()
+        off = next(line["off"] for line in told if line["event"] == "engine plug-in")
+        assert off["decod"].startswith("no such feature")
+        assert [level for level, text in findings(site.engine.info) if "decod is off" in text] == [
+            Level.WARNING
+        ]
+
+
 class Known:
     """A list of one server; the same object stands for whoever asks it."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from backends.sglang_plugin import door
-from backends.sglang_plugin.plugin import Options
+from backends.sglang_plugin.plugin import Options, Plugin
 from backends.sglang_plugin.targets import BATCH, CONTROL, NEEDS, SCHEDULER, Feature, unfit, why_not
 from tests.test_architecture import ROOT
 
@@ -122,7 +122,16 @@ def test_features_are_named_and_unknown_names_switch_nothing_on() -> None:
     assert door.options_of({}).features == frozenset(Feature)
     assert door.options_of({"SLACKWATER_PLUGIN": ""}).features == frozenset()
     told = door.options_of({"SLACKWATER_PLUGIN": "decode, speed"})
-    assert told == Options(features=frozenset({Feature.DECODE}))
+    assert told == Options(features=frozenset({Feature.DECODE}), unknown=("speed",))
+
+
+def test_a_server_that_was_asked_for_nothing_but_unknown_names_is_there_to_say_so() -> None:
+    told = door.options_of({"SLACKWATER_PLUGIN": "decod"})
+    assert door.is_wanted(told)
+    assert not door.is_wanted(door.options_of({"SLACKWATER_PLUGIN": ""}))
+    refused = door.refusals(told, "0.5.23")
+    assert door.targets_of(refused) == [*CONTROL.parameters]
+    assert Plugin(told, refused, lambda: 0.0).state()["unknown"] == ["decod"]
 
 
 def test_what_stays_off_is_hooked_nowhere() -> None:
