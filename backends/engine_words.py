@@ -47,6 +47,8 @@ class Heard:
     why_off: Mapping[str, str]
     """Names that were given there as features and are none, too."""
     mode: str
+    knows_steps: bool
+    """All of them go by steps of their own; what a gateway has told them it may take back."""
     faults: int
     reports: tuple[str, ...]
     """Where each of them publishes its steps."""
@@ -69,6 +71,7 @@ def states_of(info: object) -> Heard | None:
         features=frozenset(name for name, why in whys.items() if not why),
         why_off={name: why for name, why in whys.items() if why},
         mode=str(states[0].get("mode", "all")),
+        knows_steps=all(state.get("line_from") == "steps" for state in states),
         faults=sum(_faults(state) for state in states),
         reports=tuple(str(state["reports"]) for state in states if state.get("reports")),
     )

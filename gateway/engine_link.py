@@ -24,12 +24,15 @@ from backends.sglang import Server
 from gateway.core import Core
 from gateway.plugin_settings import OFF, PluginSettings
 from policies.clock import Clock
+from policies.ledger import SELECTS
 from policies.types import Worker
 
 log = structlog.get_logger("slackwater.worker")
 
 ASK_S = 5.0
 UNHEARD = "this gateway has no pyzmq: pip install 'slackwater[plugin]'"
+BLIND = "it knows no step times yet, for want of a cost model here and of steps seen there"
+BLIND_FOR_GOOD = "it knows no step times: it sees none without its `reports`, and [cost] tells none"
 _NUMBERS = {name: number for number, name in MODES.items()}
 
 Hearing = Callable[[Post, Worker, Iterable[str]], Coroutine[Any, Any, None]]
@@ -102,7 +105,18 @@ class EngineLink:
             return frozenset()
         if answer.status != 200 or not isinstance(taken, list) or not all(taken):
             return frozenset()
-        return wanted
+        return self._counted_on(server.name, heard)
+
+    def _counted_on(self, name: str, heard: Heard) -> frozenset[str]:
+        """Where an engine cannot tell how long steps are, everybody steps, and offline work is to
+        be kept off from here as ever; `slack` minds targets, not who is online."""
+        wanted = self._wanted(heard)
+        if Feature.DECODE not in wanted or self.settings.decode != SELECTS:
+            return wanted
+        return wanted if self._is_blind(name, heard) else wanted | {SELECTS}
+
+    def _is_blind(self, name: str, heard: Heard) -> bool:
+        return not heard.knows_steps and self._line(name) == NO_LINE
 
     def _wanted(self, heard: Heard) -> frozenset[str]:
         settings = self.settings
@@ -125,10 +139,16 @@ class EngineLink:
         off = dict(heard.why_off)
         if self.settings.reports and self._hearing is None:
             off.setdefault(Feature.REPORTS.value, UNHEARD)
-        said = (features, tuple(off.items()))
+        uses = features - {SELECTS}
+        if Feature.DECODE in uses and self._is_blind(name, heard):
+            uses -= {Feature.DECODE}
+            off[Feature.DECODE.value] = (
+                BLIND if Feature.REPORTS in heard.features else BLIND_FOR_GOOD
+            )
+        said = (uses, tuple(off.items()))
         if self._said.get(name) != said:
             self._said[name] = said
-            log.info("engine plug-in", worker=name, uses=sorted(features), off=off)
+            log.info("engine plug-in", worker=name, uses=sorted(uses), off=off)
 
     async def _keep(self, server: Server, heard: Heard, features: frozenset[str]) -> None:
         try:
@@ -170,8 +190,10 @@ class EngineLink:
             return False
         taken = await self._push(server, heard)
         if taken != features:
-            return False if taken or self._wanted(heard) != features else None
+            wanted = self._counted_on(server.name, heard)
+            return False if taken or wanted != features else None
         self.heard[server.name] = heard
+        self._say(server.name, heard, features)
         return True
 
 

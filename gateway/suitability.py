@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from backends.engine_words import NO_FEATURE, states_of
+from backends.engine_words import NO_FEATURE, Feature, states_of
 from gateway.facts import Facts
 from gateway.trial import Trial
 from policies.types import Kind, Pool, Role
@@ -39,6 +39,10 @@ class Lever:
     roles: frozenset[Role] = frozenset(Role)
 
 
+SEES_NONE = (
+    "without the plug-in's reports it sees no steps: with no [cost] everybody steps, and offline "
+    "work is kept off from outside as on a stock server"
+)
 _FLAGS = {Role.PREFILL: "--prefill", Role.DECODE: "--decode", Role.UNIFIED: "--worker-urls"}
 LEVERS = (
     Lever(
@@ -126,6 +130,8 @@ def _of_plugin(facts: Facts) -> Iterator[Finding]:
     on = ", ".join(sorted(heard.features)) or "nothing"
     text = f"it has the plug-in: {on}; mode {heard.mode}"
     yield Finding(level=Level.NOTE, subject=facts.name, text=text)
+    if Feature.DECODE in heard.features and Feature.REPORTS not in heard.features:
+        yield Finding(level=Level.WARNING, subject=facts.name, text=SEES_NONE)
     for feature, why in heard.why_off.items():
         text = f"the plug-in's {feature} is off: {why}"
         level = Level.WARNING if heard.faults or why == NO_FEATURE else Level.NOTE

@@ -11,8 +11,9 @@ from policies.steps import Steps
 from policies.tide import Tide
 from policies.types import Job, Kind, Worker
 
-DISPLACES, SELECTS = "prefill", "decode"
-"""Of `Worker.engine`: offline prompts give way at chunks, offline decodes at steps."""
+DISPLACES, SELECTS = "prefill", "online-first"
+"""Of `Worker.engine`: offline prompts give way at chunks, offline decodes at steps. The engine sees
+to it: nothing is aborted for that from here, nor kept out."""
 
 _OFFLINE = Kind.OFFLINE
 

@@ -86,6 +86,7 @@ class Worker:
     page_size: int = 1
     orders_by_priority: bool = False
     engine: frozenset[str] = frozenset()
-    """What it does by itself, by our plug-in and at our word: "decode", "prefill", "reports"."""
+    """What it does by itself, by our plug-in and at our word: "decode", "prefill", "reports"; and
+    "online-first" while its steps keep online targets against offline work."""
     streams_increments: bool | None = None
     """Whether its events hold what is new, or all so far; None when it did not say."""

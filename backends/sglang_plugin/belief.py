@@ -27,6 +27,13 @@ class Belief:
         self.line: StepLine | None = None
         self.table: StepTable | None = None
 
+    @property
+    def line_from(self) -> str:
+        """Whose word on steps it goes by; empty: it has none, and everybody steps."""
+        if self.line is None:
+            return ""
+        return "steps" if self._given is None else "gateway"
+
     def adopt(self, line: StepLine | None) -> None:
         if line == self._given:
             return

@@ -243,6 +243,7 @@ class Plugin:
             "parked": gate.parked,
             "graph_sizes": len(gate.sizes),
             "line": None if line is None else list(line),
+            "line_from": gate.belief.line_from,
             "displace": self.displacement.allowed,
             "displaced": self.displacement.displaced,
             "resumed": self.displacement.resumed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from policies import ledger as ledger_of
 from policies.events import StepsSeen
 from policies.step_line import SeenStep
 from policies.types import Pool, Worker
@@ -11,7 +12,9 @@ from tests.gateway.talk import Talk, decode, offline, online, prefill
 from tests.gateway.test_core_giving_way import LONG, RULES
 from tests.policies.test_colocation import chat, ledger, most
 
-DISPLACES, SELECTS = frozenset({"prefill"}), frozenset({"decode"})
+DISPLACES, SELECTS = frozenset({ledger_of.DISPLACES}), frozenset({"decode", ledger_of.SELECTS})
+BLIND = frozenset({"decode"})
+"""It is told to choose, and cannot, or does not mind who is online."""
 
 
 def fleet(*, before: frozenset[str] = frozenset(), strict: frozenset[str]) -> list[Worker]:
@@ -44,6 +47,11 @@ def test_a_server_that_leaves_offline_requests_out_of_steps_is_lent_more_of_them
     stock, own = chat(ledger(), 20), chat(ledger(engine=SELECTS), 20)
     assert most(own) > most(stock) > 0
     assert own.reserved_tokens <= own.kv_tokens
+
+
+def test_one_that_does_not_leave_them_out_is_lent_as_many_as_a_stock_one() -> None:
+    stock, blind = chat(ledger(), 20), chat(ledger(engine=BLIND), 20)
+    assert most(blind) == most(stock)
 
 
 def test_steps_that_are_told_correct_what_is_predicted() -> None:

@@ -19,13 +19,13 @@ from backends.http import Upstream
 from backends.sglang import Server
 from backends.sglang_plugin.control import Control, adjusted, setting_of
 from gateway.core import Core
-from gateway.engine_link import UNHEARD, EngineLink
+from gateway.engine_link import BLIND_FOR_GOOD, UNHEARD, EngineLink
 from gateway.facts import Facts
 from gateway.plugin_settings import PluginSettings
 from gateway.roll import Roll
 from gateway.rules import Rules
 from gateway.step_reports import reachable
-from gateway.suitability import Level, of_server
+from gateway.suitability import SEES_NONE, Level, of_server
 from policies.events import Event
 from policies.step_line import StepLine
 from policies.types import Role, Worker
@@ -37,7 +37,8 @@ def state(**features: dict[str, Any]) -> dict[str, Any]:
     """Of a server whose plug-in reports nothing, unless told otherwise."""
     told = {"decode": ON, "prefill": ON, "reports": {**ON, "on": False}}
     told |= features
-    return {"internal_states": [{"slackwater": {"features": told, "mode": "all", "reports": ""}}]}
+    plain = {"mode": "all", "line_from": "steps", "reports": ""}
+    return {"internal_states": [{"slackwater": {"features": told, **plain}}]}
 
 
 class Engine:
@@ -100,7 +101,7 @@ async def standing(**settings: Any) -> AsyncIterator[Site]:
 
 async def test_an_engine_takes_on_what_it_has_and_what_is_wanted() -> None:
     async with standing() as site:
-        assert await site.met() == ["decode", "prefill"]
+        assert await site.met() == ["decode", "online-first", "prefill"]
         told = site.engine.pushed[0]
         assert (told["slackwater_mode"], told["slackwater_displace"]) == (1, 1)
         assert told["slackwater_lease_s"] == 30.0
@@ -180,7 +181,7 @@ async def test_a_gateway_without_pyzmq_hears_no_reports_and_says_how_it_would(
     async with standing() as site:
         site.engine.info = state(reports=ON)
         with capture_logs() as told:
-            assert await site.met() == ["decode", "prefill"]
+            assert await site.met() == ["decode", "online-first", "prefill"]
         assert [line["off"] for line in told if line["event"] == "engine plug-in"] == [
             {"reports": UNHEARD}
         ]
@@ -290,9 +291,53 @@ def test_check_says_what_a_server_has_of_it_and_why_not_the_rest() -> None:
     assert findings({"version": "0.5.23"}) == []
     assert findings({"version": "0.5.23", **state(prefill=off)}) == [
         (Level.NOTE, "it has the plug-in: decode; mode all"),
+        (Level.WARNING, SEES_NONE),
         (Level.WARNING, "the plug-in's prefill is off: 3 faults"),
         (Level.WARNING, "the plug-in's reports is off: it is off"),
     ]
+
+
+async def test_an_engine_that_knows_no_step_times_is_not_counted_on_until_it_does() -> None:
+    async with standing() as site:
+        blind = site.engine.info["internal_states"][0]["slackwater"]
+        blind["line_from"] = ""
+        with capture_logs() as told:
+            assert await site.met() == ["decode", "prefill"]
+        assert site.engine.control.mode == "online-first"
+        assert [(line["uses"], line["off"]["decode"]) for line in told if "uses" in line] == [
+            (["prefill"], BLIND_FOR_GOOD)
+        ]
+        blind["line_from"] = "steps"
+        await asyncio.sleep(11)
+        assert not site.server.is_known
+        assert await site.met() == ["decode", "online-first", "prefill"]
+
+
+async def test_a_line_of_another_gateway_is_no_knowledge_of_steps_but_ones_own_is() -> None:
+    async with standing() as site:
+        site.engine.info["internal_states"][0]["slackwater"]["line_from"] = "gateway"
+        assert "online-first" not in await site.met()
+        site.predicts(StepLine(50.0))
+        assert "online-first" in await site.met()
+
+
+async def test_what_an_engine_learns_is_said_when_it_has_learnt_it() -> None:
+    async with standing(decode="slack") as site:
+        blind = site.engine.info["internal_states"][0]["slackwater"]
+        blind["line_from"] = ""
+        with capture_logs() as told:
+            await site.met()
+            await asyncio.sleep(11)
+            blind["line_from"] = "steps"
+            await asyncio.sleep(11)
+        said = [line["uses"] for line in told if line["event"] == "engine plug-in"]
+        assert said == [["prefill"], ["decode", "prefill"]]
+
+
+async def test_slack_keeps_nothing_off_so_offline_work_is_kept_off_from_here() -> None:
+    async with standing(decode="slack") as site:
+        assert await site.met() == ["decode", "prefill"]
+        assert site.engine.control.mode == "slack"
 
 
 async def test_a_name_that_is_no_feature_is_told_in_the_log_and_by_check() -> None:

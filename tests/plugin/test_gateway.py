@@ -29,7 +29,7 @@ async def test_it_is_found_used_and_given_back(trial: Trial) -> None:
     async with standing(trial.client, *names, plugin=plugin, cost=cost) as site:
         ledgers = site.gateway.core.ledgers
         assert {name: set(ledger.worker.engine) for name, ledger in ledgers.items()} == {
-            name: {"decode", "prefill", "reports"} for name in names
+            name: {"decode", "online-first", "prefill", "reports"} for name in names
         }
         assert (await trial.state())["mode"] == "online-first"
         legs = [

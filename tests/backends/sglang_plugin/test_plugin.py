@@ -88,3 +88,14 @@ def test_an_engine_that_chooses_fits_its_own_line_to_its_own_steps() -> None:
     one.prepare_for_decode(prepare, crowd)  # type: ignore[arg-type]
     assert one.faults[Feature.DECODE].number == 0
     assert one.gate.belief.step_us(4, 404, 0) == pytest.approx(7_000.0, rel=0.01)
+    assert state(one)["line_from"] == "steps"
+
+
+def test_a_server_says_whose_word_on_steps_it_goes_by() -> None:
+    clock = Clock()
+    one = plugin(clock)
+    assert state(one)["line_from"] == ""
+    one._adopt(adjusted(one.control, Setting(mode=1, base_us=900.0), clock.us))
+    assert state(one)["line_from"] == "gateway"
+    one._adopt(adjusted(one.control, Setting(base_us=0.0), clock.us))
+    assert (state(one)["line_from"], state(one)["mode"]) == ("", "online-first")
