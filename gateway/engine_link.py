@@ -33,6 +33,7 @@ ASK_S = 5.0
 UNHEARD = "this gateway has no pyzmq: pip install 'slackwater[plugin]'"
 BLIND = "it knows no step times yet, for want of a cost model here and of steps seen there"
 BLIND_FOR_GOOD = "it knows no step times: it sees none without its `reports`, and [cost] tells none"
+STEPS_ALL = MODES[0]
 _NUMBERS = {name: number for number, name in MODES.items()}
 
 Hearing = Callable[[Post, Worker, Iterable[str]], Coroutine[Any, Any, None]]
@@ -145,10 +146,11 @@ class EngineLink:
             off[Feature.DECODE.value] = (
                 BLIND if Feature.REPORTS in heard.features else BLIND_FOR_GOOD
             )
-        said = (uses, tuple(off.items()))
+        mode = self.settings.decode if Feature.DECODE in features else STEPS_ALL
+        said = (uses, mode, tuple(off.items()))
         if self._said.get(name) != said:
             self._said[name] = said
-            log.info("engine plug-in", worker=name, uses=sorted(uses), off=off)
+            log.info("engine plug-in", worker=name, uses=sorted(uses), mode=mode, off=off)
 
     async def _keep(self, server: Server, heard: Heard, features: frozenset[str]) -> None:
         try:

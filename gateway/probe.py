@@ -82,9 +82,10 @@ class Prober:
                 ranks = await self._ranks(server)
                 load = load_of(ranks, round(self._clock.time() * 1e6)) if ranks else None
                 if worker is not None:
-                    server.is_known, server.is_doubted = True, False
+                    was_up, server.is_known, server.is_doubted = server.is_doubted, True, False
                     self._post(WorkerUp(worker))
-                    log.info("worker up", worker=worker.name, role=worker.role.value)
+                    if not was_up:
+                        log.info("worker up", worker=worker.name, role=worker.role.value)
                 if load is not None:
                     self._post(LoadReport(server.name, load))
                 failures, down = 0, False

@@ -340,6 +340,16 @@ async def test_slack_keeps_nothing_off_so_offline_work_is_kept_off_from_here() -
         assert site.engine.control.mode == "slack"
 
 
+async def test_the_mode_is_said_and_said_again_when_a_reload_has_changed_it() -> None:
+    async with standing() as site:
+        with capture_logs() as told:
+            for mode in ("online-first", "online-first", "slack", "off"):
+                site.link.settings = replace(PluginSettings(), decode=mode)
+                await site.met()
+        said = [line["mode"] for line in told if line["event"] == "engine plug-in"]
+        assert said == ["online-first", "slack", "all"]
+
+
 async def test_a_name_that_is_no_feature_is_told_in_the_log_and_by_check() -> None:
     async with standing() as site:
         site.engine.info["internal_states"][0]["slackwater"]["unknown"] = ["decod"]
