@@ -37,6 +37,8 @@ NO_FEATURE: Final = f"no such feature: there are {', '.join(Feature)}"
 MOST_NAME: Final = 40
 """Of a name that a server says; it goes into the log."""
 
+COUNTS: Final = ("views", "parked", "displaced", "aside")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heard:
@@ -52,6 +54,11 @@ class Heard:
     faults: int
     reports: tuple[str, ...]
     """Where each of them publishes its steps."""
+    views: int = 0
+    parked: int = 0
+    displaced: int = 0
+    aside: int = 0
+    """Of all ranks together."""
 
 
 def states_of(info: object) -> Heard | None:
@@ -70,10 +77,11 @@ def states_of(info: object) -> Heard | None:
     return Heard(
         features=frozenset(name for name, why in whys.items() if not why),
         why_off={name: why for name, why in whys.items() if why},
-        mode=str(states[0].get("mode", "all")),
+        mode=str(states[0].get("mode", "all"))[:MOST_NAME],
         knows_steps=all(state.get("line_from") == "steps" for state in states),
         faults=sum(_faults(state) for state in states),
         reports=tuple(str(state["reports"]) for state in states if state.get("reports")),
+        **{name: sum(_count(state, name) for state in states) for name in COUNTS},
     )
 
 
@@ -82,6 +90,11 @@ def _why_off(state: Mapping[str, Any], feature: Feature) -> str:
     if not isinstance(told, dict):
         return "it is not known there"
     return "" if told.get("on") is True else str(told.get("why_off") or "it is off")
+
+
+def _count(state: Mapping[str, Any], name: str) -> int:
+    told = state.get(name)
+    return told if type(told) is int and told >= 0 else 0
 
 
 def _unknown(state: Mapping[str, Any]) -> list[str]:

@@ -39,6 +39,7 @@ from gateway.config import (
 from gateway.core import Core
 from gateway.door import Door
 from gateway.driver import Driver
+from gateway.engine_gauges import EngineGauges
 from gateway.engine_link import EngineLink
 from gateway.front import Front
 from gateway.listening import listening
@@ -115,6 +116,7 @@ class Gateway:
         self.relaxed = RelaxedWatch(self.core, clock, config)
         self.metrics = Metrics(self.core, self.backend.now_us)
         self.metrics.registry.register(self.control)
+        self.metrics.registry.register(EngineGauges(self.link.heard))
         self.front = Front(config, self.driver, self.backend, self.metrics, clock, rng, write_line)
         self._passing = Passing(self.front, self.core, self.backend, clock, rng)
         self.batches = batches(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import orjson
@@ -62,8 +63,10 @@ class EngineLink:
             return frozenset()
         self.heard[name] = heard
         features = await self._push(server, heard)
+        if features:
+            self.heard[name] = replace(heard, mode=self._mode(features))
         self._say(name, heard, features)
-        if features or Feature.REPORTS in heard.features:
+        if features or heard.faults or Feature.REPORTS in heard.features:
             self._links[name] = self._tasks.create_task(self._keep(server, heard, features))
         return features
 
@@ -135,6 +138,9 @@ class EngineLink:
         line = None if ledger is None or ledger.steps is None else ledger.steps.step_line
         return NO_LINE if line is None else told_line(line)
 
+    def _mode(self, features: frozenset[str]) -> str:
+        return self.settings.decode if Feature.DECODE in features else STEPS_ALL
+
     def _say(self, name: str, heard: Heard, features: frozenset[str]) -> None:
         """Once, and again when it has changed."""
         off = dict(heard.why_off)
@@ -146,7 +152,7 @@ class EngineLink:
             off[Feature.DECODE.value] = (
                 BLIND if Feature.REPORTS in heard.features else BLIND_FOR_GOOD
             )
-        mode = self.settings.decode if Feature.DECODE in features else STEPS_ALL
+        mode = self._mode(features)
         said = (uses, mode, tuple(off.items()))
         if self._said.get(name) != said:
             self._said[name] = said

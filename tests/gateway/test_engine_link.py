@@ -340,6 +340,17 @@ async def test_slack_keeps_nothing_off_so_offline_work_is_kept_off_from_here() -
         assert site.engine.control.mode == "slack"
 
 
+async def test_a_feature_that_a_person_has_tried_again_is_found() -> None:
+    broken, unnamed = {**ON, "on": False, "faults": 3}, {**ON, "on": False}
+    async with standing() as site:
+        site.engine.info = state(decode=broken, prefill=unnamed)
+        assert await site.met() == []
+        site.engine.info = state(prefill=unnamed)
+        await asyncio.sleep(11)
+        assert not site.server.is_known
+        assert await site.met() == ["decode", "online-first"]
+
+
 async def test_the_mode_is_said_and_said_again_when_a_reload_has_changed_it() -> None:
     async with standing() as site:
         with capture_logs() as told:
