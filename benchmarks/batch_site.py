@@ -18,7 +18,7 @@ import orjson
 
 from backends.emulator import EmulatedFleet, ServerSpec
 from backends.engine import EngineConfig
-from benchmarks.processes import Running, all_stopped, free_port, start
+from benchmarks.processes import Running, all_stopped, cores_shared_out, free_port, start
 from gateway.batch.client import BatchClient, BatchError
 from policies.types import Pool, Role
 
@@ -205,11 +205,11 @@ def faults_in(rows: int, lines: Sequence[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def three_servers(seats: int) -> str:
+def few_servers(seats: int, *, prefill: int = 1) -> str:
     """So many seats for offline work: the fleet is one process, and with too many, what is
     measured is how busy that is."""
     servers = (
-        ("prefill", "prefill", "relaxed"),
+        *((f"prefill-{number}", "prefill", "relaxed") for number in range(1, prefill + 1)),
         ("strict", "decode", "strict"),
         ("relaxed", "decode", "relaxed"),
     )
@@ -222,10 +222,11 @@ def three_servers(seats: int) -> str:
 
 @asynccontextmanager
 async def apart(
-    folder: Path, *, servers: str = "", batch: str = ""
+    folder: Path, *, servers: str = "", batch: str = "", pinned: bool = False
 ) -> AsyncIterator[GatewayProcess]:
-    """The fleet and the gateway, each a process of its own; `batch` holds more keys of [batch]."""
-    with all_stopped() as started:
+    """The fleet and the gateway, each a process of its own; `batch` holds more keys of [batch].
+    `pinned`: as `cores_shared_out` has it."""
+    with all_stopped() as started, cores_shared_out(pinned=pinned) as gateways_core:
         workers = ""
         if servers:
             (folder / "servers.toml").write_text(servers)
@@ -238,7 +239,8 @@ async def apart(
         config = folder / "config.toml"
         config.write_text(config_text(workers, batch=batch))
         gateway = GatewayProcess("gateway", config, started)
-        gateway.start()
+        with gateways_core():
+            gateway.start()
         await gateway.listens()
         yield gateway
 

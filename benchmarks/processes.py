@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -192,6 +192,31 @@ def all_stopped() -> Iterator[list[Running]]:
         yield running
     finally:
         stop(running)
+
+
+@contextlib.contextmanager
+def on_cores(cores: set[int]) -> Iterator[None]:
+    """This process, and what it starts: children have the cores of their parent."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def cores_shared_out(
+    *, pinned: bool
+) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """A core for the one program under measurement, to be started in the block that is given here;
+    its clients and servers, which have machines of their own elsewhere, have the others."""
+    its, *others = sorted(os.sched_getaffinity(0))
+    if not pinned or not others:
+        yield contextlib.nullcontext
+        return
+    with on_cores(set(others)):
+        yield lambda: on_cores({its})
 
 
 def wait_until_listening(program: Running, port: int, *, patience_s: float = 60.0) -> None:

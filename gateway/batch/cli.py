@@ -144,8 +144,8 @@ async def _download(given: argparse.Namespace, client: BatchClient, clock: Clock
             await client.download(file_id, write, on)
         if not given.json and name != "-":
             _console().print(escape(name))
-    if given.json:
-        _print_json({"batch": given.batch, "files": [name for _, name in files]})
+    if given.json and (names := [name for _, name in files if name != "-"]):
+        _print_json({"batch": given.batch, "files": names})
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from itertools import islice
 from typing import Final
 
@@ -12,7 +14,12 @@ from gateway.batch.store import Store
 from gateway.batch.validate import Checker, Limits, reported
 
 _PIECE_BYTES: Final = 65_536
-"""Checked at a time, in a thread: about as long as an event loop may wait for the interpreter."""
+_LINES: Final = 16
+"""Checked at a time, in a thread that has the interpreter meanwhile: the event loop, which wakes up
+several times for each token, waits for it each time."""
+_LEAST_BYTES, _MOST_BYTES = 2_048, 32_768
+_REST_S: Final = 0.0002
+"""Then the event loop may have the interpreter."""
 _ROWS: Final = 100
 """Stored in one transaction."""
 _ROW_BYTES: Final = 1_000
@@ -40,9 +47,13 @@ async def ingest(store: Store, blobs: Blobs, task: Task, limits: Limits) -> Batc
 
 
 async def _check(blobs: Blobs, blob: str, checker: Checker) -> None:
+    never = threading.Event()
+
     def check(start: int) -> int:
         piece = blobs.shelf.read(blob, [(start, _PIECE_BYTES)])[0]
-        checker.feed(piece)
+        for part in sliced(piece):
+            checker.feed(part)
+            never.wait(_REST_S)
         return len(piece)
 
     start = 0
@@ -50,3 +61,11 @@ async def _check(blobs: Blobs, blob: str, checker: Checker) -> None:
         start += read
         await blobs.let(read)
     await blobs.off_loop(checker.finish)
+
+
+def sliced(piece: bytes) -> Iterator[bytes]:
+    """Of a few lines each, as far as their average goes."""
+    lines = max(1, piece.count(b"\n"))
+    size_bytes = min(max(len(piece) * _LINES // lines, _LEAST_BYTES), _MOST_BYTES)
+    for start in range(0, len(piece), size_bytes):
+        yield piece[start : start + size_bytes]

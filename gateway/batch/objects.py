@@ -55,7 +55,7 @@ class StoredFile:
     purpose: Purpose
     size_bytes: int
     lines: int
-    """Lines that are not empty."""
+    """As many requests as it can hold at most."""
     blob: str
     """Where its bytes lie: a key of `Blobs`, never made of what a client has said."""
     created_us: int

@@ -12,8 +12,9 @@ from aiohttp import BodyPartReader, ClientPayloadError, MultipartReader, web
 from aiohttp.http_exceptions import BadHttpMessage
 
 from gateway.batch.asked import FORM_FIELDS, check_purpose, file_name, form_expiry
+from gateway.batch.drafts import Draft
 from gateway.batch.faults import QuotaExceeded
-from gateway.batch.files import Blobs, Sink
+from gateway.batch.files import Blobs
 from gateway.batch.objects import Purpose, Quota, StoredFile
 from gateway.batch.store import Store
 from gateway.errors import ApiError, Code, invalid
@@ -22,7 +23,6 @@ _CHUNK_BYTES: Final = 65_536
 _PIECE_BYTES: Final = 262_144
 """Written at a time."""
 _FIELD_BYTES: Final = 256
-_HOLD_US: Final = 60_000_000
 _OVERHEAD_BYTES: Final = 65_536
 """What a form may have besides its file."""
 
@@ -51,17 +51,11 @@ class Upload:
         now_us: Callable[[], int],
     ) -> None:
         self._store = store
-        self._blobs = blobs
         self._terms = terms
         self._new_id = new_id
-        self._now_us = now_us
         self._fields: dict[str, str] = {}
         self._name = ""
-        self._sink: Sink | None = None
-        self._blob = ""
-        self._held_us = 0
-        self._size_bytes = 0
-        self._lines = 0
+        self._draft = Draft(store, blobs, new_id("blob_"), now_us)
 
     async def receive(self, request: web.BaseRequest) -> StoredFile:
         await self._check_size(request.content_length)
@@ -71,17 +65,14 @@ class Upload:
                 await self._take(part)
         check_purpose(self._fields.get("purpose"))
         expires_s = form_expiry(self._fields) or self._terms.expires_s
-        if self._sink is None:
+        if not await self._draft.finish():
             raise invalid("file", "is missing")
-        await self._sink.finish()
         return await self._kept(expires_s)
 
     async def abandon(self) -> None:
         """Whatever has been written is litter, unless a file was made of it after all."""
-        if self._sink is not None:
-            await self._sink.abandon()
-        if self._blob:
-            await self._store.doom([self._blob])
+        await self._draft.close()
+        await self._draft.doom()
 
     async def _check_size(self, content_length: int | None) -> None:
         """What cannot be kept need not be sent."""
@@ -106,7 +97,7 @@ class Upload:
         return part
 
     async def _take(self, part: BodyPartReader) -> None:
-        if part.name == "file" and self._sink is None:
+        if part.name == "file" and not self._draft.has_begun:
             await self._take_file(part)
         elif part.name in FORM_FIELDS and part.name not in self._fields:
             self._fields[part.name] = await self._text(part)
@@ -128,20 +119,15 @@ class Upload:
         self._name = file_name(part.filename)
         if "purpose" in self._fields:
             check_purpose(self._fields["purpose"])
-        blob = self._new_id("blob_")
-        await self._store.announce(blob)
-        self._blob, self._held_us = blob, self._now_us()
-        self._sink = sink = await self._blobs.create(blob)
+        draft = self._draft
+        await draft.begin()
         last = b""
         while piece := await self._piece(part):
-            self._size_bytes += len(piece)
-            if self._size_bytes > self._terms.max_bytes:
+            if draft.size_bytes + len(piece) > self._terms.max_bytes:
                 raise self._too_large()
-            self._lines += piece.count(b"\n")
+            await draft.add(piece, piece.count(b"\n"))
             last = piece[-1:]
-            await sink.write(piece)
-            await self._hold()
-        self._lines += last not in (b"", b"\n")
+        draft.lines += last not in (b"", b"\n")
 
     async def _piece(self, part: BodyPartReader) -> bytes:
         chunks: list[bytes] = []
@@ -152,24 +138,9 @@ class Upload:
                 room -= len(chunks[-1])
         return b"".join(chunks)
 
-    async def _hold(self) -> None:
-        if self._now_us() - self._held_us > _HOLD_US:
-            await self._store.hold(self._blob)
-            self._held_us = self._now_us()
-
     async def _kept(self, expires_s: int | None) -> StoredFile:
-        now_us = self._now_us()
-        file = StoredFile(
-            id=self._new_id("file-"),
-            tenant=self._terms.tenant,
-            name=self._name,
-            purpose=Purpose.INPUT,
-            size_bytes=self._size_bytes,
-            lines=self._lines,
-            blob=self._blob,
-            created_us=now_us,
-            expires_us=None if expires_s is None else now_us + expires_s * 1_000_000,
-        )
+        file_id, tenant = self._new_id("file-"), self._terms.tenant
+        file = self._draft.as_file(file_id, tenant, self._name, Purpose.INPUT, expires_s)
         await self._store.add_file(file, self._terms.quota)
         return file
 

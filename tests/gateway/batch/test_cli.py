@@ -51,6 +51,8 @@ async def test_a_file_is_submitted_watched_and_downloaded(
         assert [json.loads(one)["custom_id"] for one in answers] == [f"row-{i}" for i in range(5)]
         assert await say(it, "download", batch["id"]) == 2
         assert "--force" in capsys.readouterr().err
+        assert await say(it, "download", batch["id"], "-o", "-", "--json") == 0
+        assert capsys.readouterr().out.splitlines() == answers
 
 
 async def test_rows_that_fail_are_told_by_the_exit_code(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from backends.checkpoint import Checkpoint
 from backends.emulator import FaultKind, ServerSpec
 from gateway.batch.attempts import Attempts
 from gateway.batch.faults import StorageUnavailable
+from gateway.batch.held import Held
 from gateway.batch.objects import Result, Row
 from gateway.batch.pace import PaceRule
 from gateway.batch.runner import Runner, RunnerRule
@@ -271,6 +274,25 @@ async def test_checkpoints_are_written_while_rows_run() -> None:
         told = [tokens for key, tokens in it.ledger.marks if key == (1, 1)]
         assert len(told) > 2
         assert told == sorted(set(told))
+
+
+async def test_answers_are_read_for_their_checkpoints_some_tokens_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That many take two milliseconds to read, and online requests go on in between."""
+    loop, read_tokens, read = asyncio.get_running_loop(), Counter[float](), Held.taken
+
+    def taken(held: Held, fresh_tokens: int) -> Checkpoint | None:
+        if found := read(held, fresh_tokens):
+            read_tokens[loop.time()] += found.tokens
+        return found
+
+    monkeypatch.setattr(Held, "taken", taken)
+    async with office(rule={"checkpoint_s": 1.0}) as it:
+        it.ledger.add("/generate", native(10, 1000))
+        await it.site.until("they are kept", lambda: len(it.ledger.marks) == 10)
+        assert 2 < len(read_tokens) < 10
+        assert max(read_tokens.values()) < 512 < sum(read_tokens.values())
 
 
 async def test_two_gateways_share_the_rows_of_one_store() -> None:

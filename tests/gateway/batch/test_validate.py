@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.batch.ingest import sliced
 from gateway.batch.objects import NewRow, Problem
 from gateway.batch.validate import MOST_PROBLEMS, Checker, Limits, reported
 from tests.gateway.batch.served import ENDPOINT, jsonl, row
@@ -54,6 +55,18 @@ def test_it_does_not_matter_how_the_file_is_cut_into_pieces(cuts: Sequence[int],
         checked(*pieces, rest, max_line_bytes=50).problems
         == checked(data, max_line_bytes=50).problems
     )
+
+
+@given(st.lists(st.integers(0, 5_000), max_size=40))
+def test_a_piece_is_checked_a_few_lines_at_a_time(lengths: Sequence[int]) -> None:
+    piece = b"".join(b"x" * length + b"\n" for length in lengths)
+    assert b"".join(sliced(piece)) == piece
+    assert all(len(part) <= 32_768 for part in sliced(piece))
+
+
+def test_where_lines_are_short_so_are_the_slices_of_a_piece() -> None:
+    piece = (b"x" * 199 + b"\n") * 300
+    assert max(part.count(b"\n") for part in sliced(piece)) <= 17
 
 
 BAD_LINES: list[tuple[str, bytes, str]] = [
