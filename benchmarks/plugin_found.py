@@ -17,6 +17,8 @@ MOST_PARKED_S = 2.0
 class Effort:
     runs: int
     quick: bool = False
+    held: str = ""
+    """By which shape steps are held; empty: they are not."""
 
     def of(self, tokens: int) -> int:
         """Quick is on shorter prompts and answers."""

@@ -39,7 +39,8 @@ LOOSE_OVER_TIGHT = 3.0
 TIGHT_PROMPTS, LOOSE_PROMPTS = (200, 500), (2500, 3600)
 ANSWERS = (40, 120)
 MODES = ("all", "slack")
-SECONDS, QUICK_SECONDS = 6.0, 2.5
+WINDOWS_S = {False: (2.5, 6.0), True: (8.0, 12.0)}
+"""Quick and usual; held steps are longer."""
 MOST_ASKS = 1_000
 MOST_VOID = 3
 REPORTED_WITHIN_S = 0.3
@@ -141,12 +142,21 @@ class Mixed:
 
     @property
     def seconds(self) -> float:
-        return QUICK_SECONDS if self.effort.quick else SECONDS
+        quick, usual = WINDOWS_S[bool(self.effort.held)]
+        return quick if self.effort.quick else usual
 
     def askers(self, load: float) -> list[Asker]:
         return [*self.tight, *self.loose[: round(load * KNEE)]]
 
     async def measure(self) -> None:
+        await self._begin()
+        async with self.site.listening() as steps:
+            await self._aim(steps)
+            for number in range(self.effort.runs):
+                for load in self.loads:
+                    await self._pair(load, number, steps)
+
+    async def _begin(self) -> None:
         site, most = self.site, round(max(self.loads) * KNEE)
         self.tight = [
             Asker(prompt=site.prompt(self.effort.of(tokens)), is_tight=True)
@@ -158,21 +168,21 @@ class Mixed:
         ]
         everybody = [site.send(it.prompt, 2) for it in (*self.tight, *self.loose)]
         await site.over(everybody)  # prompts are in the cache from here on
-        async with site.listening() as steps:
-            at_knee = await self._ask("all", 1.0, UNTARGETED, steps, "the knee")
-            self.targets = Targets(at_knee.tight_ms, LOOSE_OVER_TIGHT * at_knee.tight_ms)
-            self.steps.clear()  # from here on, pairs
-            for number in range(self.effort.runs):
-                for load in self.loads:
-                    say(f"(b) {load:g} of the knee, run {number + 1} of {self.effort.runs}")
-                    got: dict[str, Seen] = {}
-                    for mode in MODES[:: 1 - 2 * (number % 2)]:  # each first in every other run
-                        seed = f"{number} {load}"
-                        got[mode] = await self._ask(mode, load, self.targets, steps, seed)
-                        self._note(f"{load} {mode}", got[mode])
-                    won, speed = got["slack"].met - got["all"].met, got["slack"].per_s
-                    self.found.add(f"{load} won", 100 * won)
-                    self.found.add(f"{load} speed", speed / got["all"].per_s)
+
+    async def _aim(self, steps: list[SeenStep]) -> None:
+        at_knee = await self._ask("all", 1.0, UNTARGETED, steps, "the knee")
+        self.targets = Targets(at_knee.tight_ms, LOOSE_OVER_TIGHT * at_knee.tight_ms)
+        self.steps.clear()  # from here on, pairs
+
+    async def _pair(self, load: float, number: int, steps: list[SeenStep]) -> None:
+        say(f"(b) {load:g} of the knee, run {number + 1} of {self.effort.runs}")
+        got: dict[str, Seen] = {}
+        for mode in MODES[:: 1 - 2 * (number % 2)]:  # each first in every other run
+            got[mode] = await self._ask(mode, load, self.targets, steps, f"{number} {load}")
+            self._note(f"{load} {mode}", got[mode])
+        won, speed = got["slack"].met - got["all"].met, got["slack"].per_s
+        self.found.add(f"{load} won", 100 * won)
+        self.found.add(f"{load} speed", speed / got["all"].per_s)
 
     def _note(self, name: str, got: Seen) -> None:
         say(f"    {name}: {100 * got.met:.0f} % met, {got.per_s:.0f} tokens/s")

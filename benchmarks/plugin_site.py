@@ -26,6 +26,14 @@ from tests.conformance.under_test import is_idle
 
 CHUNK_TOKENS = 1024
 KV_TOKENS = 65_536
+QUEUED = {
+    "MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER": "65535",
+    "MC_TCP_MAX_PENDING_ADMISSIONS_PER_PEER": "65535",
+}
+"""Mooncake refuses more than 1,024 pieces at a time over TCP, and a prompt has hundreds where the
+memory is in pieces; SGLang then takes the decode server for dead, and every request fails for
+seconds."""
+DRILL = {"SLACKWATER_PLUGIN_DRILL": "1"}
 MODES = {"all": 0, "online-first": 1, "slack": 2}
 
 
@@ -192,11 +200,13 @@ async def _heard(socket: zmq.asyncio.Socket, seen: list[SeenStep]) -> None:
 
 
 @asynccontextmanager
-async def standing(model: str, seed: int) -> AsyncIterator[Site]:
+async def standing(model: str, seed: int, **held: float) -> AsyncIterator[Site]:
+    """Settings of a drill hold the decode server's steps."""
     spec = FleetSpec(
         model=model,
         kv_tokens=KV_TOKENS,
         plugin=True,
+        env=QUEUED | (DRILL if held else {}),
         flags=("--enable-priority-scheduling",),
         servers=(
             Group(role=Role.PREFILL, flags=("--chunked-prefill-size", str(CHUNK_TOKENS))),
@@ -209,4 +219,7 @@ async def standing(model: str, seed: int) -> AsyncIterator[Site]:
         Fleet(spec) as fleet,
         aiohttp.ClientSession(timeout=timeout, connector=connector) as http,
     ):
-        yield Site(fleet, http, random.Random(seed))
+        site = Site(fleet, http, random.Random(seed))
+        if held:
+            await site.set("all", **held)
+        yield site

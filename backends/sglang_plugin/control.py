@@ -18,6 +18,8 @@ PREFIX: Final = "slackwater_"
 MODES: Final = {0: "all", 1: "online-first", 2: "slack"}
 DRILL: Final = {90: "random", 91: "faulty"}
 """For the equality suite alone; they need SLACKWATER_PLUGIN_DRILL=1."""
+HELD: Final = ("held_base_us", "held_request_us", "held_token_us")
+"""They need it, too."""
 STEPS_ALL: Final = "all"
 
 
@@ -40,6 +42,8 @@ class Control:
     until_us: float = inf
     share: float = 0.5
     """Of the requests that step in the drill."""
+    held: StepLine | None = None
+    """What a decode step lasts at least, in the drill."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +61,9 @@ class Setting:
     lease_s: float | None = None
     """0: for good."""
     share: float | None = None
+    held_base_us: float | None = None
+    held_request_us: float | None = None
+    held_token_us: float | None = None
     reset: float | None = None
     """Features that faults have shut off are tried again."""
 
@@ -72,6 +79,9 @@ _BOUNDS: Final[Mapping[str, tuple[float, float]]] = {
     "token_us": (0, 1e6),
     "lease_s": (0, 86_400),
     "share": (0, 1),
+    "held_base_us": (0, 1e7),
+    "held_request_us": (0, 1e6),
+    "held_token_us": (0, 1e4),
     "reset": (0, 1),
 }
 
@@ -95,6 +105,8 @@ def setting_of(told: Mapping[str, Any], *, drill: bool) -> Setting:
     modes = MODES | DRILL if drill else MODES
     if "mode" in values and values["mode"] not in modes:
         raise Refused(f"{PREFIX}mode must be one of {modes}, got {values['mode']:g}")
+    if not drill and any(name in values for name in HELD):
+        raise Refused(f"{PREFIX}held_* is for drills")
     return Setting(**values)
 
 
@@ -105,9 +117,8 @@ def adjusted(control: Control, setting: Setting, now_us: float) -> Control:
         valves = replace(valves, most_parked_us=setting.most_parked_us)
     if setting.hold_steps is not None:
         valves = replace(valves, hold_steps=int(setting.hold_steps))
-    terms = (setting.base_us, setting.request_us, setting.token_us)
-    if any(term is not None for term in terms):
-        line = StepLine(*(term or 0.0 for term in terms)) if any(terms) else None
+    line = _line_of(line, setting.base_us, setting.request_us, setting.token_us)
+    held = (setting.held_base_us, setting.held_request_us, setting.held_token_us)
     until_us = control.until_us
     if setting.lease_s is not None:
         until_us = now_us + setting.lease_s * 1e6 if setting.lease_s else inf
@@ -119,5 +130,13 @@ def adjusted(control: Control, setting: Setting, now_us: float) -> Control:
         share=control.share if setting.share is None else setting.share,
         valves=valves,
         line=line,
+        held=_line_of(control.held, *held),
         until_us=until_us,
     )
+
+
+def _line_of(before: StepLine | None, *terms: float | None) -> StepLine | None:
+    """As before where none of them is told; none where all that are told are 0."""
+    if all(term is None for term in terms):
+        return before
+    return StepLine(*(term or 0.0 for term in terms)) if any(terms) else None

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from backends.sglang_plugin.clock import now_us
 from backends.sglang_plugin.plugin import Options, Plugin
-from backends.sglang_plugin.targets import CONTROL, NEEDS, SCHEDULER, Feature, why_not
+from backends.sglang_plugin.targets import CONTROL, HOLD, NEEDS, SCHEDULER, Feature, why_not
 
 log = logging.getLogger("sglang.slackwater")
 
@@ -56,7 +56,7 @@ def register() -> None:
     refused = refusals(options, version)
     registry: Any = importlib.import_module("sglang.srt.plugins.hook_registry")
     plugin = Plugin(options, refused, now_us)
-    for target in targets_of(refused):
+    for target in [*targets_of(refused), *drilled(options, version)]:
         hook = getattr(plugin, target.rpartition(".")[2])
         registry.HookRegistry.register(target, hook, registry.HookType.AROUND)
     on = ", ".join(feature for feature in Feature if feature not in refused) or "none"
@@ -105,3 +105,9 @@ def targets_of(refused: Mapping[Feature, str]) -> list[str]:
         target for feature, targets in HOOKS.items() if feature not in refused for target in targets
     ]
     return [*on, *CONTROL.parameters]
+
+
+def drilled(options: Options, version: str) -> list[str]:
+    """What only a drill hooks."""
+    is_held = options.drill and not why_not(HOLD, version, untested=True)
+    return [*HOLD.parameters] if is_held else []

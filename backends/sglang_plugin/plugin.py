@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any, Final
 
+from backends.sglang_plugin.clock import pause_us
 from backends.sglang_plugin.contract import Batch, Plan, Scheduler
 from backends.sglang_plugin.control import Control, Refused, adjusted, is_ours, setting_of
 from backends.sglang_plugin.displace import Displacement
 from backends.sglang_plugin.faults import Faults
 from backends.sglang_plugin.gate import Gate
+from backends.sglang_plugin.hold import Hold
 from backends.sglang_plugin.reports import Reporter, Socket, Step
 from backends.sglang_plugin.targets import Feature, unfit
 from policies.step_line import SeenStep
@@ -60,6 +62,7 @@ class Plugin:
             lambda: self.gate.parked,
             self._open_socket,
         )
+        self.hold = Hold(now_us, pause_us)
         self._met: Scheduler | None = None
         self._settings: Mapping[str, Any] = {}
 
@@ -93,7 +96,8 @@ class Plugin:
 
     def _saw(self, steps: Sequence[Step]) -> None:
         decodes = [SeenStep(step[1], step[2], float(step[5])) for step in steps if step[0]]
-        corrects = not self.gate.rests and not self._options.drill
+        as_told = self._options.drill and self.control.line is not None
+        corrects = not self.gate.rests and not as_told
         self.gate.belief.saw(decodes, corrects=corrects)
 
     # Decode selection.
@@ -129,6 +133,13 @@ class Plugin:
         if whole is not None:
             plan.running_batch = whole
         return plan
+
+    # Drill.
+
+    def run_batch(
+        self, original: Callable[..., Any], engine: Scheduler, batch: Batch, *given: Any
+    ) -> Any:
+        return self.hold.run(original, engine, batch, given)
 
     # Prefill displacement.
 
@@ -213,6 +224,7 @@ class Plugin:
     def _adopt(self, control: Control) -> None:
         self.control = control
         self.gate.adopt(control)
+        self.hold.line = control.held
         self.reporter.look()
         self.displacement.until_us = control.until_us if control.displace else -inf
 
@@ -250,6 +262,8 @@ class Plugin:
             "aside": int(self.displacement.aside is not None),
             "chosen_steps": gate.steps,
             "choosing_us": round(gate.spent_us),
+            "held": self.hold.steps,
+            "held_late": self.hold.late,
             "steps": reporter.steps,
             "reporting_us": round(reporter.spent_us),
             "reporting_cpu_us": round(reporter.computed_us),

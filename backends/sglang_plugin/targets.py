@@ -41,6 +41,12 @@ CONTROL: Final = Need(
     fields={},
     any_version=True,
 )
+HOLD: Final = Need(
+    parameters={SCHEDULER + "run_batch": ("self", "batch", "pp_proxy_tensors")},
+    fields={},
+    any_version=True,
+)
+"""In a drill alone."""
 NEEDS: Final[Mapping[Feature, Need]] = {
     Feature.DECODE: Need(
         parameters={
