@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, generate_latest
 
 from backends.engine_words import Heard, states_of
-from backends.sglang_plugin.control import KEYS
+from backends.sglang_plugin.control import HELD, KEYS, PREFIX
 from backends.sglang_plugin.plugin import Options, Plugin
 from gateway.engine_gauges import EngineGauges
 from tests.documents import ROOT, rows
@@ -58,5 +58,5 @@ def test_each_field_of_the_state_is_told() -> None:
 
 
 def test_each_setting_that_a_server_takes_is_told() -> None:
-    drill = "slackwater_share"
-    assert names("Settings") == set(KEYS) - {drill}
+    drill = {PREFIX + name for name in ("share", *HELD)}
+    assert names("Settings") == set(KEYS) - drill
