@@ -183,9 +183,12 @@ class Reporter:
         self._context, self._ended_us = context, before_us
 
     def _send(self) -> None:
+        """Who has just come gets nothing from before: an engine that chooses notes steps for
+        itself, and the last of them may be as old as its last request."""
         self.catch_up()
         steps, self._steps, self._known = self._steps, [], 0
+        was_heard = self._is_heard
         self.look()
-        if self._is_heard and self.socket is not None:
+        if was_heard and self._is_heard and self.socket is not None:
             self.socket.send(self.reports, steps)
             self.reports += 1

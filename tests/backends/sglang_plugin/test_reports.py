@@ -114,6 +114,17 @@ def test_who_begins_to_listen_is_told_of_what_comes_then() -> None:
     assert seen[0][2] == batch.reqs[0].seqlen - 2
 
 
+def test_what_an_engine_noted_for_itself_is_not_told_to_who_comes_later() -> None:
+    clock, listener = Clock(), Listener(heard=False)
+    one = reporter(clock, listener, chooses=True)
+    run(one, clock, decoded("a", "b", "c"), 30)
+    listener.heard = True
+    clock.us += 60_000_000
+    run(one, clock, decoded("d"), 60)
+    told = [step for body in listener.sent for step in steps_of(body)]
+    assert {step[0] for step in told} == {1}
+
+
 def test_an_engine_that_chooses_learns_of_its_steps_though_nobody_listens() -> None:
     clock, listener, seen = Clock(), Listener(heard=False), []  # type: ignore[var-annotated]
     one = reporter(clock, listener, seen, chooses=True)
