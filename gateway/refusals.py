@@ -19,7 +19,8 @@ class Refusals:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._in_a_row = 0
+        self._waited_s = 0.0
+        """After the last one in a row; 0: none has failed since one was done."""
         self._until_s = 0.0
         self._refused_s: dict[str, float] = {}
         """When it came to nothing with each server."""
@@ -41,17 +42,20 @@ class Refusals:
 
     def _done(self, worker: str) -> None:
         self._refused_s.pop(worker, None)
-        if self._in_a_row:
+        if self._waited_s:
             log.info("changes are done again")
-        self._in_a_row, self._until_s = 0, 0.0
+        self._waited_s = self._until_s = 0.0
 
     def _refused(self, over: SwitchOver) -> None:
         now_s = self._clock.time()
-        wait_s = min(LONGEST_S, FIRST_S * 2.0**self._in_a_row)
-        if not self._in_a_row:
+        wait_s = min(LONGEST_S, 2 * self._waited_s or FIRST_S)
+        if not self._waited_s:
             log.warning(
                 "a change came to nothing", worker=over.worker, error=over.why, again_s=wait_s
             )
-        self._in_a_row += 1
+        self._waited_s = wait_s
         self._until_s = max(self._until_s, now_s + wait_s)
+        self._refused_s = {
+            name: at_s for name, at_s in self._refused_s.items() if now_s - at_s < LONGEST_S
+        }
         self._refused_s[over.worker] = now_s

@@ -36,6 +36,16 @@ def test_each_refusal_in_a_row_is_waited_for_twice_as_long_up_to_a_bound() -> No
     assert waits == [15, 30, 60, 120, 240, 480, 600, 600, 600]
 
 
+def test_weeks_of_refusals_by_ever_new_servers_are_waited_for_and_not_remembered() -> None:
+    book = Book()
+    for number in range(1_100):
+        book.refusals.over(over(Outcome.FAILED, f"pod-{number}"))
+        book.clock.run(book.clock.time() + LONGEST_S)
+    book.refusals.over(over(Outcome.FAILED))
+    assert book.waits_s() == LONGEST_S
+    assert not book.refusals.was_refused("pod-1099")
+
+
 @given(st.lists(st.sampled_from(Outcome), max_size=40))
 def test_only_what_emptied_a_server_in_vain_is_waited_for_and_never_for_longer_than_the_bound(
     outcomes: list[Outcome],
