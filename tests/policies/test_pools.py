@@ -25,7 +25,7 @@ def workers(*names: str) -> list[Worker]:
     """Named by role and pool: "dr" is a relaxed decode server."""
     found = []
     for number, name in enumerate(names):
-        role, pool = name[:2]
+        role, pool = name[0], name[1]
         found.append(server(f"{name}{number}", ROLES[role], pool=POOLS[pool]))
     return found
 
