@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil, inf
@@ -100,21 +100,16 @@ class Slack:
     by_longest = False
 
     def choose(self, running: Sequence[Running], step_us: StepUs) -> list[int]:
-        everybody = list(range(len(running)))
-        if _is_turn(running, self.most_skipped):
-            return everybody
-        contexts = [row.context_tokens for row in running]
-        limit_us, all_us = (
-            self.limit_us(running),
-            step_us(len(running), sum(contexts), max(contexts)),
-        )
-        if all_us <= limit_us:
-            return everybody
-        everybody.sort(key=lambda i: (not running[i].must_step, contexts[i]))
-        line = _Line(everybody, contexts, step_us)
-        fit = line.fit(limit_us, max(1, sum(row.must_step for row in running)))
-        too_few = fit * all_us < len(running) * line.us(fit)
-        return sorted(everybody if too_few else everybody[:fit])
+        count = len(running)
+        if count < 2 or any(row.skipped >= self.most_skipped for row in running):
+            return list(range(count))
+        everybody, limit_us = Everybody(running, step_us), self.limit_us(running)
+        if everybody.us <= limit_us:
+            return list(range(count))
+        line = everybody.line()
+        fit = line.fit(limit_us, everybody.fewest)
+        too_few = fit * everybody.us < count * line.us(fit)
+        return list(range(count)) if too_few else sorted(line.order[:fit])
 
     def limit_us(self, running: Sequence[Running]) -> float:
         """How long a step may take for the sake of those who are on time."""
@@ -131,66 +126,76 @@ class Slack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MostKept:
-    """As many targets as can be kept, by the pace that each request can afford from now on.
+    """As many targets as can be kept, by steps as short as the least advanced request needs.
 
     * Everybody steps, unless shorter steps keep the targets of `worth` of all more. So it is stock
       where stock keeps all, and where nothing can keep more than stock does.
-    * What a request can afford is `aim` of its target, longer or shorter by what it has in hand or
-      lacks, over the next tokens. A step is as long as the least advanced of those with one target
-      can afford: the target by which the most are kept. Who can afford more takes only its share
-      of such steps, and those whose shares are the smallest are kept.
-    * Of these, first come those who would be late before the next choice, then the shortest of all.
+    * What a request can afford for each next token is `aim` of its target, longer or shorter by
+      what it has in hand or lacks. A step is as long as the least advanced of those with one target
+      can afford. What holds steps up shows in what requests lack, whatever was predicted.
+    * A target is tried only where steps within it make tokens enough. What it keeps is judged by
+      targets: who can afford more takes only its share of the steps, and the longest are given up
+      first where there is no room for all shares. Who is late for good counts as whoever comes next
+      with its target. (Judged by those alone who still are on time, it would never begin again:
+      steps of all make everybody late, and the few who have just come are not worth it.)
+    * Of those kept, first come those who would be late before the next choice, then the shortest of
+      all.
     * Tokens per second are not fewer than in a step of all, but for what may be `spent`: a busy
       server would fall behind. Where those who fit are too few, as few more step as it takes.
-    * Nobody waits for more than `most_skipped` steps in a row; when a turn comes, all step.
+    * Nobody waits for more than `most_skipped` steps in a row; whose turn has come steps.
     """
 
-    aim: float = 0.8
+    aim: float = 0.85
     over_tokens: float = 32.0
     """What a request has in hand, or lacks, is made up for over so many."""
     hopeless: float = 0.5
     """Who can afford less than so much of its target sets no pace: it would stop all."""
-    worth: float = 0.15
-    spent: float = 0.03
+    worth: float = 0.1
+    spent: float = 0.05
     """A step has a part that does not depend on who is in it: without anything to spend hardly any
     step of fewer is worth its time."""
+    within: float = 0.98
+    """Of a target, steps that are to keep it may take no more than so much."""
     due_steps: int = 5
     """A choice may be good for so many steps of all: who is late by then is due now."""
     most_skipped: int = 15
     by_longest = False
 
     def choose(self, running: Sequence[Running], step_us: StepUs) -> list[int]:
-        everybody = list(range(len(running)))
-        if _is_turn(running, self.most_skipped):
-            return everybody
-        contexts = [row.context_tokens for row in running]
-        all_us = step_us(len(running), sum(contexts), max(contexts))
-        limit_us, kept = self.kept(running, step_us)
-        if limit_us >= all_us:
-            return everybody
-        soon_us = self.due_steps * all_us
-        due = {i for i in kept if _slack_us(running[i]) < soon_us}
-        everybody.sort(key=lambda i: (not running[i].must_step, i not in due, contexts[i]))
-        line = _Line(everybody, contexts, step_us)
-        fit = line.fit(limit_us, max(1, sum(row.must_step for row in running)))
-        least_per_us = (1 - self.spent) * len(running) / all_us
-        while fit < len(running) and fit < least_per_us * line.us(fit):
-            fit += 1
-        return sorted(everybody[:fit])
+        if len(running) < 2:
+            return list(range(len(running)))
+        everybody = Everybody(running, step_us, self.most_skipped)
+        pace_us, kept = self.kept(everybody)
+        if pace_us >= everybody.us:
+            return list(range(len(running)))
+        soon_us = self.due_steps * everybody.us
+        due = {
+            i
+            for i in kept
+            if _slack_us(running[i]) < soon_us
+            and self.afford_us(running[i]) >= self.hopeless * running[i].tpot_us
+        }
+        line = everybody.line(due)
+        fit = line.fit(pace_us, everybody.fewest)
+        return sorted(line.order[: line.enough(self._least_per_us(everybody), fit)])
 
-    def kept(self, running: Sequence[Running], step_us: StepUs) -> tuple[float, list[int]]:
-        """The length of a step by which the most are kept, and who they are."""
-        contexts = [row.context_tokens for row in running]
-        affords_us = [self.afford_us(row) for row in running]
-        all_us = step_us(len(running), sum(contexts), max(contexts))
-        best = all_us, [i for i, afford_us in enumerate(affords_us) if afford_us >= all_us]
-        fewest = len(best[1]) + max(1, ceil(self.worth * len(running)))
-        paces_us = self._paces_us(running, affords_us) if fewest <= len(running) else ()
-        for pace_us in paces_us:
-            if pace_us < all_us:
-                kept = _sharing(pace_us, affords_us, contexts, step_us)
-                if len(kept) >= fewest:
-                    fewest, best = len(kept), (pace_us, kept)
+    def kept(self, everybody: Everybody) -> tuple[float, list[int]]:
+        """The length of a step by which the most targets are kept, and whose; that of a step of all
+        where shorter ones are not worth it."""
+        best: tuple[float, list[int]] = everybody.us, []
+        paces_us, by_stock = self._paces_us(everybody)
+        fewest = by_stock + max(1, ceil(self.worth * len(everybody.running)))
+        if not paces_us or fewest > len(everybody.running):
+            return best
+        line = everybody.line()
+        least_us = line.us(line.enough(self._least_per_us(everybody), everybody.fewest))
+        for target_us, pace_us in sorted(paces_us.items(), reverse=True):
+            most_us = min(self.within * target_us, everybody.us)
+            if least_us > most_us:
+                break
+            kept = _sharing(most_us, everybody, line.order, fewest)
+            if len(kept) >= fewest:
+                fewest, best = len(kept) + 1, (pace_us, kept)
         return best
 
     def afford_us(self, row: Running) -> float:
@@ -199,14 +204,23 @@ class MostKept:
             return inf
         return self.aim * row.tpot_us + _slack_us(row) / self.over_tokens
 
-    def _paces_us(self, running: Sequence[Running], affords_us: Sequence[float]) -> list[float]:
-        """Of each target, what the least advanced of those who still may keep it can afford."""
-        least_us: dict[float, float] = {}
-        for row, afford_us in zip(running, affords_us, strict=True):
-            target_us = row.tpot_us
-            if self.hopeless * target_us <= afford_us < least_us.get(target_us, inf):
-                least_us[target_us] = afford_us
-        return sorted(least_us.values())
+    def _paces_us(self, everybody: Everybody) -> tuple[dict[float, float], int]:
+        """By target, what the least advanced of those who may keep it can afford, where a step of
+        all takes longer; and how many targets steps of all keep."""
+        paces_us: dict[float, float] = {}
+        by_stock = 0
+        for row in everybody.running:
+            target_us, afford_us = row.tpot_us, self.afford_us(row)
+            if afford_us < self.hopeless * target_us:
+                afford_us = self.aim * target_us  # whoever comes next
+            elif afford_us < paces_us.get(target_us, everybody.us):
+                paces_us[target_us] = afford_us
+            by_stock += afford_us >= everybody.us
+        return paces_us, by_stock
+
+    def _least_per_us(self, everybody: Everybody) -> float:
+        """Tokens that a step has to make, for what it takes."""
+        return (1 - self.spent) * len(everybody.running) / everybody.us
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,18 +334,45 @@ PACKING: dict[str, Packing] = {
 }
 
 
-def _is_turn(running: Sequence[Running], most_skipped: int) -> bool:
-    """Whether all step, whatever they can afford."""
-    return len(running) < 2 or any(row.skipped >= most_skipped for row in running)
+class Everybody:
+    """A step of all, and the lines in which fewer are taken into one."""
+
+    __slots__ = ("_by_context", "_firsts", "contexts", "fewest", "running", "step_us", "us")
+
+    def __init__(
+        self, running: Sequence[Running], step_us: StepUs, most_skipped: float = inf
+    ) -> None:
+        self.running = running
+        self.step_us = step_us
+        self.contexts = [row.context_tokens for row in running]
+        self.us = step_us(len(running), sum(self.contexts), max(self.contexts))
+        self._by_context = sorted(range(len(running)), key=self.contexts.__getitem__)
+        self._firsts = {
+            i for i, row in enumerate(running) if row.must_step or row.skipped >= most_skipped
+        }
+        self.fewest = max(1, len(self._firsts))
+        """Who cannot be left out, or whose turn has come, steps; and somebody does."""
+
+    def line(self, due: Set[int] = frozenset()) -> _Line:
+        """Those who have to step, those who are due, and then the shortest."""
+        order = self._by_context
+        for before in (due, self._firsts):
+            if before:
+                order = [i for i in order if i in before] + [i for i in order if i not in before]
+        return _Line(order, self.contexts, self.step_us)
 
 
 class _Line:
     """Requests in the order in which they are taken into a step."""
 
+    __slots__ = ("_step_us", "_sums", "_tops", "order")
+
     def __init__(self, order: Sequence[int], contexts: Sequence[int], step_us: StepUs) -> None:
+        self.order = order
         self._step_us = step_us
-        self._sums = list(accumulate(contexts[i] for i in order))
-        self._tops = list(accumulate((contexts[i] for i in order), max))
+        in_order = [contexts[i] for i in order]
+        self._sums = list(accumulate(in_order))
+        self._tops = list(accumulate(in_order, max))
 
     def us(self, count: int) -> float:
         """The step of the first so many."""
@@ -348,26 +389,34 @@ class _Line:
                 high = middle
         return low
 
+    def enough(self, per_us: float, least: int) -> int:
+        """How many have to step for so many tokens, `least` at least; all of them are enough."""
+        if least >= per_us * self.us(least):
+            return least
+        low, high = least, len(self._sums)
+        while low + 1 < high:
+            middle = (low + high) // 2
+            if middle < per_us * self.us(middle):
+                low = middle
+            else:
+                high = middle
+        return high
 
-def _sharing(
-    pace_us: float, affords_us: Sequence[float], contexts: Sequence[int], step_us: StepUs
-) -> list[int]:
-    """Who can be kept by steps that are so long, each in its share of them."""
-    shares = sorted(
-        (pace_us / afford_us * contexts[i], pace_us / afford_us, i)
-        for i, afford_us in enumerate(affords_us)
-        if afford_us >= pace_us
-    )
-    kept: list[int] = []
-    tokens = count = 0.0
-    longest = 0
-    for share_tokens, share, index in shares:
-        tokens, count = tokens + share_tokens, count + share
-        longest = max(longest, contexts[index]) if share else 0
-        if step_us(ceil(count), int(tokens), longest) > pace_us and share:
-            break
-        kept.append(index)
-    return kept
+
+def _sharing(pace_us: float, everybody: Everybody, order: Sequence[int], fewest: int) -> list[int]:
+    """Whose targets steps that are so long can keep, each in its share of them, the longest left
+    out where there is no room; nobody, where they are fewer than `fewest`."""
+    running, contexts = everybody.running, everybody.contexts
+    kept = [i for i in order if not 0 < running[i].tpot_us < pace_us]
+    shares = [pace_us / running[i].tpot_us if running[i].tpot_us else 0.0 for i in kept]
+    count = sum(shares)
+    tokens = sum(share * contexts[i] for share, i in zip(shares, kept, strict=True))
+    while len(kept) >= fewest:
+        if everybody.step_us(ceil(count), int(tokens), contexts[kept[-1]]) <= pace_us:
+            return kept
+        share, last = shares.pop(), kept.pop()
+        count, tokens = count - share, tokens - share * contexts[last]
+    return []
 
 
 def _slack_us(row: Running) -> float:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from policies.packing import (
     PACKING,
     All,
+    Everybody,
     Kairos,
     MostKept,
     OnlineFirst,
@@ -90,13 +91,13 @@ def test_a_step_of_some_is_no_longer_than_those_on_time_can_bear(
 
 def test_where_too_few_fit_the_engine_steps_as_few_more_as_tokens_per_second_ask_for() -> None:
     """Each request costs less than a mean one: a step of one alone would halve the tokens."""
-    short = [row(1_000)._replace(tpot_us=12_000.0, since_first_us=0.0)] * 6
+    short = [row(1_000)._replace(tpot_us=11_000.0, since_first_us=0.0)] * 6
     members = [*short, *([row(90_000, slack_ms=30_000)] * 2)]
 
     def step_us(count: int, context: int, longest: int) -> float:
         return 9_000.0 + 250.0 * count + 0.05 * context
 
-    assert KEPT.kept(members, step_us)[0] < step_us(4, 4_000, 1_000)
+    assert KEPT.kept(Everybody(members, step_us))[0] < step_us(4, 4_000, 1_000)
     assert Slack(aim=0.8).choose(members, step_us) == [*range(8)]
     assert KEPT.choose(members, step_us) == [*range(4)]
 
@@ -111,10 +112,12 @@ def test_nobody_is_left_out_where_a_step_of_all_keeps_to_the_limit_or_a_turn_has
     if len(chosen) < len(members):
         all_us = took(members, range(len(members)), step_us)
         if isinstance(slack, MostKept):
-            assert all_us > slack.kept(members, step_us)[0]
+            assert all_us > slack.kept(Everybody(members, step_us))[0]
         else:
             assert all_us > slack.limit_us(members)
-        assert all(m.skipped < slack.most_skipped for m in members)
+            assert all(m.skipped < slack.most_skipped for m in members)
+        waited = {i for i, m in enumerate(members) if m.skipped >= slack.most_skipped}
+        assert waited <= set(chosen)
 
 
 @pytest.mark.parametrize("slack", SLACKS)
@@ -132,11 +135,56 @@ def test_packing_costs_no_tokens_per_second_but_for_what_may_be_spent(
 def test_steps_are_shortened_only_where_that_keeps_more_targets(
     members: list[Running], step_us: StepUs
 ) -> None:
+    """A target that steps of all would keep for good, and has been kept so far, is none of them."""
     chosen = KEPT.choose(members, step_us)
     if len(chosen) < len(members):
-        all_us = took(members, range(len(members)), step_us)
-        by_stock = sum(KEPT.afford_us(m) >= all_us for m in members)
-        assert len(KEPT.kept(members, step_us)[1]) >= by_stock + KEPT.worth * len(members)
+        everybody = Everybody(members, step_us)
+        by_stock = sum(
+            m.tpot_us == 0
+            or (KEPT.aim * m.tpot_us >= everybody.us and KEPT.afford_us(m) >= everybody.us)
+            for m in members
+        )
+        assert len(KEPT.kept(everybody)[1]) >= by_stock + KEPT.worth * len(members)
+
+
+def overloaded(*, late_tokens: Sequence[float]) -> list[Running]:
+    """Tight ones, each on its 51st token and so late, beside loose ones with long contexts."""
+    tight = [Running(400, 50, (51 + late) * 44_000.0, 44_000.0) for late in late_tokens]
+    return [*tight, *[Running(3_000, 20, 1_200_000.0, 132_000.0)] * 9]
+
+
+def busy(count: int, context: int, longest: int) -> float:
+    return 23_500.0 + 1.06 * context
+
+
+def test_steps_of_all_have_made_most_late_for_good_and_whoever_has_just_come_is_kept() -> None:
+    """The others' successors are worth it; their own targets set no pace any more."""
+    late = overloaded(late_tokens=[20.0] * 6)
+    assert KEPT.choose(late, busy) == [*range(15)]
+    chosen = KEPT.choose([late[0]._replace(produced=0, since_first_us=0.0), *late[1:]], busy)
+    assert set(range(6)) <= set(chosen)
+    assert took(late, chosen, busy) <= 44_000
+
+
+def test_a_target_that_steps_with_tokens_enough_cannot_keep_is_not_tried() -> None:
+    members = overloaded(late_tokens=[0.0] * 6)
+    assert len(KEPT.choose(members, busy)) < 15
+    assert KEPT.choose(members, lambda n, c, m: 20_000.0 + busy(n, c, m)) == [*range(15)]
+    assert len(MostKept(spent=0.5).choose(members, lambda n, c, m: 10_000.0 + busy(n, c, m))) < 15
+
+
+def test_of_none_or_one_nobody_is_left_out() -> None:
+    assert KEPT.choose([], busy) == []
+    assert KEPT.choose(overloaded(late_tokens=[5.0])[:1], busy) == [0]
+
+
+def test_whose_turn_has_come_steps_and_the_others_need_not() -> None:
+    members = overloaded(late_tokens=[0.0] * 6)
+    waited = members[-1]._replace(context_tokens=3_600, skipped=KEPT.most_skipped)
+    assert 14 not in KEPT.choose([*members[:-1], waited._replace(skipped=0)], busy)
+    chosen = KEPT.choose([*members[:-1], waited], busy)
+    assert 14 in chosen
+    assert len(chosen) < 15
 
 
 def test_in_overload_the_targets_that_can_be_kept_are_and_no_more_are_tried() -> None:
