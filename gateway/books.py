@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gateway.agenda import Agenda
 from gateway.lifecycle import State, Step, advance
-from gateway.servers import Candidates
+from gateway.servers import Candidates, Own
 from policies.breaker import Breaker
 from policies.events import Reason
 from policies.ledger import Ledger
@@ -291,7 +291,9 @@ class Lane:
         self.last_key: dict[Kind, Key] = {}
         self.buckets = {kind: Bucket() for kind in Kind}
         self._moving: dict[Kind, Movement] = {}
-        self.candidates: dict[Kind, Candidates] = {}
+        self.own: dict[Kind, Own] = {}
+        """Its servers, until the fleet changes."""
+        self.all: Candidates | None = None
 
     def would_be_first(self, job: Job, order: Order) -> bool:
         """Of its kind; a key that moves is not known before its time."""

@@ -281,6 +281,7 @@ class Core:
                 blamed.breaker.failed(now_us)
                 if not blamed.breaker.is_closed:
                     self._agenda.alarm_us = 0
+                    self._lanes.reconsider()
         if ticket.state is State.CANCELLED:
             self._end(ticket)
             return
@@ -377,7 +378,7 @@ class Core:
         self._agenda.mind(stale_us)
         if ledger.worker.role is Role.UNIFIED and ledger.prefills:
             self._free_computed(ledger, event.load)
-        if ledger.worker.pool is Pool.STRICT and not self._lanes.offline_waits:
+        if _may_lend(ledger.worker) and not self._lanes.offline_waits:
             self._preemptor.pull(ledger, self._fleet.ledgers.values(), self._rules.admit, now_us)
         if ledger.kv_tokens == capacity_tokens:
             self._lanes.touch_all()
@@ -398,7 +399,7 @@ class Core:
 
     def _worker_down(self, event: WorkerDown, now_us: int) -> None:
         if self._fleet.silence(event.name):
-            self._lanes.touch_all()
+            self._lanes.reconsider()
 
     def _worker_draining(self, event: WorkerDraining, now_us: int) -> None:
         if (ledger := self._fleet.ledgers.get(event.name)) is not None:
@@ -472,3 +473,7 @@ class Core:
         if ticket.state in _ENDED_UNPLACED:
             self._agenda.forget(job.id)
             self._lanes.of(job.model).take(job)
+
+
+def _may_lend(worker: Worker) -> bool:
+    return worker.role is Role.DECODE and worker.pool is Pool.STRICT

@@ -93,7 +93,8 @@ class Lanes:
         return lanes
 
     def reconsider(self) -> None:
-        """A server may be able again to take what none could: those set aside queue up again."""
+        """Other servers may take now what none could: those set aside queue up again. One that is
+        lost can be the last of its pool, whose jobs share the other one then."""
         for lane in self._lanes.values():
             for kind in Kind:
                 self._queue_anew(lane, kind, list(lane.aside[kind]))
@@ -111,18 +112,23 @@ class Lanes:
     def forget_candidates(self) -> None:
         """The fleet is another one, or its pools are."""
         for lane in self._lanes.values():
-            lane.candidates = {}
+            lane.own, lane.all = {}, None
         self.reconsider()
 
     def candidates(self, lane: Lane, kind: Kind, now_us: int) -> Candidates:
         """A pool of which nobody is in rotation is no reason to refuse what another could take."""
-        own = lane.candidates.get(kind)
+        own = lane.own.get(kind)
         if own is None:
-            own = lane.candidates[kind] = self._fleet.candidates(lane.model, kind)
-        if own.has_usable(now_us) or not self._rules.pools.shares(kind):
-            return own
-        shared = self._fleet.candidates(lane.model, kind, shared=True)
-        return shared if shared.has_usable(now_us) else own
+            own = lane.own[kind] = self._fleet.own(lane.model, kind)
+        if own.pool.has_usable(now_us) or not self._rules.pools.shares(kind):
+            return own.with_lent
+        everybody = self.everybody(lane)
+        return everybody if everybody.has_usable(now_us) else own.with_lent
+
+    def everybody(self, lane: Lane) -> Candidates:
+        if lane.all is None:
+            lane.all = self._fleet.all_of(lane.model)
+        return lane.all
 
     def shut_out(self, lane: Lane, kind: Kind, now_us: int) -> Reason | None:
         """Why nothing of this kind may wait here: nobody of its pool is in rotation."""
@@ -130,8 +136,7 @@ class Lanes:
             return None
         if self.candidates(lane, kind, now_us).has_relaxed(now_us):
             return None
-        others = self._fleet.candidates(lane.model, kind, shared=True)
-        return Reason.NO_RELAXED if others.can_serve else Reason.NO_WORKER
+        return Reason.NO_RELAXED if self.everybody(lane).can_serve else Reason.NO_WORKER
 
     def keeps_waiting(self, lane: Lane, kind: Kind, now_us: int) -> bool:
         """The same, where it waits until somebody is."""

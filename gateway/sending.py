@@ -180,19 +180,37 @@ class Sender:
         job = ticket.job
         ticket.upto, ticket.waits_for, ticket.stands_aside = 0, "", False
         if ticket.avoid:
+            if pair := self._beyond_its_pool(ticket, candidates, now_us):
+                return pair
             admit = self.rules.admit
             candidates = without_failed(job, candidates, ticket.avoid, admit, now_us)
         if ticket.leaves:
             others = candidates.without((ticket.leaves,))
             if pair := choose(job, others, self.rules, now_us):
                 return pair
-        if self.rules.displace.parts:
-            pair = self.slicing.choose(ticket, candidates, self.rules, now_us)
-        else:
-            pair = choose(job, candidates, self.rules, now_us)
+        pair = self._pick(ticket, candidates, now_us)
         if pair is None and is_held(job, candidates, self.rules, now_us):
             ticket.stands_aside = True
             self._agenda.put(self._agenda.held, job.id, held_until_us(job))
+        return pair
+
+    def _pick(self, ticket: Ticket, candidates: Candidates, now_us: int) -> Pair | None:
+        if self.rules.displace.parts:
+            return self.slicing.choose(ticket, candidates, self.rules, now_us)
+        return choose(ticket.job, candidates, self.rules, now_us)
+
+    def _beyond_its_pool(self, ticket: Ticket, candidates: Candidates, now_us: int) -> Pair | None:
+        """Online work goes again at once, which would use up its attempts at the same server: where
+        all of its pool have failed it, it goes to others that have room."""
+        job, avoid = ticket.job, ticket.avoid
+        if job.kind is _OFFLINE:
+            return None
+        if is_worth_a_wait(job, candidates.apart_from(avoid), self.rules.admit, now_us):
+            return None
+        everybody = self._lanes.everybody(self._lanes.of(job.model))
+        pair = self._pick(ticket, everybody.apart_from(avoid), now_us)
+        if pair is None:
+            ticket.upto, ticket.waits_for, ticket.stands_aside = 0, "", False
         return pair
 
     def _place(self, ticket: Ticket, prefill: Ledger, decode: Ledger, now_us: int) -> None:

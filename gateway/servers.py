@@ -9,7 +9,7 @@ from gateway.agenda import Due, passed
 from policies.breaker import Breaker, BreakerRule
 from policies.events import Load, StepsSeen
 from policies.ledger import Ledger
-from policies.pools import Pools, Shared
+from policies.pools import Pools
 from policies.queue import KeyedHeap
 from policies.steps import Costs
 from policies.types import Kind, Pool, Role, Worker
@@ -47,9 +47,12 @@ class Candidates:
     def in_rotation(self, now_us: int) -> Candidates:
         return self.only(lambda ledger: ledger.usable(now_us))
 
+    def apart_from(self, names: tuple[str, ...]) -> Candidates:
+        return self.only(lambda ledger: ledger.worker.name not in names)
+
     def without(self, names: tuple[str, ...]) -> Candidates:
         """A leg that nobody else can take stays with those that can."""
-        others = self.only(lambda ledger: ledger.worker.name not in names)
+        others = self.apart_from(names)
         others.prefills = others.prefills or self.prefills
         others.decodes = others.decodes or self.decodes
         return others
@@ -68,6 +71,15 @@ class Candidates:
 
 def _some(ledgers: list[Ledger], now_us: int) -> bool:
     return any(ledger.usable(now_us) for ledger in ledgers)
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What one kind of job uses while its pool can serve."""
+
+    pool: Candidates
+    """By which it is known whether the pool can."""
+    with_lent: Candidates
 
 
 class Fleet:
@@ -171,32 +183,32 @@ class Fleet:
     def takes_any_model(self) -> bool:
         return any(not ledger.worker.model for ledger in self.ledgers.values())
 
-    def candidates(self, model: str, kind: Kind, *, shared: bool = False) -> Candidates:
-        """Those of its pools, or all. The order of names makes every tie the same everywhere."""
-        pools = Shared() if shared else self._pools
-        workers = [
-            self.ledgers[name].worker
-            for name in sorted(self.ledgers)
-            if self._serves(self.ledgers[name].worker, model)
-        ]
-        prefills = [self.ledgers[w.name] for w in pools.prefills(kind, workers)]
-        decodes = [self.ledgers[w.name] for w in pools.decodes(kind, workers)]
-        if kind is Kind.OFFLINE and pools.lends:
-            decodes = _lending(decodes)
-        return Candidates(
-            prefills=[e for e in prefills if e.worker.role is Role.PREFILL],
-            decodes=decodes,
-            unified=[e for e in prefills if e.worker.role is Role.UNIFIED],
-        )
+    def own(self, model: str, kind: Kind) -> Own:
+        """What a server can lend is known by its predicted steps alone."""
+        workers = self._of(model)
+        own = self._pools.servers(kind, workers)
+        lent = self._pools.lent(kind, workers)
+        lent = [w for w in lent if self.ledgers[w.name].steps is not None]
+        pool = self._candidates(own)
+        return Own(pool, self._candidates(own + lent) if lent else pool)
 
-    @staticmethod
-    def _serves(worker: Worker, model: str) -> bool:
+    def all_of(self, model: str) -> Candidates:
+        """Whatever their pools are."""
+        return self._candidates(self._of(model))
+
+    def _of(self, model: str) -> list[Worker]:
         """A server that did not name its model takes any, and so does a job."""
-        return not model or not worker.model or worker.model == model
+        workers = [ledger.worker for ledger in self.ledgers.values()]
+        return [w for w in workers if not model or not w.model or w.model == model]
 
-
-def _lending(decodes: list[Ledger]) -> list[Ledger]:
-    """What a strict server can lend is known by its predicted steps alone."""
-    if not any(e.worker.pool is Pool.RELAXED for e in decodes):
-        return decodes
-    return [e for e in decodes if e.worker.pool is Pool.RELAXED or e.steps is not None]
+    def _candidates(self, workers: list[Worker]) -> Candidates:
+        """The order of names makes every tie the same everywhere. Half a pair is of no use, and
+        must not be counted with those that are."""
+        by_role: dict[Role, list[Ledger]] = {role: [] for role in Role}
+        for name in sorted(worker.name for worker in workers):
+            ledger = self.ledgers[name]
+            by_role[ledger.worker.role].append(ledger)
+        prefills, decodes = by_role[Role.PREFILL], by_role[Role.DECODE]
+        if not prefills or not decodes:
+            prefills, decodes = [], []
+        return Candidates(prefills, decodes, by_role[Role.UNIFIED])

@@ -194,7 +194,8 @@ def of_fleet(servers: Sequence[Facts], *, keeps_pools: bool) -> Iterator[Finding
             if not any(same_model(facts, other) for other in others):
                 text = f"there is no {missing} server that it could work with"
                 yield Finding(level=Level.BAD, subject=facts.name, text=text)
-    if keeps_pools and len({facts.worker.pool for facts in decodes}) == 1:
+    unified = [facts for facts in alive if facts.worker.role is Role.UNIFIED]
+    if keeps_pools and decodes and len({facts.worker.pool for facts in decodes + unified}) == 1:
         kept = Kind.OFFLINE if decodes[0].worker.pool is Pool.STRICT else Kind.ONLINE
         text = (
             f'policies.pools = "latency", and all decode servers are {decodes[0].worker.pool}: '

@@ -16,11 +16,13 @@ class Pools(Protocol):
         """Whether strict decode servers take offline work as far as their slack goes."""
         ...
 
-    def prefills(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]:
-        """Servers that may compute the prompt: prefill servers, and unified ones for all of it."""
+    def servers(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]:
+        """Those that it uses before anything is lent to it, in their order."""
         ...
 
-    def decodes(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]: ...
+    def lent(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]:
+        """The decode servers of the other pool that it may use besides."""
+        ...
 
     def shares(self, kind: Kind) -> bool:
         """Whether it may use any server while nobody of its pool is in rotation."""
@@ -41,11 +43,11 @@ class Shared:
 
     lends: ClassVar[bool] = False
 
-    def prefills(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]:
-        return [w for w in workers if w.role is not Role.DECODE]
+    def servers(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]:
+        return list(workers)
 
-    def decodes(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]:
-        return [w for w in workers if w.role is Role.DECODE]
+    def lent(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]:
+        return []
 
     def shares(self, kind: Kind) -> bool:
         return True
@@ -70,24 +72,25 @@ class ByLatency:
     """Online work decodes on strict servers, offline work on relaxed ones and on what strict ones
     lend.
 
-    A kind whose pool is empty shares what there is: holding it back would hang it. Offline work
-    can be kept from that.
+    A pool is its unified servers and, beside a prefill server, its decode servers: one of either
+    is enough to keep a kind off the other pool. Prefill servers are everybody's. A kind whose pool
+    can serve nothing shares what there is: holding it back would hang it. Offline work can be kept
+    from that.
     """
 
     lends: bool = False
     """Whether strict decode servers take offline work as far as their slack goes."""
     without_relaxed: WithoutRelaxed = WithoutRelaxed.SHARE
 
-    def prefills(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]:
-        unified = self._own(kind, [w for w in workers if w.role is Role.UNIFIED])
-        return [w for w in workers if w.role is Role.PREFILL] + unified
+    def servers(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]:
+        if own := _own(kind, workers):
+            return own
+        return list(workers) if self.shares(kind) else []
 
-    def decodes(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]:
-        decodes = [w for w in workers if w.role is Role.DECODE]
-        own = self._own(kind, decodes)
-        if kind is Kind.OFFLINE and self.lends and own:
-            return decodes
-        return own
+    def lent(self, kind: Kind, workers: Sequence[Worker]) -> list[Worker]:
+        if kind is Kind.ONLINE or not self.lends or not _own(kind, workers):
+            return []
+        return [w for w in workers if w.role is Role.DECODE and w.pool is Pool.STRICT]
 
     def shares(self, kind: Kind) -> bool:
         """Whether it may use the other pool while nobody of its own is in rotation."""
@@ -99,7 +102,10 @@ class ByLatency:
     def refuses(self, kind: Kind) -> bool:
         return kind is Kind.OFFLINE and self.without_relaxed is WithoutRelaxed.REJECT
 
-    def _own(self, kind: Kind, workers: list[Worker]) -> list[Worker]:
-        wanted = Pool.STRICT if kind is Kind.ONLINE else Pool.RELAXED
-        own = [w for w in workers if w.pool is wanted]
-        return own or (workers if self.shares(kind) else [])
+
+def _own(kind: Kind, workers: Sequence[Worker]) -> list[Worker]:
+    """Its pool with the prefill servers; nobody, if these could not serve anything."""
+    wanted = Pool.STRICT if kind is Kind.ONLINE else Pool.RELAXED
+    own = [w for w in workers if w.role is Role.PREFILL or w.pool is wanted]
+    roles = {w.role for w in own}
+    return own if Role.UNIFIED in roles or {Role.PREFILL, Role.DECODE} <= roles else []

@@ -114,7 +114,7 @@ def fleet(*workers: Worker) -> Fleet:
 
 def test_candidates_come_in_the_order_of_their_names() -> None:
     new = fleet(prefill("b"), decode("z"), unified("m"), prefill("a"), decode("c"))
-    found = new.candidates("", Kind.ONLINE)
+    found = new.own("", Kind.ONLINE).pool
     assert [e.worker.name for e in found.prefills] == ["a", "b"]
     assert [e.worker.name for e in found.decodes] == ["c", "z"]
     assert [e.worker.name for e in found.unified] == ["m"]
@@ -122,15 +122,15 @@ def test_candidates_come_in_the_order_of_their_names() -> None:
 
 def test_a_server_serves_its_model_and_a_nameless_one_any() -> None:
     new = fleet(unified("x", model="x"), unified("any"))
-    names = {m: [e.worker.name for e in new.candidates(m, Kind.ONLINE).unified] for m in "xy"}
+    names = {m: [e.worker.name for e in new.own(m, Kind.ONLINE).pool.unified] for m in "xy"}
     assert names == {"x": ["any", "x"], "y": ["any"]}
 
 
 def test_a_reload_may_change_the_pools() -> None:
     new = fleet(unified("s"), unified("r", pool=Pool.RELAXED))
-    assert len(new.candidates("", Kind.ONLINE).unified) == 1
+    assert len(new.own("", Kind.ONLINE).pool.unified) == 1
     new.adopt(BreakerRule(), Shared(), Costs())
-    assert len(new.candidates("", Kind.ONLINE).unified) == 2
+    assert len(new.own("", Kind.ONLINE).pool.unified) == 2
 
 
 def test_a_server_that_is_gone_changes_nothing_any_more() -> None:
@@ -154,7 +154,7 @@ def test_servers_that_are_gone_and_empty_are_forgotten() -> None:
 
 
 def test_without_the_failed_a_leg_that_has_no_other_stays() -> None:
-    found = fleet(prefill("p"), decode("d1"), decode("d2")).candidates("", Kind.ONLINE)
+    found = fleet(prefill("p"), decode("d1"), decode("d2")).own("", Kind.ONLINE).pool
     others = found.without(("p", "d1"))
     assert [e.worker.name for e in others.prefills + others.decodes] == ["p", "d2"]
 

@@ -24,10 +24,11 @@ from gateway.config import Config, WorkerEntry
 from gateway.facts import Facts
 from gateway.probe import learnt
 from gateway.settings import ConfigError
-from gateway.suitability import Level, of_pair
+from gateway.suitability import Level, of_fleet, of_pair
 from gateway.trial import Trial
 from policies.types import Pool, Role, Worker
 from tests.gateway.gateway_under_test import PAIR, TWO_PAIRS, UNIFIED, entry_of, fault, spec
+from tests.gateway.talk import decode, prefill, unified
 
 TIMEOUT_S = 5.0
 RELAXED = spec("d2", Role.DECODE, pool=Pool.RELAXED)
@@ -229,6 +230,20 @@ async def test_decode_servers_of_one_pool_only_are_noted_where_pools_are_kept() 
         shared = await checked(replace(config, policies=replace(config.policies, pools="none")))
     assert any("offline work shares them" in note for note in told(kept, Level.NOTE))
     assert not any("shares them" in note for note in told(shared, Level.NOTE))
+
+
+@pytest.mark.parametrize(
+    ("pools", "noted"),
+    [(("strict", "relaxed"), []), (("strict", "strict"), ["offline"]), (("relaxed",), ["online"])],
+)
+def test_a_unified_server_of_the_other_pool_is_one_that_its_kind_has(
+    pools: tuple[str, ...], noted: list[str]
+) -> None:
+    makes = (decode, unified)
+    workers = [make(pool=Pool(pool)) for make, pool in zip(makes, pools, strict=False)]
+    servers = [Facts(configured=it, worker=it) for it in (prefill(), *workers)]
+    found = [each.text for each in of_fleet(servers, keeps_pools=True)]
+    assert [text.partition(": ")[2].split()[0] for text in found] == noted
 
 
 async def test_what_is_noted_of_many_servers_is_shown_once() -> None:

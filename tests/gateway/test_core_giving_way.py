@@ -366,6 +366,10 @@ def test_a_strict_server_with_room_takes_over_what_is_slow_elsewhere() -> None:
     assert talk.say(Preempted(name, 5)) == [("go", name, "p", "d", "resume")]
 
 
+def test_prefill_servers_take_nothing_over() -> None:
+    assert crowded().say(LoadReport("p", load())) == []
+
+
 def test_nothing_is_pulled_off_a_server_that_is_being_drained() -> None:
     talk = crowded()
     talk.say(WorkerDraining("r"))

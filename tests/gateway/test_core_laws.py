@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 )
 
 from gateway.books import Ticket
-from gateway.choice import fits_ever
+from gateway.choice import fits_ever, is_worth_a_wait
 from gateway.core import Core, Rules
 from policies.admit import Headroom
 from policies.breaker import BreakerRule
@@ -123,8 +123,17 @@ WORKERS = {
     "d1": server("d1", Role.DECODE, kv_tokens=1500, model="x", host="gpu"),
     "d2": server("d2", Role.DECODE, kv_tokens=700, max_running=2, pool=Pool.RELAXED, host="gpu"),
     "u1": server("u1", Role.UNIFIED, kv_tokens=900, model="y"),
+    "u2": server("u2", Role.UNIFIED, kv_tokens=1200, pool=Pool.RELAXED),
 }
-FLEETS = [("d2", "p1"), ("d1", "d2", "p2"), ("u1",), ("d2", "p1", "u1"), tuple(sorted(WORKERS))]
+FLEETS = [
+    ("d2", "p1"),
+    ("d1", "d2", "p2"),
+    ("u1",),
+    ("d2", "p1", "u1"),
+    ("d1", "p1", "u2"),
+    ("d1", "d2", "p1", "u2"),
+    tuple(sorted(WORKERS)),
+]
 FAULTS = st.sampled_from([Fault.DIED, Fault.BUSY, Fault.REQUEST])
 
 
@@ -434,6 +443,17 @@ class CoreMachine(RuleBasedStateMachine):
                     partial(is_free_for, job, self.now_us)
                 )
                 assert not fits_ever(job, free, ADMIT), (job, free)
+
+    @invariant()
+    def nobody_is_set_aside_whom_a_server_in_rotation_could_take(self) -> None:
+        """Else it would wait for an event that need not come."""
+        lanes = self.core._lanes
+        for lane in lanes:
+            for kind in Kind:
+                found = lanes.candidates(lane, kind, self.now_us)
+                for name in lane.aside[kind]:
+                    job = self.core._tickets[name].job
+                    assert not is_worth_a_wait(job, found, ADMIT, self.now_us), (job, found)
 
     @staticmethod
     def _has_a_reason(ticket: Ticket) -> bool:

@@ -11,9 +11,8 @@ from policies.breaker import Breaker, BreakerRule
 from policies.ledger import Ledger
 from policies.order import Edf, Fcfs
 from policies.place import LeastWork, RoundRobin
-from policies.pools import ByLatency, Shared
 from policies.registry import ORDER, PLACE, POOLS, PREEMPT
-from policies.types import Kind, Pool, Worker
+from policies.types import Worker
 from tests.gateway.talk import decode, load, online, prefill, unified
 
 
@@ -86,30 +85,6 @@ def test_orders_differ_where_the_later_job_is_more_urgent() -> None:
     early, late = online("early"), online("late", at_us=5, deadline_us=9)
     assert Fcfs().key(early) < Fcfs().key(late)
     assert Edf().key(late) < Edf().key(early)
-
-
-WORKERS = [
-    prefill("p"),
-    decode("ds"),
-    decode("dr", pool=Pool.RELAXED),
-    unified("us"),
-    unified("ur", pool=Pool.RELAXED),
-]
-
-
-@pytest.mark.parametrize(
-    ("kind", "prefills", "decodes"),
-    [(Kind.ONLINE, ["p", "us"], ["ds"]), (Kind.OFFLINE, ["p", "ur"], ["dr"])],
-)
-def test_each_kind_has_its_pool(kind: Kind, prefills: list[str], decodes: list[str]) -> None:
-    pools = ByLatency()
-    assert [w.name for w in pools.prefills(kind, WORKERS)] == prefills
-    assert [w.name for w in pools.decodes(kind, WORKERS)] == decodes
-
-
-def test_without_pools_everybody_shares() -> None:
-    assert [w.name for w in Shared().prefills(Kind.ONLINE, WORKERS)] == ["p", "us", "ur"]
-    assert [w.name for w in Shared().decodes(Kind.OFFLINE, WORKERS)] == ["ds", "dr"]
 
 
 @pytest.mark.parametrize("registry", [ORDER, PLACE, POOLS, PREEMPT])
