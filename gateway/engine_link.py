@@ -66,7 +66,8 @@ class EngineLink:
         if features:
             self.heard[name] = replace(heard, mode=self._mode(features))
         self._say(name, heard, features)
-        if features or heard.faults or Feature.REPORTS in heard.features:
+        # Without features, too: whoever is busy answers late, and what failed may be tried again.
+        if self._wanted(heard) or heard.faults or Feature.REPORTS in heard.features:
             self._links[name] = self._tasks.create_task(self._keep(server, heard, features))
         return features
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil, inf
+from operator import mul
 from typing import NamedTuple, Protocol
 
 
@@ -169,11 +171,12 @@ class MostKept:
         if pace_us >= everybody.us:
             return list(range(len(running)))
         soon_us = self.due_steps * everybody.us
+        targets_us, slacks_us = everybody.targets_us, everybody.slacks_us
         due = {
             i
             for i in kept
-            if _slack_us(running[i]) < soon_us
-            and self.afford_us(running[i]) >= self.hopeless * running[i].tpot_us
+            if slacks_us[i] < soon_us
+            and self.afford_us(targets_us[i], slacks_us[i]) >= self.hopeless * targets_us[i]
         }
         line = everybody.line(due)
         fit = line.fit(pace_us, everybody.fewest)
@@ -189,28 +192,29 @@ class MostKept:
             return best
         line = everybody.line()
         least_us = line.us(line.enough(self._least_per_us(everybody), everybody.fewest))
+        ascending_us = sorted(everybody.targets_us)
         for target_us, pace_us in sorted(paces_us.items(), reverse=True):
             most_us = min(self.within * target_us, everybody.us)
             if least_us > most_us:
                 break
+            if len(ascending_us) - bisect_left(ascending_us, most_us) < fewest:
+                continue  # hardly anybody has a target as long as that
             kept = _sharing(most_us, everybody, line.order, fewest)
             if len(kept) >= fewest:
                 fewest, best = len(kept) + 1, (pace_us, kept)
         return best
 
-    def afford_us(self, row: Running) -> float:
-        """For each of its next tokens."""
-        if row.tpot_us <= 0:
-            return inf
-        return self.aim * row.tpot_us + _slack_us(row) / self.over_tokens
+    def afford_us(self, target_us: float, slack_us: float) -> float:
+        """What a request can, for each of its next tokens."""
+        return self.aim * target_us + slack_us / self.over_tokens
 
     def _paces_us(self, everybody: Everybody) -> tuple[dict[float, float], int]:
         """By target, what the least advanced of those who may keep it can afford, where a step of
         all takes longer; and how many targets steps of all keep."""
         paces_us: dict[float, float] = {}
         by_stock = 0
-        for row in everybody.running:
-            target_us, afford_us = row.tpot_us, self.afford_us(row)
+        for target_us, slack_us in zip(everybody.targets_us, everybody.slacks_us, strict=True):
+            afford_us = self.afford_us(target_us, slack_us)
             if afford_us < self.hopeless * target_us:
                 afford_us = self.aim * target_us  # whoever comes next
             elif afford_us < paces_us.get(target_us, everybody.us):
@@ -337,7 +341,10 @@ PACKING: dict[str, Packing] = {
 class Everybody:
     """A step of all, and the lines in which fewer are taken into one."""
 
-    __slots__ = ("_by_context", "_firsts", "contexts", "fewest", "running", "step_us", "us")
+    __slots__ = (
+        *("_by_context", "_firsts", "contexts", "fewest", "running"),
+        *("slacks_us", "step_us", "targets_us", "us"),
+    )
 
     def __init__(
         self, running: Sequence[Running], step_us: StepUs, most_skipped: float = inf
@@ -346,6 +353,9 @@ class Everybody:
         self.step_us = step_us
         self.contexts = [row.context_tokens for row in running]
         self.us = step_us(len(running), sum(self.contexts), max(self.contexts))
+        self.targets_us = [row.tpot_us if row.tpot_us > 0 else inf for row in running]
+        """Any step is short enough for whom nobody waits."""
+        self.slacks_us = [_slack_us(row) for row in running]
         self._by_context = sorted(range(len(running)), key=self.contexts.__getitem__)
         self._firsts = {
             i for i, row in enumerate(running) if row.must_step or row.skipped >= most_skipped
@@ -406,11 +416,11 @@ class _Line:
 def _sharing(pace_us: float, everybody: Everybody, order: Sequence[int], fewest: int) -> list[int]:
     """Whose targets steps that are so long can keep, each in its share of them, the longest left
     out where there is no room; nobody, where they are fewer than `fewest`."""
-    running, contexts = everybody.running, everybody.contexts
-    kept = [i for i in order if not 0 < running[i].tpot_us < pace_us]
-    shares = [pace_us / running[i].tpot_us if running[i].tpot_us else 0.0 for i in kept]
+    targets_us, contexts = everybody.targets_us, everybody.contexts
+    kept = [i for i in order if targets_us[i] >= pace_us]
+    shares = [pace_us / targets_us[i] for i in kept]
     count = sum(shares)
-    tokens = sum(share * contexts[i] for share, i in zip(shares, kept, strict=True))
+    tokens = sum(map(mul, shares, [contexts[i] for i in kept]))
     while len(kept) >= fewest:
         if everybody.step_us(ceil(count), int(tokens), contexts[kept[-1]]) <= pace_us:
             return kept

@@ -190,8 +190,7 @@ class Plugin:
     ) -> Any:
         if self._met is None:
             self.meet(engine)
-        if self._now_us() > self.control.until_us:
-            self._adopt(Control())  # an engine that rests does not look
+        self._lapse()
         answer = original(engine, recv_req)
         answer.internal_state[STATE] = self.state()
         return answer
@@ -215,11 +214,17 @@ class Plugin:
             answer = original(engine, recv_req)
             if not answer.updated:
                 return answer
+        self._lapse()  # what is set now is set over nothing that is gone
         if setting.reset:
             for faults in self.faults.values():
                 faults.turn_on()
         self._adopt(adjusted(self.control, setting, self._now_us()))
         return self._answer(updated=True)
+
+    def _lapse(self) -> None:
+        """An engine that rests does not look at its lease."""
+        if self._now_us() > self.control.until_us:
+            self._adopt(Control())
 
     def _adopt(self, control: Control) -> None:
         self.control = control

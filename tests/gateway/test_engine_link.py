@@ -50,8 +50,10 @@ class Engine:
         self.pushed: list[dict[str, float]] = []
         self.takes: object = [True]
         self.status = 200
+        self.busy_s = 0.0
 
     async def set(self, request: web.Request) -> web.Response:
+        await asyncio.sleep(self.busy_s)
         told = (await request.json())["server_args"]
         self.pushed.append(told)
         self.control = adjusted(self.control, setting_of(told, drill=False), 0.0)
@@ -134,6 +136,25 @@ async def test_a_server_that_takes_no_settings_is_used_as_a_stock_one(
     async with standing() as site:
         site.engine.status, site.engine.takes = status, takes
         assert await site.met() == []
+
+
+async def test_a_server_too_busy_to_take_settings_when_it_is_met_is_told_again() -> None:
+    async with standing() as site:
+        site.engine.busy_s = 6.0
+        assert await site.met() == []
+        site.engine.busy_s = 0.0
+        await asyncio.sleep(11)
+        assert not site.server.is_known
+        assert await site.met() == ["decode", "online-first", "prefill"]
+
+
+async def test_a_server_that_goes_on_to_take_no_settings_is_told_again_and_stays_known() -> None:
+    async with standing() as site:
+        site.engine.takes = [False]
+        await site.met()
+        await asyncio.sleep(65)
+        assert site.server.is_known
+        assert len(site.engine.pushed) == 7
 
 
 async def test_the_lease_is_renewed_before_it_ends() -> None:

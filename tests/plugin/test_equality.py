@@ -154,12 +154,19 @@ async def test_selection_that_fails_three_times_is_off_and_the_server_serves(tri
 
 @pytest.mark.parametrize("ground", ["overlapping"], indirect=True)
 async def test_what_a_gateway_set_ends_with_its_lease(trial: Trial) -> None:
-    await trial.set("slack", lease_s=0.05, **LINE)
-    assert (await trial.state())["mode"] == "slack"
-    await trial.wave(trial.asks(4, tokens=30))
-    await asyncio.sleep(0.05)
-    await trial.wave(trial.asks(2, tokens=30))
+    await trial.set("online-first", tpot_us=1_000, base_us=900, request_us=500, most_parked_us=6e7)
+    await trial.slow(STEP_S)
+    online = [trial.send(Ask(trial.prompt(50), 450)) for _ in range(2)]  # for 9 s at least
+    await asyncio.gather(*(leg.begun.wait() for leg in online))
+    offline = [trial.send(Ask(trial.prompt(60), 5, offline=True)) for _ in range(2)]
+    await trial.until("parked", 2)
+    await trial.set(lease_s=0.3)
+    # Who asks for the state would end the lease; here it is the engine that looks.
+    await asyncio.gather(*(leg.task for leg in offline))
+    assert not any(leg.task.done() for leg in online)
     assert (await trial.state())["mode"] == "all"
+    await trial.slow(FLOOR_S)
+    await asyncio.gather(*(leg.task for leg in online))
 
 
 @pytest.mark.parametrize("ground", ["overlapping"], indirect=True)

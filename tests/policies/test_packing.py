@@ -141,9 +141,9 @@ def test_steps_are_shortened_only_where_that_keeps_more_targets(
     if len(chosen) < len(members):
         everybody = Everybody(members, step_us)
         by_stock = sum(
-            m.tpot_us == 0
-            or (KEPT.aim * m.tpot_us >= everybody.us and KEPT.afford_us(m) >= everybody.us)
-            for m in members
+            KEPT.aim * target_us >= everybody.us
+            and KEPT.afford_us(target_us, slack_us) >= everybody.us
+            for target_us, slack_us in zip(everybody.targets_us, everybody.slacks_us, strict=True)
         )
         assert len(KEPT.kept(everybody)[1]) >= by_stock + KEPT.worth * len(members)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from math import inf
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -50,6 +52,25 @@ def test_an_idle_server_too_is_stock_sglang_again_when_its_lease_is_over() -> No
     assert (state(one)["mode"], state(one)["displace"]) == ("online-first", True)
     clock.us += 2.1e6
     assert (state(one)["mode"], state(one)["displace"]) == ("all", False)
+
+
+@pytest.mark.parametrize("told", [{"lease_s": 60}, {"tpot_us": 9_000}])
+def test_what_is_set_after_a_lease_is_set_over_nothing_of_it_and_stays(
+    told: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = SimpleNamespace(SetInternalStateReqOutput=SimpleNamespace)
+    monkeypatch.setitem(cast("Any", sys.modules), "sglang.srt.managers.io_struct", words)
+    clock = Clock()
+    one = plugin(clock)
+    one._adopt(adjusted(one.control, Setting(mode=1, base_us=900.0, lease_s=2), clock.us))
+    clock.us += 2.1e6
+    call = SimpleNamespace(server_args={f"slackwater_{key}": told[key] for key in told})
+    assert one.set_internal_state(lambda *_: None, SimpleNamespace(), call).updated
+    clock.us += 1e6
+    assert (state(one)["mode"], state(one)["line_from"]) == ("all", "")
+    assert (one.control.tpot_us, one.control.until_us - clock.us) == (
+        (0.0, 59e6) if "lease_s" in told else (9_000.0, inf)
+    )
 
 
 def test_a_step_of_a_server_at_rest_is_the_engines_own() -> None:
