@@ -26,7 +26,7 @@ from benchmarks.plugin_found import (
     error_of,
     say,
 )
-from benchmarks.plugin_model import AsMeasured, Row, Told, circled
+from benchmarks.plugin_model import PACKINGS, AsMeasured, Row, Told, circled
 from benchmarks.plugin_site import Site, Stream
 from benchmarks.report import Check, Report, Spread
 from policies.step_line import SeenStep, StepLine, fitted
@@ -338,18 +338,16 @@ class Mixed:
     def _simulated(self, line: StepLine, held: Held, load: float, mode: str, seed: str) -> Seen:
         rng = random.Random(seed)
         askers = self.askers(load)
-        circles = [
-            [
-                Row(prompt_tokens=len(it.prompt), tokens=tokens, tpot_ms=self.targets.of(it))
-                for tokens in it.answers(seed)
-            ]
-            for it in askers
-        ]
         times = AsMeasured(line, again(held.joins_s, rng), again(held.ratios, rng))
-        again_s = again(held.first_s, rng)
-        heard = circled(times, circles, mode, HOLD_STEPS, again_s=again_s, until_s=self.seconds)
-        answers = [[told_of(it) for it in own if it.times_s] for own in heard]
-        return seen(askers, answers, self.targets, 0.0, self.seconds)
+        heard = circled(
+            times,
+            rows_of(askers, self.targets, seed),
+            PACKINGS[mode],
+            HOLD_STEPS,
+            again_s=again(held.first_s, rng),
+            until_s=self.seconds,
+        )
+        return seen(askers, answers_of(heard), self.targets, 0.0, self.seconds)
 
 
 class Joining(NamedTuple):
@@ -424,3 +422,18 @@ def answer_of(stream: Stream, until_s: float) -> Answer:
 
 def told_of(told: Told) -> Answer:
     return Answer(told.times_s, len(told.times_s), told.has_ended)
+
+
+def answers_of(heard: Sequence[Sequence[Told]]) -> list[list[Answer]]:
+    return [[told_of(it) for it in own if it.times_s] for own in heard]
+
+
+def rows_of(askers: Sequence[Asker], targets: Targets, seed: str) -> list[list[Row]]:
+    """What each of them asks of a simulated engine."""
+    return [
+        [
+            Row(prompt_tokens=len(it.prompt), tokens=tokens, tpot_ms=targets.of(it))
+            for tokens in it.answers(seed)
+        ]
+        for it in askers
+    ]

@@ -68,13 +68,19 @@ class Row:
 class Model:
     """One engine of which the requests are told apart by number."""
 
-    def __init__(self, times: AsMeasured, mode: str, hold_steps: int) -> None:
-        self.clock = VirtualClock()
+    def __init__(
+        self,
+        times: AsMeasured,
+        packing: str,
+        hold_steps: int,
+        clock: VirtualClock | None = None,
+    ) -> None:
+        self.clock = clock or VirtualClock()
         config = EngineConfig(
             role=Role.UNIFIED,
             kv_tokens=1_000_000,
             chunk_tokens=1_000_000,
-            packing=PACKINGS[mode],
+            packing=packing,
             hold_steps=hold_steps,
         )
         self._engine = patched(config, self.clock, times, predicted=AsMeasured(times.line))
@@ -99,7 +105,7 @@ class Model:
 
 def played(line: StepLine, rows: Sequence[Row], mode: str, hold_steps: int) -> list[Told]:
     """All of them decode from the first instant on."""
-    model = Model(AsMeasured(line), mode, hold_steps)
+    model = Model(AsMeasured(line), PACKINGS[mode], hold_steps)
     heard = [model.send(row) for row in rows]
     model.clock.run()
     return heard
@@ -108,14 +114,17 @@ def played(line: StepLine, rows: Sequence[Row], mode: str, hold_steps: int) -> l
 def circled(
     times: AsMeasured,
     circles: Sequence[Sequence[Row]],
-    mode: str,
+    packing: str,
     hold_steps: int,
     *,
     again_s: Iterator[float],
     until_s: float,
+    begin_s: Iterator[float] | None = None,
+    clock: VirtualClock | None = None,
 ) -> list[list[Told]]:
-    """In each circle a request comes some time after the one before it has ended."""
-    model = Model(times, mode, hold_steps)
+    """In each circle a request comes some time after the one before it has ended; the first of
+    each at once, or as `begin_s` says. The clock is given where the steps go by it."""
+    model = Model(times, packing, hold_steps, clock)
     heard: list[list[Told]] = []
 
     def begin(rows: Iterator[Row], told: list[Told]) -> None:
@@ -127,6 +136,7 @@ def circled(
 
     for circle in circles:
         heard.append([])
-        begin(iter(circle), heard[-1])
+        at_s = next(begin_s) if begin_s else 0.0
+        model.clock.call_at(at_s, begin, iter(circle), heard[-1])
     model.clock.run(until_s)
     return heard
