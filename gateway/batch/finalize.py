@@ -65,7 +65,7 @@ async def _write(store: Store, task: Task, drafts: Sequence[Draft]) -> None:
         for is_error, draft in enumerate(drafts):
             lines = [_line(task.batch, row) for row in rows if row.failed == bool(is_error)]
             if lines:
-                await draft.add(b"\n".join(lines) + b"\n", len(lines))
+                await draft.add(b"\n".join([*lines, b""]), len(lines))
 
 
 async def _keep_held(drafts: Sequence[Draft]) -> None:

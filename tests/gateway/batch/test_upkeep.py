@@ -25,7 +25,7 @@ from gateway.batch.validate import Limits
 from gateway.clock import LiveClock
 from tests.gateway.batch.conftest import Site
 from tests.gateway.batch.served import jsonl, row
-from tests.gateway.batch.stored import PLENTY, keep, new_batch, new_file, new_rows, taken
+from tests.gateway.batch.stored import PLENTY, keep, new_batch, new_file, new_rows, result, taken
 
 pytestmark = pytest.mark.real_time
 
@@ -239,6 +239,44 @@ async def test_a_lease_that_was_lost_is_told_of_and_a_new_one_taken(works: Works
     assert len(works.losses) == 1
     await works.upkeep.renew()
     assert len(works.losses) == 1
+
+
+async def test_a_gateway_alone_keeps_its_rows_when_its_clock_is_set(works: Works) -> None:
+    """Or when its machine has stood still: nobody else has looked meanwhile."""
+    await works.submit(jsonl(row(1), row(2)))
+    await works.upkeep.work(Stage.VALIDATE)
+    held = await works.store.claim(2)
+    works.site.wait(3_600)
+    await works.upkeep.chores()
+    assert await (await works.site.store()).reap() == 0
+    assert (works.losses, len(await works.store.finish([result(one) for one in held]))) == ([], 2)
+
+
+async def test_what_cannot_be_deleted_keeps_nothing_else_from_it(
+    works: Works, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.batch.upkeep._LITTER", 2)
+    for name in ("a", "b", "c", "d", "e"):
+        await works.store.announce(name)
+        (works.folder / name).mkdir() if name in "ab" else (works.folder / name).touch()
+    works.site.wait(301)
+    for _ in range(4):
+        with suppress(StorageUnavailable):
+            await works.upkeep.sweep()
+    assert sorted(path.name for path in works.folder.iterdir()) == ["a", "b"]
+    assert await works.store.litter(9) == ["a", "b"]
+
+
+async def test_lines_are_read_so_many_bytes_at_a_time(works: Works) -> None:
+    await works.submit(jsonl(*(row(n) for n in range(1, 6))))
+    await works.upkeep.work(Stage.VALIDATE)
+    rows = await works.store.claim(5)
+    results = [replace(result(one), line=bytes(10)) for one in rows]
+    assert len(await works.store.finish(results)) == 5
+    task = await taken(works.store, Stage.FINALIZE)
+    for most_bytes, rows_read in ((25, 2), (1, 1), (50, 5)):
+        some = await works.store.recorded(task, after=0, limit=9, most_bytes=most_bytes)
+        assert [one.number for one in some] == list(range(1, rows_read + 1)), most_bytes
 
 
 def opened(folder: Path) -> list[str]:
