@@ -4,8 +4,10 @@ and litter unless a file is made of it."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
+from gateway.batch.faults import StoreFault
 from gateway.batch.files import Blobs, Sink
 from gateway.batch.objects import Purpose, StoredFile
 from gateway.batch.store import Store
@@ -21,6 +23,7 @@ class Draft:
         self._now_us = now_us
         self._sink: Sink | None = None
         self._held_us = 0
+        self._is_whole = False
         self.size_bytes = 0
         self.lines = 0
 
@@ -48,6 +51,7 @@ class Draft:
         if self._sink is None:
             return False
         await self._sink.finish()
+        self._is_whole = True
         return True
 
     def as_file(
@@ -68,9 +72,14 @@ class Draft:
         )
 
     async def close(self) -> None:
-        """Lets go of it as it is."""
-        if self._sink is not None:
-            await self._sink.abandon()
+        """Lets go of it. No file was made of what is not whole: its bytes go at once, since a disk
+        that is full may have no room for the database to note them as litter."""
+        if self._sink is None:
+            return
+        await self._sink.abandon()
+        if not self._is_whole:
+            with suppress(StoreFault):
+                await self._blobs.delete(self._blob)
 
     async def doom(self) -> None:
         """Litter, unless a file was made of it after all: a commit may fail to be heard of."""

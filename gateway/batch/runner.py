@@ -102,7 +102,8 @@ class Runner:
         self._epoch = 0
         """Of the lease: what was begun under an older one says nothing of this."""
         self._give_back_at_s: float | None = None
-        self._in_trouble = False
+        self._troubled: set[str] = set()
+        """What the store did not take, or tell, the last time."""
         self._is_behind = False
         """There is room for more rows than one turn has taken."""
         self._claim_in_doubt = False
@@ -129,12 +130,12 @@ class Runner:
         runs out. Leases themselves are kept elsewhere."""
         async with asyncio.TaskGroup() as group:
             beats = [
-                group.create_task(self._every(self._rule.watch_s, self._watch)),
-                group.create_task(self._every(self._rule.checkpoint_s, self._keep)),
-                group.create_task(self._every(_SURVEY_S, self._survey)),
+                group.create_task(self._every(self._rule.watch_s, "watch", self._watch)),
+                group.create_task(self._every(self._rule.checkpoint_s, "keep", self._keep)),
+                group.create_task(self._every(_SURVEY_S, "survey", self._survey)),
             ]
             while not self._is_over():
-                if await self._guarded(lambda: self._turn(group)):
+                if await self._guarded("turn", lambda: self._turn(group)):
                     await self._rest()
                 else:
                     await pause(self._clock, _TROUBLE_S)
@@ -172,22 +173,23 @@ class Runner:
 
     async def _give_back(self) -> None:
         """Last words: a store that does not take them learns by the lease that runs out."""
-        await self._guarded(self._record)
+        await self._guarded("turn", self._record)
         left = list(self._held.values())
         marks = marks_of(left, fresh_tokens=1)
         for held in left:
             self._drop(held)
         rows = [held.row for held in left]
-        await self._guarded(lambda: self._outbox.keep(marks))
-        await self._guarded(lambda: self._outbox.release(rows, _NOBODYS_FAULT))
+        await self._guarded("keep", lambda: self._outbox.keep(marks))
+        await self._guarded("turn", lambda: self._outbox.release(rows, _NOBODYS_FAULT))
 
-    async def _every(self, seconds: float, do: Callable[[], Awaitable[None]]) -> None:
+    async def _every(self, seconds: float, name: str, do: Callable[[], Awaitable[None]]) -> None:
         while True:
             await pause(self._clock, seconds)
-            await self._guarded(do)
+            await self._guarded(name, do)
 
-    async def _guarded(self, do: Callable[[], Awaitable[object]]) -> bool:
-        """Whether it went well. A store in trouble is told of once, and tried again."""
+    async def _guarded(self, name: str, do: Callable[[], Awaitable[object]]) -> bool:
+        """Whether it went well. A store in trouble is told of once, and tried again; it may read
+        while it cannot write, and works again once it does both."""
         epoch = self._epoch
         try:
             await do()
@@ -196,16 +198,17 @@ class Runner:
                 self.lease_lost()
             return False
         except StoreFault as fault:
-            if not self._in_trouble:
+            if not self._troubled:
                 log.warning("the store of batches is in trouble", error=str(fault) or repr(fault))
-            self._in_trouble = True
+            self._troubled.add(name)
             return False
         except Exception:  # the edge of this task: a bug must not end what serves online requests
             log.exception("rows of batches are in trouble")
             return False
-        if self._in_trouble:
-            log.info("the store of batches works again")
-        self._in_trouble = False
+        if name in self._troubled:
+            self._troubled.remove(name)
+            if not self._troubled:
+                log.info("the store of batches works again")
         return True
 
     async def _rest(self) -> None:

@@ -21,7 +21,7 @@ class BatchSettings:
     Gateways that share a database share this, too."""
     max_file_mb: float = bounded(200.0, low=0.001)
     """A larger file is answered 413."""
-    files_mb_per_s: float = bounded(40.0, low=0.1)
+    files_mb_per_s: float = bounded(20.0, low=0.1)
     """Bytes of uploads, downloads and validation a second, all together: faster ones would be
     noticed by online requests."""
     max_rows: int = bounded(50_000, low=1)

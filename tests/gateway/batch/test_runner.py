@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from backends.checkpoint import Checkpoint
 from backends.emulator import FaultKind, ServerSpec
 from gateway.batch.attempts import Attempts
-from gateway.batch.faults import StorageUnavailable
+from gateway.batch.faults import StorageFull, StorageUnavailable
 from gateway.batch.held import Held
 from gateway.batch.objects import Result, Row
 from gateway.batch.pace import PaceRule
@@ -222,6 +223,24 @@ async def test_a_store_in_trouble_loses_no_result() -> None:
         assert it.statuses() == [200] * 60
         assert len(it.site.sent) == 2 * 60, "no row was run twice"
         assert sent <= 2 * 60
+
+
+async def test_a_store_that_can_be_read_but_not_written_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def full(results: Sequence[Result]) -> list[Result]:
+        raise StorageFull("full")
+
+    async with office() as it:
+        it.ledger.add(CHAT, bodies(60, 20))
+        await it.site.until("some are done", lambda: len(it.ledger.results()) > 5)
+        with capture_logs() as told:
+            with monkeypatch.context() as disk:
+                disk.setattr(it.rows, "finish", full)
+                await asyncio.sleep(20.0)
+            await it.done()
+        events = [line["event"] for line in told if "store of batches" in line["event"]]
+        assert events == ["the store of batches is in trouble", "the store of batches works again"]
 
 
 async def test_a_lost_lease_drops_the_rows_and_others_answer_them() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from gateway.batch import database as databases
 from gateway.batch.database import Database
 from gateway.batch.faults import StorageFull, StorageUnavailable
-from gateway.batch.files import Blobs, Folder
+from gateway.batch.files import Blobs, Folder, Writing
 from gateway.batch.store import Store
 from gateway.config import Key
 from gateway.settings import ConfigError
@@ -67,6 +68,32 @@ async def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> Non
             return site.stored() == []
 
         await site.until(is_swept)
+
+
+async def test_what_a_full_disk_has_of_an_upload_goes_without_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have no room for the note that these bytes are litter, and they are what fills it."""
+
+    class Filled(Folder):
+        def create(self, blob: str) -> Writing:
+            (tmp_path / "files" / blob).write_bytes(b"all that fitted")
+            return open("/dev/full", "wb", buffering=0)
+
+    async def doom(store: Store, blobs: Sequence[str]) -> None:
+        raise StorageFull("the database: database or disk is full")
+
+    monkeypatch.setattr(Store, "doom", doom)
+    async with served(tmp_path, KEY) as site:
+        _, blobs = site.service.opened()
+        blobs.shelf = Filled(tmp_path / "files")
+        status, _ = await site.ask("POST", "/v1/files", data=form(jsonl(row(1))), headers=headers())
+        assert status == 507
+
+        async def is_gone() -> bool:
+            return site.stored() == []
+
+        await site.until(is_gone)
 
 
 async def test_a_full_database_is_named_and_has_changed_nothing(tmp_path: Path) -> None:
