@@ -6,15 +6,27 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from shutil import copyfile
 
 import asyncpg  # type: ignore[import-untyped]
 import pytest
 
 from benchmarks import postgres
+from gateway.batch import upkeep
+from gateway.batch.database import Database
 from gateway.batch.store import Store
+from gateway.batch.tables import METADATA, SCHEMA
 from tests.gateway.batch.postgres import is_included
 
 DATABASES = ("sqlite", *(("postgresql",) if is_included() else ()))
+FILE = "batch.sqlite"
+FILLED = sorted(table.name for table in METADATA.tables.values() if table is not SCHEMA)
+
+
+@pytest.fixture
+def _sweeps_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second is nothing to a batch, and long to a test that waits for it."""
+    monkeypatch.setattr(upkeep, "_IDLE_S", 0.2)
 
 
 @pytest.fixture(scope="session")
@@ -27,16 +39,53 @@ def server() -> Iterator[str]:
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The address of a new database."""
     if request.param == "sqlite":
-        return f"sqlite+aiosqlite:///{tmp_path}/batch.sqlite"
+        return address(tmp_path)
     url: str = request.getfixturevalue("server")
-    asyncio.run(_emptied(url))
+    asyncio.run(_does(url, "DROP SCHEMA public CASCADE; CREATE SCHEMA public"))
     return url
 
 
-async def _emptied(url: str) -> None:
+@pytest.fixture(scope="session")
+def empty_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with its tables: to make them takes longer than most tests."""
+    folder = tmp_path_factory.mktemp("empty")
+    asyncio.run(_made(address(folder)))
+    assert [path.name for path in folder.iterdir()] == [FILE]
+    return folder / FILE
+
+
+@pytest.fixture(scope="session")
+def empty_tables(server: str) -> str:
+    """The same, beside the database that others have anew."""
+    asyncio.run(_does(server, "CREATE DATABASE empty"))
+    url = server.replace("/postgres?", "/empty?")
+    asyncio.run(_made(url))
+    return url
+
+
+@pytest.fixture(params=DATABASES)
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of a database with nothing in its tables."""
+    if request.param == "sqlite":
+        copyfile(request.getfixturevalue("empty_file"), tmp_path / FILE)
+        return address(tmp_path)
+    url: str = request.getfixturevalue("empty_tables")
+    asyncio.run(_does(url, f"TRUNCATE {', '.join(FILLED)} RESTART IDENTITY"))
+    return url
+
+
+def address(folder: Path) -> str:
+    return f"sqlite+aiosqlite:///{folder / FILE}"
+
+
+async def _made(url: str) -> None:
+    await (await Database.open(url)).close()
+
+
+async def _does(url: str, statements: str) -> None:
     connection = await asyncpg.connect(url)
     try:
-        await connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+        await connection.execute(statements)
     finally:
         await connection.close()
 
@@ -70,7 +119,13 @@ class Site:
 
 
 @pytest.fixture
-async def site(database: str) -> AsyncIterator[Site]:
+async def site(empty: str) -> AsyncIterator[Site]:
+    async with AsyncExitStack() as stack:
+        yield Site(empty, stack)
+
+
+@pytest.fixture
+async def new_site(database: str) -> AsyncIterator[Site]:
     async with AsyncExitStack() as stack:
         yield Site(database, stack)
 

@@ -14,7 +14,7 @@ import pytest
 from gateway.config import Key
 from tests.gateway.batch.served import ENDPOINT, Served, jsonl, row, served
 
-pytestmark = pytest.mark.real_time
+pytestmark = [pytest.mark.real_time, pytest.mark.usefixtures("_sweeps_often")]
 
 KEYS = (Key(key="one", tenant="one"), Key(key="two", tenant="two", open_batches=1))
 

@@ -9,7 +9,7 @@ import pytest
 from tests.gateway.batch.served import ENDPOINT, jsonl, row, served
 from tests.gateway.batch.stored import result
 
-pytestmark = pytest.mark.real_time
+pytestmark = [pytest.mark.real_time, pytest.mark.usefixtures("_sweeps_often")]
 
 
 async def test_a_file_is_kept_as_it_was_sent(tmp_path: Path) -> None:

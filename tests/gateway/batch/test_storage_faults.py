@@ -24,7 +24,7 @@ from tests.gateway.batch.served import jsonl, row, served
 from tests.gateway.batch.stored import keep, new_file
 from tests.gateway.batch.test_bad_uploads import form, headers
 
-pytestmark = pytest.mark.real_time
+pytestmark = [pytest.mark.real_time, pytest.mark.usefixtures("_sweeps_often")]
 
 KEY = Key(key="one", tenant="one")
 

@@ -17,15 +17,15 @@ from tests.gateway.batch.stored import keep, new_file
 pytestmark = pytest.mark.real_time
 
 
-async def test_what_is_stored_is_there_when_it_is_opened_again(site: Site) -> None:
-    file = await keep(await site.store(), new_file())
-    assert await (await site.store(alone=True)).file("a", file.id) == file
+async def test_what_is_stored_is_there_when_it_is_opened_again(new_site: Site) -> None:
+    file = await keep(await new_site.store(), new_file())
+    assert await (await new_site.store(alone=True)).file("a", file.id) == file
 
 
-async def test_gateways_may_start_together_on_a_new_database(site: Site) -> None:
+async def test_gateways_may_start_together_on_a_new_database(new_site: Site) -> None:
     async with asyncio.TaskGroup() as tasks:
         for _ in range(4):
-            tasks.create_task(site.store())
+            tasks.create_task(new_site.store())
 
 
 async def test_an_older_database_is_brought_up_step_by_step(database: str) -> None:
