@@ -61,7 +61,7 @@ async def _claim_of(
     found = await connection.execute(
         select(
             ROWS, batches.id, batches.tenant, batches.endpoint, batches.input_blob,
-            batches.created_us, batches.deadline_us, left.data, left.tokens,
+            batches.deadline_us, left.data, left.tokens,
         )
         .join(BATCHES, batches.seq == rows.batch)
         .outerjoin(CHECKPOINTS, and_(left.batch == rows.batch, left.number == rows.number))
