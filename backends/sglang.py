@@ -196,8 +196,11 @@ class Sglang:
         return self._servers.values()
 
     def chat_route(self, model: str) -> ChatRoute | None:
-        """What all servers of a model have in common; None where they differ or are silent."""
-        routes = [it.chat for it in self._servers.values() if it.worker.model == model or not model]
+        """What all servers of a model have in common; None where they differ or are silent. Where
+        nobody names it, those that name none may have it."""
+        servers = [it for it in self._servers.values() if it.worker.model == model or not model]
+        servers = servers or [it for it in self._servers.values() if not it.worker.model]
+        routes = [it.chat for it in servers]
         return routes[0] if routes and all(route == routes[0] for route in routes) else None
 
     def consult(self, exchange: Exchange, path: bytes, body: bytes, then: Then) -> None:

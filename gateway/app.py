@@ -383,7 +383,10 @@ def _say_whose_servers(reading: Reading) -> None:
 
 
 def _stop(stop: asyncio.Event, gateway: Gateway) -> None:
-    gateway.hurry = stop.is_set()
+    if stop.is_set():
+        gateway.hurry = True
+        if gateway.batches is not None:
+            gateway.batches.hurry()
     stop.set()
 
 

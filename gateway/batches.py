@@ -33,6 +33,9 @@ class Batches(Protocol):
     def drain(self, within_s: float) -> None:
         """No more rows; those under way are given back once the time is over."""
 
+    def hurry(self) -> None:
+        """A second signal: they are given back now, and `close` takes a second at most."""
+
     async def close(self) -> None: ...
 
 

@@ -81,6 +81,8 @@ class Chats:
         return turn
 
     def _tell_once(self, model: str, why: str) -> None:
+        if model not in self._backend.models:  # clients may make names up
+            model = ""
         if (model, why) not in self._told:
             self._told.add((model, why))
             log.info(

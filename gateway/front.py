@@ -219,7 +219,8 @@ class Front:
 
     def _check_length(self, ask: Ask, model: str) -> None:
         """What every server would refuse need not wait for one; in doubt they are asked."""
-        longest = self._backend.context_tokens.get(model, 0)
+        known = self._backend.context_tokens
+        longest = known.get(model) or known.get("", 0)
         if longest and (tokens := at_least(ask.dialect, ask.body, ask.prompt_tokens)) >= longest:
             raise ApiError(
                 Code.CONTEXT_LENGTH_EXCEEDED,
@@ -227,12 +228,11 @@ class Front:
             )
 
     def model_of(self, named: str) -> str:
-        """A model that no server has is refused, unless some server did not say what it has."""
+        """A model that no server has is refused, unless some server did not say what it has: that
+        one may have it, and those of other models have not."""
         models = self._backend.models
-        if not named or named in models or not models:
-            return named if named in models else ""
-        if "" in models:
-            return ""
+        if not named or named in models or not models or "" in models:
+            return named
         raise ApiError(
             Code.UNKNOWN_MODEL,
             f"the model {named!r} is not served here; known: {', '.join(sorted(models))}",

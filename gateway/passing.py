@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 from urllib.parse import unquote
@@ -44,11 +45,21 @@ _UNIFIED_SERVER = (
 _INFO = ("/get_model_info", "/model_info", "/get_server_info", "/server_info")
 _MODELS = "/v1/models"
 _READ_TIMEOUT_S = 5.0
-_WORK_TIMEOUT_S = 120.0
 _FLUSH_TIMEOUT_S = 30.0
 _TOKEN_TIMEOUT_S = 20.0
 """As long as SGLang's own /health_generate waits for a token."""
-_NOT_SENT = frozenset({Reason.CONNECT, Reason.CONNECT_TIMEOUT})
+NOT_SENT = frozenset({Reason.CONNECT, Reason.CONNECT_TIMEOUT})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What an answer may take."""
+
+    timeout_s: float
+    max_bytes: int
+
+
+_OF_CLIENTS = Bounds(timeout_s=120.0, max_bytes=16 << 20)
 
 
 class Passing:
@@ -121,20 +132,21 @@ class Passing:
                 trouble = error
             else:
                 return _passed_on(request, answer)
-        raise _unavailable("no server is available") if trouble is None else _failed(trouble)
+        raise _unavailable("no server is available") if trouble is None else failed(trouble)
 
     # Work.
 
     async def pass_any(self, request: web.BaseRequest) -> web.Response:
         body = await self._front.body_of(request)
         servers = self._of_model(self._usable(), body)
-        return _passed_on(request, await self._pass(request.path, servers, body))
+        return await _told(request, self._pass(request.path, servers, body, _OF_CLIENTS))
 
     async def pass_unified(self, request: web.BaseRequest) -> web.Response:
         body = await self._front.body_of(request)
-        return _passed_on(request, await self.answer_of_unified(request.path, body))
+        return await _told(request, self.answer_of_unified(request.path, body, _OF_CLIENTS))
 
-    async def answer_of_unified(self, path: str, body: bytes) -> Answer:
+    async def answer_of_unified(self, path: str, body: bytes, bounds: Bounds) -> Answer:
+        """Or HttpError, where a server has not answered."""
         roles = {ledger.worker.role for ledger in self._core.ledgers.values()}
         if roles and Role.UNIFIED not in roles:
             raise ApiError(
@@ -143,7 +155,7 @@ class Passing:
                 "answer it, and the gateway has no other",
             )
         servers = [s for s in self._usable() if s.worker.role is Role.UNIFIED]
-        return await self._pass(path, self._of_model(servers, body), body)
+        return await self._pass(path, self._of_model(servers, body), body, bounds)
 
     def _of_model(self, servers: list[Server], body: bytes) -> list[Server]:
         """Another model's server would answer with another model's tokens."""
@@ -155,17 +167,24 @@ class Passing:
             return servers
         return [server for server in servers if server.worker.model in ("", model)]
 
-    async def _pass(self, path: str, servers: Sequence[Server], body: bytes) -> Answer:
+    async def _pass(
+        self, path: str, servers: Sequence[Server], body: bytes, bounds: Bounds
+    ) -> Answer:
         """Work that may have begun at one server is not given to another, too."""
         trouble: HttpError | None = None
         for server in servers:
             try:
                 answer = await fetch(
-                    server.upstream, b"POST", path.encode(), body, timeout_s=_WORK_TIMEOUT_S
+                    server.upstream,
+                    b"POST",
+                    path.encode(),
+                    body,
+                    timeout_s=bounds.timeout_s,
+                    max_bytes=bounds.max_bytes,
                 )
             except HttpError as error:
-                if error.reason not in _NOT_SENT:
-                    raise _failed(error) from None
+                if error.reason not in NOT_SENT:
+                    raise
                 trouble = error
             else:
                 if answer.status == 404 and not _says_why(answer.body):
@@ -173,7 +192,7 @@ class Passing:
                 return answer
         if trouble is None:
             raise _unavailable(f"no server that could answer {path} is available")
-        raise _failed(trouble)
+        raise trouble
 
     # What operators and load balancers ask for.
 
@@ -250,6 +269,13 @@ class Passing:
         return [server for _, server in usable]
 
 
+async def _told(request: web.BaseRequest, asked: Coroutine[None, None, Answer]) -> web.Response:
+    try:
+        return _passed_on(request, await asked)
+    except HttpError as error:
+        raise failed(error) from None
+
+
 def _passed_on(request: web.BaseRequest, answer: Answer) -> web.Response:
     headers: dict[str, str] = {hdrs.CONTENT_TYPE: answer.content_type or "application/json"}
     request_id = request.headers.get(REQUEST_ID, "")
@@ -267,7 +293,7 @@ def _says_why(body: bytes) -> bool:
     return isinstance(told, dict) and not told.keys().isdisjoint({"error", "message"})
 
 
-def _failed(trouble: HttpError) -> ApiError:
+def failed(trouble: HttpError) -> ApiError:
     late = trouble.reason is Reason.TIMEOUT
     code = Code.UPSTREAM_TIMEOUT if late else Code.UPSTREAM_FAILED
     return ApiError(code, str(trouble), retry_after_s=1)

@@ -9,7 +9,7 @@ from typing import Any, Final
 from sqlalchemy import and_, delete, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.batch.counting import Sum, count_back, count_claimed, count_results
+from gateway.batch.counting import Sum, believed, count_back, count_claimed, count_results
 from gateway.batch.moves import finalize
 from gateway.batch.objects import Result, Row, RowState, Status
 from gateway.batch.records import claimed_row
@@ -61,7 +61,7 @@ async def _claim_of(
     found = await connection.execute(
         select(
             ROWS, batches.id, batches.tenant, batches.endpoint, batches.input_blob,
-            batches.created_us, batches.deadline_us, left.data, left.tokens,
+            batches.deadline_us, left.data, left.tokens,
         )
         .join(BATCHES, batches.seq == rows.batch)
         .outerjoin(CHECKPOINTS, and_(left.batch == rows.batch, left.number == rows.number))
@@ -247,5 +247,5 @@ async def waste(connection: AsyncConnection, batch: int, tokens: int) -> None:
     await connection.execute(
         update(BATCHES)
         .where(BATCHES.c.seq == batch)
-        .values(wasted_tokens=BATCHES.c.wasted_tokens + tokens)
+        .values(wasted_tokens=BATCHES.c.wasted_tokens + believed(tokens))
     )

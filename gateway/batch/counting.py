@@ -23,6 +23,14 @@ _RECENT_US: Final = 60_000_000
 """The recent rate of a batch is that of half a minute to a whole one."""
 
 
+_MOST_TOKENS: Final = 2**40
+"""Of one row: servers say what they like, and the sums have 63 bits."""
+
+
+def believed(tokens: int) -> int:
+    return max(0, min(tokens, _MOST_TOKENS))
+
+
 @dataclass(slots=True)
 class Sum:
     """What the results of one batch add to its counters."""
@@ -36,9 +44,9 @@ class Sum:
     def add(self, result: Result) -> None:
         self.completed += not result.failed
         self.failed += result.failed
-        self.prompt_tokens += result.prompt_tokens
-        self.generated_tokens += result.generated_tokens
-        self.cached_tokens += result.cached_tokens
+        self.prompt_tokens += believed(result.prompt_tokens)
+        self.generated_tokens += believed(result.generated_tokens)
+        self.cached_tokens += believed(result.cached_tokens)
 
     @property
     def rows(self) -> int:

@@ -6,14 +6,15 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, Final, Self, TypeVar
+from weakref import WeakSet
 
-import aiosqlite
 from sqlalchemy import Connection, event, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from gateway.batch import sqlite
 from gateway.batch.faults import StorageFull, StorageUnavailable
 from gateway.batch.tables import migrate
 
@@ -33,16 +34,21 @@ class Database:
     """Reads go side by side. Writes of one process to SQLite, which takes one at a time, queue
     up here, where waiting costs nothing."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
-        self._writes = engine.execution_options(slackwater_writes=True)
+    def __init__(self, engine: AsyncEngine, leases: AsyncEngine) -> None:
+        """`leases`: a second pool, where heartbeats do not wait behind long lists."""
+        self._engines = {False: engine, True: leases}
         self._turn = asyncio.Lock() if engine.dialect.name == "sqlite" else None
+        self._drivers: WeakSet[Any] = WeakSet()
+        self._is_given_up = False
+        for one in self._engines.values():
+            event.listen(one.sync_engine, "connect", self._note)
 
     @classmethod
     async def open(cls, url: str) -> Self:
         """Connects, and brings the tables up to date."""
         with naming_failures():
-            database = cls(_engine_of(address_of(url)))
+            address = address_of(url)
+            database = cls(_engine_of(address, _CONNECTIONS), _engine_of(address, 1))
         try:
             await database.write(lambda connection: connection.run_sync(migrate))
         except BaseException:
@@ -51,31 +57,56 @@ class Database:
         return database
 
     async def close(self) -> None:
-        await self._engine.dispose()
+        for engine in self._engines.values():
+            await engine.dispose()
+
+    def give_up(self) -> None:
+        """What is under way fails now, wherever it hangs, and so does all that comes later."""
+        self._is_given_up = True
+        for driver in list(self._drivers):
+            driver.terminate()
+
+    def _note(self, connection: Any, _: object) -> None:
+        driver = connection.driver_connection
+        self._drivers.add(driver)
+        if self._is_given_up:
+            driver.terminate()
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
+        self._check()
         with naming_failures():
-            async with self._engine.connect() as connection:
+            async with self._engines[False].connect() as connection:
                 yield connection
 
-    async def write(self, change: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    async def write(
+        self, change: Callable[[AsyncConnection], Awaitable[T]], *, of_lease: bool = False
+    ) -> T:
         """All of the change or nothing. It may run again after a collision with another."""
+        engine = self._engines[of_lease].execution_options(slackwater_writes=True)
         with naming_failures():
             async with AsyncExitStack() as stack:
                 if self._turn is not None:
-                    await stack.enter_async_context(self._turn)
+                    async with asyncio.timeout(sqlite.ANSWER_S):
+                        await stack.enter_async_context(self._turn)
                 for _ in range(_TRIES - 1):
                     try:
-                        return await self._once(change)
+                        return await self._once(engine, change)
                     except DBAPIError as error:
                         if not _is_collision(error):
                             raise
-                return await self._once(change)
+                return await self._once(engine, change)
 
-    async def _once(self, change: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        async with self._writes.begin() as connection:
+    async def _once(
+        self, engine: AsyncEngine, change: Callable[[AsyncConnection], Awaitable[T]]
+    ) -> T:
+        self._check()
+        async with engine.begin() as connection:
             return await change(connection)
+
+    def _check(self) -> None:
+        if self._is_given_up:
+            raise StorageUnavailable("the database: the gateway ends")
 
 
 def address_of(url: str) -> URL:
@@ -87,12 +118,12 @@ def address_of(url: str) -> URL:
     return parsed.set(drivername=_DRIVERS.get(parsed.drivername, parsed.drivername))
 
 
-def _engine_of(url: URL) -> AsyncEngine:
+def _engine_of(url: URL, connections: int) -> AsyncEngine:
     if url.get_backend_name() != "sqlite":
-        timeouts = {"timeout": _PATIENCE_S, "command_timeout": 60.0}
+        timeouts = {"timeout": _PATIENCE_S, "command_timeout": sqlite.ANSWER_S}
         return create_async_engine(
             url,
-            pool_size=_CONNECTIONS,
+            pool_size=connections,
             max_overflow=0,
             pool_timeout=_PATIENCE_S,
             pool_pre_ping=True,
@@ -100,27 +131,14 @@ def _engine_of(url: URL) -> AsyncEngine:
         )
     engine = create_async_engine(
         url,
-        pool_size=_CONNECTIONS,
+        pool_size=connections,
         max_overflow=0,
         pool_timeout=_PATIENCE_S,
-        connect_args={"timeout": _PATIENCE_S, "async_creator_fn": _sqlite},
+        connect_args={"timeout": _PATIENCE_S, "async_creator_fn": sqlite.connect},
     )
     event.listen(engine.sync_engine, "connect", _prepare)
     event.listen(engine.sync_engine, "begin", _begin)
     return engine
-
-
-async def _sqlite(*args: Any, **options: Any) -> Any:
-    """aiosqlite gives each connection a thread, and does not wait for the end of one that could
-    not open: it would speak to an event loop that may be closed by then."""
-    connection = aiosqlite.connect(*args, **options)
-    thread: Any = getattr(connection, "_thread", connection)  # before 0.22 it was one
-    thread.daemon = True
-    try:
-        return await connection
-    except BaseException:
-        await asyncio.to_thread(thread.join)
-        raise
 
 
 def _prepare(connection: Any, _: object) -> None:

@@ -39,12 +39,16 @@ class Draft:
 
     async def add(self, data: bytes, lines: int) -> None:
         sink = self._sink or await self.begin()
-        if self._now_us() - self._held_us > _HOLD_US:
-            await self._store.hold(self._blob)
-            self._held_us = self._now_us()
+        await self.keep_held()
         await sink.write(data)
         self.size_bytes += len(data)
         self.lines += lines
+
+    async def keep_held(self) -> None:
+        """Once it has begun, to be said by whoever adds nothing to it for a while, too."""
+        if self.has_begun and self._now_us() - self._held_us > _HOLD_US:
+            await self._store.hold(self._blob)
+            self._held_us = self._now_us()
 
     async def finish(self) -> bool:
         """False: there is nothing in it, and no file to make."""

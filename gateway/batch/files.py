@@ -7,7 +7,6 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Final, ParamSpec, Protocol, TypeVar
 
 from gateway.batch.faults import NotThere, StorageFull, StorageUnavailable, StoreFault
+from gateway.batch.threads import Threads
 from gateway.batch.throttle import Throttle
 
 T = TypeVar("T")
@@ -178,7 +178,7 @@ class Blobs:
         """Without a throttle, as fast as it goes."""
         self.shelf = shelf
         self._throttle = throttle
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="slackwater-files")
+        self._threads = Threads(_THREADS, "slackwater-files")
 
     async def create(self, blob: str) -> Sink:
         return Sink(self, blob, await self.off_loop(self.shelf.create, blob))
@@ -204,20 +204,23 @@ class Blobs:
             with naming_failures():
                 return work(*args, **kwargs)
 
-        try:
-            async with asyncio.timeout(_PATIENCE_S):
-                return await self.beside_loop(named)
-        except TimeoutError:  # its thread goes on: whatever it comes to, nobody waits for it
-            raise StorageUnavailable("the files: no answer in time") from None
+        return await self.beside_loop(named)
 
     async def beside_loop(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What is no matter of storage fails under its own names."""
-        call = partial(work, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        return await in_time(self._threads, _PATIENCE_S, partial(work, *args, **kwargs))
 
     def close(self) -> None:
-        """What is under way ends first: a few writes at most."""
-        self._threads.shutdown()
+        """What is under way comes to nothing, and so does what comes later."""
+        self._threads.close()
+
+
+async def in_time(threads: Threads, seconds: float, work: Callable[[], T]) -> T:
+    try:
+        async with asyncio.timeout(seconds):
+            return await threads.call(work)
+    except TimeoutError:  # its thread goes on: whatever it comes to, nobody waits for it
+        raise StorageUnavailable("the files: no answer in time") from None
 
 
 @contextmanager

@@ -37,6 +37,7 @@ async def finalize(
     drafts = [Draft(store, blobs, new_id("blob_"), now_us) for _ in range(2)]
     try:
         await _write(store, task, drafts)
+        await _keep_held(drafts)
         output, errors = [await _file(draft, task.batch, new_id("file-")) for draft in drafts]
         return await store.conclude(task, output=output, errors=errors)
     except BaseException:
@@ -60,10 +61,17 @@ async def _write(store: Store, task: Task, drafts: Sequence[Draft]) -> None:
     after = 0
     while rows := await store.recorded(task, after=after, limit=_ROWS):
         after = rows[-1].number
+        await _keep_held(drafts)
         for is_error, draft in enumerate(drafts):
             lines = [_line(task.batch, row) for row in rows if row.failed == bool(is_error)]
             if lines:
-                await draft.add(b"\n".join(lines) + b"\n", len(lines))
+                await draft.add(b"\n".join([*lines, b""]), len(lines))
+
+
+async def _keep_held(drafts: Sequence[Draft]) -> None:
+    """The file of errors may get a line at the beginning, and none for long: it is wanted still."""
+    for draft in drafts:
+        await draft.keep_held()
 
 
 def _line(batch: Batch, row: Recorded) -> bytes:

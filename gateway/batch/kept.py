@@ -39,10 +39,11 @@ async def hold(connection: AsyncConnection, blob: str, until_us: int) -> None:
         raise Fenced("the blob took too long and was swept up")
 
 
-async def litter(connection: AsyncConnection, now_us: int, limit: int) -> list[str]:
+async def litter(connection: AsyncConnection, now_us: int, limit: int, after: str) -> list[str]:
     """Doomed before their bytes go: no file can be made of them any more."""
-    late = select(BLOBS.c.blob).where(BLOBS.c.until_us < now_us).limit(limit)
-    found = list(await connection.scalars(late.with_for_update(skip_locked=True)))
+    late = select(BLOBS.c.blob).where(BLOBS.c.until_us < now_us, BLOBS.c.blob > after)
+    some = late.order_by(BLOBS.c.blob).limit(limit)
+    found = list(await connection.scalars(some.with_for_update(skip_locked=True)))
     await connection.execute(update(BLOBS).where(BLOBS.c.blob.in_(found)).values(until_us=_DOOMED))
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import and_, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.batch.counting import count_back
@@ -39,9 +39,10 @@ async def check(connection: AsyncConnection, owner: str) -> None:
         raise LeaseLost("this gateway was silent for too long")
 
 
-async def declare_dead(connection: AsyncConnection, before_us: int) -> list[str]:
-    """All whose lease was to end before that; those who were dead already are among them."""
-    late = OWNERS.c.until_us < before_us
+async def declare_dead(connection: AsyncConnection, owner: str, before_us: int) -> list[str]:
+    """All but the owner itself whose lease was to end before that; those who were dead already
+    are among them."""
+    late = and_(OWNERS.c.until_us < before_us, OWNERS.c.owner != owner)
     await connection.execute(update(OWNERS).where(late, ~OWNERS.c.dead).values(dead=True))
     dead = await connection.scalars(select(OWNERS.c.owner).where(OWNERS.c.dead))
     return sorted(dead)

@@ -179,8 +179,6 @@ class Row:
     """Moves with each claim: a result under an older one is refused."""
     attempts: int
     """Claims so far that came to nothing because of a server or a gateway."""
-    created_us: int
-    """When the batch was created."""
     deadline_us: int
     checkpoint: bytes = b""
     """What the last holder has left of its answer; empty: it starts afresh."""

@@ -17,6 +17,10 @@ _AT_ONCE: Final = 64
 """Rows in one transaction: more of them would be noticed by online requests."""
 
 
+_BYTES_AT_ONCE: Final = 4 * 2**20
+"""... and lines in one, but for a line that is longer by itself."""
+
+
 class Told(Protocol):
     """What of the store is needed here; the store itself has the contracts."""
 
@@ -65,7 +69,7 @@ class Outbox:
 
     async def flush(self) -> None:
         while self._results:
-            some = self._results[:_AT_ONCE]
+            some = _first(self._results)
             accepted = await self._store.finish(some)
             del self._results[: len(some)]
             await self._settle(some, accepted)
@@ -109,6 +113,16 @@ class Outbox:
                 wasted[result.row.batch] += result.generated_tokens
             self._forget(result.row)
         await self.waste(wasted)
+
+
+def _first(results: Sequence[Result]) -> Sequence[Result]:
+    """As many as go into one transaction."""
+    size_bytes = len(results[0].line)
+    for count, result in enumerate(results[1:_AT_ONCE], 1):
+        size_bytes += len(result.line)
+        if size_bytes > _BYTES_AT_ONCE:
+            return results[:count]
+    return results[:_AT_ONCE]
 
 
 def _slices(values: Sequence[T]) -> Iterator[Sequence[T]]:

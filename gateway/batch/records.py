@@ -28,8 +28,7 @@ _BATCH: Final = (
     "recent_rows", "recent_tokens",
 )  # fmt: skip
 _ROW: Final = (
-    "batch", "tenant", "endpoint", "number", "custom_id", "length", "attempts", "created_us",
-    "deadline_us",
+    "batch", "tenant", "endpoint", "number", "custom_id", "length", "attempts", "deadline_us",
 )  # fmt: skip
 _COUNTS: Final = ("total", "completed", "failed")
 _USAGE: Final = ("prompt_tokens", "generated_tokens", "cached_tokens", "wasted_tokens")

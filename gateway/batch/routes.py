@@ -11,6 +11,7 @@ from aiohttp.helpers import content_disposition_header
 
 from gateway.asking import Caller
 from gateway.batch import asked
+from gateway.batch.arrivals import Arrivals
 from gateway.batch.faults import (
     Fenced,
     InUse,
@@ -74,6 +75,7 @@ class Pages:
         self._now_us = now_us
         self._spawn = spawn
         self._wake = wake
+        self._arrivals = Arrivals()
 
     def routes(self) -> list[Route]:
         pages: list[Route] = [
@@ -103,7 +105,7 @@ class Pages:
             body_timeout_s=self._shell.body_timeout_s,
             expires_s=round(self._settings.file_expires_s) or None,
         )
-        upload = Upload(store, blobs, terms, self._new_id, self._now_us)
+        upload = Upload(store, blobs, terms, self._arrivals, self._new_id, self._now_us)
         try:
             return _json(file_shape(await upload.receive(request)))
         except BaseException:  # whatever it was, the client's leaving included

@@ -14,15 +14,18 @@ import structlog
 
 from backends.checkpoint import Checkpoint
 from backends.pause import pause
-from gateway.batch.attempts import Attempts, Later, Outcome, dialect_of
+from gateway.batch.absences import ABSENT, Absences
+from gateway.batch.attempts import Attempts, Later, Outcome
 from gateway.batch.faults import LeaseLost, StoreFault
 from gateway.batch.held import Held, Mark, marks_of
 from gateway.batch.objects import Batch, Result, Row
 from gateway.batch.outbox import Outbox, Told
 from gateway.batch.pace import Pace, PaceRule
 from gateway.batch.reading import Bodies, read
+from gateway.batch.strikes import Strikes
 from gateway.batch.tally import Tally
 from gateway.batch.verdicts import Again, verdict
+from gateway.dialects import ROUTES, Dialect
 from gateway.errors import Code
 from gateway.visit import Errand, Visit
 from policies.clock import Clock
@@ -48,6 +51,9 @@ _READ_TOKENS = 256
 _READ_REST_S = 0.002
 """Then it is the turn of online requests."""
 _KEPT_TOGETHER = 64
+_OURS = Later(code=Code.INTERNAL, message="the gateway failed at it", is_engines=True)
+_NOT_HERE = Later(code=Code.UNSUPPORTED, message="this gateway does not know its endpoint")
+"""Newer ones do, while a fleet of gateways is upgraded."""
 _NOBODYS_FAULT = Again(pause_us=0, blameless=True)
 
 
@@ -96,8 +102,8 @@ class Runner:
         self._ended: list[tuple[Held, Outcome]] = []
         self.tally = Tally()
         self._outbox = Outbox(store, self.tally, unix_us, self._forget)
-        self._engine_errors: Counter[tuple[int, int]] = Counter()
-        """By row; a crash forgets them, and so does another gateway that claims the row."""
+        self._strikes = Strikes()
+        self._absences = Absences()
         self._wake = asyncio.Event()
         self._epoch = 0
         """Of the lease: what was begun under an older one says nothing of this."""
@@ -238,16 +244,28 @@ class Runner:
             await self._store.keep_only([held.row for held in self._held.values()])
         self._claim_in_doubt = True
         epoch, rows = self._epoch, await self._store.claim(room)
-        self._pace.took(len(rows))
-        bodies = await read(self._bodies, rows)
+        ready = [row for row in rows if not self._absences.pause_us(row.batch, now_us)]
+        self._pace.took(len(rows) if ready else 0)
+        bodies = await read(self._bodies, ready)
         if epoch != self._epoch:
             return
-        for row, body in zip(rows, bodies, strict=True):
+        self._put_back(row for row in rows if row not in ready)
+        for row, body in zip(ready, bodies, strict=True):
             self._begin(row, body, group)
         self._claim_in_doubt = False
-        self._is_behind = len(rows) == _AT_ONCE
-        if len(rows) == room:
+        self._is_behind = bool(ready) and len(rows) == _AT_ONCE
+        if ready and len(rows) == room:
             self._wake.set()
+
+    def _put_back(self, rows: Iterable[Row]) -> None:
+        """Nobody has their model now, as others of their batch have been told."""
+        for row in rows:
+            self._held[row.key] = Held(row, "")
+            self._outbox.add(row, self._waits_for_its_model(row))
+
+    def _waits_for_its_model(self, row: Row) -> Again:
+        pause_us = self._absences.pause_us(row.batch, self._now_us())
+        return Again(pause_us=pause_us, blameless=True)
 
     def _begin(self, row: Row, body: bytes | Later, group: asyncio.TaskGroup) -> None:
         held = Held(row, f"{self._rng.getrandbits(128):032x}")
@@ -261,56 +279,77 @@ class Runner:
 
     async def _run_row(self, held: Held, body: bytes) -> None:
         row = held.row
-        earlier = Checkpoint.of(row.checkpoint) if row.checkpoint else None
-        if earlier is not None:
-            self.tally.resumed += 1
 
         @contextmanager
         def watch(visit: Visit) -> Iterator[None]:
             held.visit = visit
             yield
 
-        errand = Errand(
+        outcome: Outcome = _NOT_HERE
+        try:
+            if (dialect := ROUTES.get(row.endpoint)) is not None:
+                errand = self._errand(held, dialect, body)
+                outcome = await self._attempts.answer(row.endpoint, errand, watch)
+        except Exception:  # the edge of a row's task: the others must not suffer for it
+            log.exception("a row failed", batch=row.batch_id, line=row.number)
+            outcome = _OURS
+        if self._held.get(row.key) is held:
+            self._ended.append((held, outcome))
+            self._wake.set()
+
+    def _errand(self, held: Held, dialect: Dialect, body: bytes) -> Errand:
+        row = held.row
+        earlier = Checkpoint.of(row.checkpoint) if row.checkpoint else None
+        if earlier is not None:
+            self.tally.resumed += 1
+        return Errand(
             request_id=held.request_id,
             tenant=row.tenant,
-            dialect=dialect_of(row.endpoint),
+            dialect=dialect,
             body=body,
             due_us=self._now_us() + row.deadline_us - self._unix_us(),
             earlier=earlier,
         )
-        try:
-            outcome = await self._attempts.answer(row.endpoint, errand, watch)
-        except Exception:  # the edge of a row's task: the others must not suffer for it
-            log.exception("a row failed", batch=row.batch_id, line=row.number)
-            outcome = Later(code=Code.INTERNAL, message="the gateway failed at it", is_engines=True)
-        if self._held.get(row.key) is held:
-            self._ended.append((held, outcome))
-            self._wake.set()
 
     # What the store is told.
 
     async def _record(self) -> None:
         ended, self._ended = self._ended, []
         for held, outcome in ended:
-            self._judge(held, outcome)
+            if self._held.get(held.row.key) is held:
+                self._outbox.add(held.row, self._judged(held, outcome))
         await self._outbox.flush()
 
-    def _judge(self, held: Held, outcome: Outcome) -> None:
-        if self._held.get(held.row.key) is not held:
-            return
-        key = held.row.key
-        if isinstance(outcome, Later) and outcome.is_engines:
-            self._engine_errors[key] += 1
-        told = verdict(held.row, outcome, held.request_id, self._engine_errors[key])
-        if isinstance(told, Result):
-            self._engine_errors.pop(key, None)
-            self._pace.answered()
-        else:
-            assert isinstance(outcome, Later)
+    def _judged(self, held: Held, outcome: Outcome) -> Result | Again:
+        """What cannot be written down is like what cannot be run: the others have their results."""
+        try:
+            return self._verdict(held, outcome)
+        except Exception:  # whatever a server has said: it must not strand others
+            row = held.row
+            log.exception("an answer cannot be kept", batch=row.batch_id, line=row.number)
+            return self._verdict(held, _OURS)
+
+    def _verdict(self, held: Held, outcome: Outcome) -> Result | Again:
+        row, is_last = held.row, False
+        if isinstance(outcome, Later):
             self.tally.put_off(outcome.code)
-            if told.blameless and outcome.code is not Code.DEADLINE_PASSED:
-                self._pace.refused(self._now_us())
-        self._outbox.add(held.row, told)
+            if outcome.code not in ABSENT:
+                is_last = self._strikes.count(row, outcome)
+            elif not (is_last := self._absences.met(row.batch, self._now_us())):
+                return self._waits_for_its_model(row)
+        elif outcome.status < 400:
+            self._absences.over(row.batch)
+        told = verdict(row, outcome, held.request_id, is_last=is_last)
+        self._set_pace(told, outcome)
+        if isinstance(told, Result):
+            self._strikes.forget(row)
+        return told
+
+    def _set_pace(self, told: Result | Again, outcome: Outcome) -> None:
+        if isinstance(told, Result):
+            self._pace.answered()
+        elif told.blameless and not _is_too_late(outcome):
+            self._pace.refused(self._now_us())
 
     def _forget(self, row: Row) -> None:
         held = self._held.get(row.key)
@@ -320,7 +359,7 @@ class Runner:
     def _drop(self, held: Held) -> None:
         """Whatever it comes to, nobody wants it from us any more."""
         self._forget(held.row)
-        self._engine_errors.pop(held.row.key, None)
+        self._strikes.forget(held.row)
         if held.task is not None:
             held.task.cancel()
 
@@ -330,8 +369,8 @@ class Runner:
         """Rows of batches that were cancelled, or whose window is over, leave their servers."""
         if not self._held:
             return
-        told = self._outbox.finished()
         found = await self._store.overdue([held.row for held in self._held.values()])
+        told = self._outbox.finished()  # some have ended meanwhile
         over = [it for row in found if (it := self._held.get(row.key)) and row.key not in told]
         wasted: Counter[int] = Counter()
         for held in over:
@@ -343,6 +382,9 @@ class Runner:
 
     async def _survey(self) -> None:
         self.open_batches = await self._store.open_batches()
+        open_ones = {batch.seq for batch in self.open_batches}
+        self._strikes.keep_only(open_ones)
+        self._absences.keep_only(open_ones)
 
     async def _keep(self) -> None:
         marks: list[Mark] = []
@@ -368,3 +410,8 @@ class Runner:
 
     def _now_us(self) -> int:
         return round(self._clock.time() * 1e6)
+
+
+def _is_too_late(outcome: Outcome) -> bool:
+    """That says nothing of what servers can take."""
+    return isinstance(outcome, Later) and outcome.code is Code.DEADLINE_PASSED

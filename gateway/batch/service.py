@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Callable, Coroutine
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
@@ -16,21 +17,27 @@ import structlog
 
 from backends.pause import pause
 from gateway.batch.faults import StorageUnavailable, StoreFault, WrongVersion
-from gateway.batch.files import Blobs, shelf_at
+from gateway.batch.files import Blobs, in_time, shelf_at
 from gateway.batch.objects import Stage
 from gateway.batch.routes import Pages, Shell
 from gateway.batch.settings import BatchSettings
 from gateway.batch.store import Store
+from gateway.batch.threads import Threads
 from gateway.batch.throttle import Throttle
 from gateway.batch.upkeep import Upkeep
 from gateway.batch.validate import Limits
 from gateway.router import Route
 from gateway.settings import ConfigError
-from policies.clock import Clock
+from policies.clock import Clock, Timer
 
 log = structlog.get_logger("slackwater")
 
 _RETRY_S: Final = 5.0
+_PLACE_S: Final = 10.0
+"""For the place of the files, while nothing else is served yet."""
+_END_S: Final = 10.0
+"""For what is held to be given back at the end; later than that its lease will."""
+_HURRIED_END_S: Final = 1.0
 _MAX_LINE_BYTES: Final = 16 * 1_048_576
 
 
@@ -41,6 +48,9 @@ class Runs(Protocol):
         """Until it is drained."""
 
     def drain(self, within_s: float) -> None: ...
+
+    def hurry(self) -> None:
+        """Gives back at once what has not ended."""
 
     def lease_lost(self) -> None: ...
 
@@ -82,6 +92,10 @@ class Service:
         self._running: asyncio.Task[None] | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._loops: list[asyncio.Task[None]] = []
+        self._tidying: set[asyncio.Task[None]] = set()
+        self._place = Threads(1, "slackwater-place")
+        self._end_s = _END_S
+        self._end: Timer | None = None
 
     def routes(self) -> list[Route]:
         return self._pages.routes()
@@ -119,7 +133,8 @@ class Service:
     async def _open(self) -> None:
         settings = self._settings
         if self._blobs is None:
-            shelf = shelf_at(settings.files or str(Path(settings.folder) / "files"))
+            place = settings.files or str(Path(settings.folder) / "files")
+            shelf = await in_time(self._place, _PLACE_S, partial(shelf_at, place))
             self._blobs = Blobs(shelf, Throttle(self._clock, settings.files_mb_per_s * 1e6))
         path = Path(settings.folder) / "batches.sqlite"
         store = await Store.open(
@@ -182,7 +197,9 @@ class Service:
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         assert self._tasks is not None
-        self._tasks.create_task(_tidied(work))
+        task = self._tasks.create_task(_tidied(work))
+        self._tidying.add(task)
+        task.add_done_callback(self._tidying.discard)
 
     # The end.
 
@@ -190,17 +207,50 @@ class Service:
         if self._runner is not None:
             self._runner.drain(within_s)
 
+    def hurry(self) -> None:
+        """A second signal: nobody waits any more for a store that does not answer."""
+        self._end_s = _HURRIED_END_S
+        if self._runner is not None:
+            self._runner.hurry()
+        if self._end is not None:
+            self._end.cancel()
+            self._end = self._cut_off_later()
+
     async def close(self) -> None:
-        """What is held is given back, where the database can be told."""
+        """What is held is given back, where the store can be told in time."""
+        self._end = self._cut_off_later()
+        try:
+            await self._give_back()
+        finally:
+            self._end.cancel()
+            self._let_go()
+
+    def _cut_off_later(self) -> Timer:
+        return self._clock.call_at(self._clock.time() + self._end_s, self._cut_off)
+
+    async def _give_back(self) -> None:
         if self._running is not None and self._runner is not None:
             self._runner.drain(0.0)
             await asyncio.wait([self._running])
         for loop in self._loops:
             loop.cancel()
-        if self._loops:
-            await asyncio.wait(self._loops)
+        if ending := [*self._loops, *self._tidying]:
+            await asyncio.wait(ending)
         if self._store is not None:
             await _last_words(self._store)
+
+    def _cut_off(self) -> None:
+        """Whatever hangs, what waits for it fails now, and so all of it ends."""
+        log.warning("the store of batches does not answer: the gateway ends without it")
+        if self._store is not None:
+            self._store.give_up()
+        self._let_go()
+        for task in (self._running, *self._loops):
+            if task is not None:
+                task.cancel()
+
+    def _let_go(self) -> None:
+        self._place.close()
         if self._blobs is not None:
             self._blobs.close()
         if self._lock is not None:

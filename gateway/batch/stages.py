@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
-from sqlalchemy import and_, delete, insert, or_, select, update
+from sqlalchemy import and_, delete, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.batch import kept
@@ -170,23 +170,43 @@ async def _settle(connection: AsyncConnection, batch: Batch) -> None:
 
 
 async def recorded(
-    connection: AsyncConnection, batch: Batch, after: int, limit: int
+    connection: AsyncConnection, batch: Batch, after: int, limit: int, most_bytes: int
 ) -> list[Recorded]:
+    """Lines are as long as answers are, so that what is read is chosen by their lengths first."""
     if not batch.counts.total:  # cancelled before its rows were known
         return []
-    found = await connection.execute(
-        select(ROWS.c.number, ROWS.c.custom_id, RESULTS.c.failed, RESULTS.c.line)
-        .outerjoin(
-            RESULTS, and_(RESULTS.c.batch == ROWS.c.batch, RESULTS.c.number == ROWS.c.number)
-        )
-        .where(ROWS.c.batch == batch.seq, ROWS.c.number > after)
+    of_row = and_(RESULTS.c.batch == ROWS.c.batch, RESULTS.c.number == ROWS.c.number)
+    joined = ROWS.outerjoin(RESULTS, of_row)
+    some = ROWS.c.batch == batch.seq
+    lengths = await connection.execute(
+        select(ROWS.c.number, func.coalesce(func.length(RESULTS.c.line), 0))
+        .select_from(joined)
+        .where(some, ROWS.c.number > after)
         .order_by(ROWS.c.number)
         .limit(limit)
+    )
+    last = _last_within([(row[0], row[1]) for row in lengths], most_bytes)
+    found = await connection.execute(
+        select(ROWS.c.number, ROWS.c.custom_id, RESULTS.c.failed, RESULTS.c.line)
+        .select_from(joined)
+        .where(some, ROWS.c.number > after, ROWS.c.number <= last)
+        .order_by(ROWS.c.number)
     )
     return [
         Recorded(number=number, custom_id=custom_id, failed=failed is not False, line=line)
         for number, custom_id, failed, line in found
     ]
+
+
+def _last_within(lengths: Iterable[tuple[int, int]], most_bytes: int) -> int:
+    """The number of the last row, of those that have so many bytes together; of one at least."""
+    last, total_bytes = 0, 0
+    for number, length in lengths:
+        total_bytes += length
+        if last and total_bytes > most_bytes:
+            break
+        last = number
+    return last
 
 
 async def conclude(

@@ -33,6 +33,8 @@ from gateway.batch.tables import BATCHES, TENANTS
 
 _BLOB_US: Final = 300_000_000
 """For how long a blob that was announced, or held since, is somebody's business."""
+_LINES_BYTES: Final = 4 * 2**20
+"""In memory together, but for a line that is longer by itself."""
 _FOREVER_US: Final = 2**62
 _OPEN: Final = sorted(OPEN)
 
@@ -52,6 +54,7 @@ class Store:
         self._name = owner
         self._joined = 0
         self._owner = ""
+        self._until_us = 0
         self._now_us = now_us
         self.lease_us = lease_us
 
@@ -83,19 +86,30 @@ class Store:
         """Without giving anything back: see `leave`."""
         await self._database.close()
 
+    def give_up(self) -> None:
+        """What is under way fails now, wherever it hangs, and so does all that comes later."""
+        self._database.give_up()
+
     # Leases. An owner's lease covers everything that it holds, so that one write renews it all.
 
     async def join(self) -> None:
         """Before the first claim, and again after LeaseLost, then as somebody new."""
         self._joined += 1
         owner, until_us = f"{self._name}.{self._joined}", self._now_us() + self.lease_us
-        await self._database.write(lambda tx: leases.join(tx, owner, until_us))
-        self._owner = owner
+        await self._database.write(lambda tx: leases.join(tx, owner, until_us), of_lease=True)
+        self._owner, self._until_us = owner, until_us
 
     async def renew(self) -> None:
         """The heartbeat, a few times in each lease. LeaseLost: drop every row, then `join`."""
-        until_us = self._now_us() + self.lease_us
-        await self._database.write(lambda tx: leases.renew(tx, self._owner, until_us))
+        owner, until_us = self._owner, self._now_us() + self.lease_us
+        await self._database.write(lambda tx: leases.renew(tx, owner, until_us), of_lease=True)
+        self._until_us = until_us
+
+    @property
+    def is_late(self) -> bool:
+        """The lease may be over: the clock was set, or the machine stood still, since the last
+        heartbeat."""
+        return self._until_us < self._now_us() + self.lease_us // 2
 
     async def leave(self) -> None:
         """Gives back what is held: a shutdown need not wait for the lease to run out."""
@@ -103,11 +117,13 @@ class Store:
         await self._bury(self._owner, blameless=True)
 
     async def reap(self) -> int:
-        """Frees what owners held whose lease has run out; how many rows, in slices."""
+        """Frees what others held whose lease has run out; how many rows, in slices."""
         return await self._reap(self._now_us())
 
     async def _reap(self, before_us: int) -> int:
-        late = await self._database.write(lambda tx: leases.declare_dead(tx, before_us))
+        late = await self._database.write(
+            lambda tx: leases.declare_dead(tx, self._owner, before_us)
+        )
         return sum([await self._bury(owner, blameless=False) for owner in late])
 
     async def _bury(self, owner: str, *, blameless: bool) -> int:
@@ -253,10 +269,13 @@ class Store:
             lambda tx: stages.fail(tx, self._owner, task, problems, now_us)
         )
 
-    async def recorded(self, task: Task, *, after: int, limit: int) -> list[Recorded]:
-        """Rows of the batch by number, from the one after `after`."""
+    async def recorded(
+        self, task: Task, *, after: int, limit: int, most_bytes: int = _LINES_BYTES
+    ) -> list[Recorded]:
+        """Rows of the batch by number, from the one after `after`: at least one, and no more than
+        have so many bytes of lines."""
         async with self._database.reading() as connection:
-            return await stages.recorded(connection, task.batch, after, limit)
+            return await stages.recorded(connection, task.batch, after, limit, most_bytes)
 
     async def conclude(
         self, task: Task, *, output: StoredFile | None, errors: StoredFile | None
@@ -294,10 +313,10 @@ class Store:
         """They are gone."""
         await self._database.write(lambda tx: kept.forget(tx, blobs))
 
-    async def litter(self, limit: int) -> list[str]:
-        """Blobs that belong to no file: to be deleted, and then forgotten."""
+    async def litter(self, limit: int, *, after: str = "") -> list[str]:
+        """Blobs that belong to no file, by name: to be deleted, and then forgotten."""
         now_us = self._now_us()
-        return await self._database.write(lambda tx: kept.litter(tx, now_us, limit))
+        return await self._database.write(lambda tx: kept.litter(tx, now_us, limit, after))
 
     async def add_file(self, file: StoredFile, quota: Quota) -> None:
         """Its blob was announced and is complete. QuotaExceeded, Fenced."""

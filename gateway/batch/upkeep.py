@@ -43,12 +43,16 @@ class Upkeep:
     limits: Limits
     lease_lost: Callable[[], object]
     """Told when all rows that are held have to be dropped."""
+    _renews: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _swept: str = ""
+    """Of the blobs that are nobody's, the last that was looked at."""
     _wake: dict[Stage, asyncio.Event] = field(
         default_factory=lambda: {stage: asyncio.Event() for stage in Stage}
     )
 
     def start(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
-        loops = [self._beat(), self._repeat(self.chores, asyncio.Event())]
+        loops = [self._beat()]
+        loops += [self._repeat(turn, asyncio.Event()) for turn in (self.chores, self.sweep)]
         loops += [self._repeat(partial(self.work, stage), self._wake[stage]) for stage in Stage]
         return [tasks.create_task(loop) for loop in loops]
 
@@ -68,12 +72,13 @@ class Upkeep:
                 log.exception("a heartbeat failed")
 
     async def renew(self) -> None:
-        try:
-            await self.store.renew()
-        except LeaseLost:
-            log.warning("the lease on batch rows was lost: others run them, these are dropped")
-            self.lease_lost()
-            await self.store.join()
+        async with self._renews:
+            try:
+                await self.store.renew()
+            except LeaseLost:
+                log.warning("the lease on batch rows was lost: others run them, these are dropped")
+                self.lease_lost()
+                await self.store.join()
 
     async def _repeat(self, turn: Callable[[], Awaitable[bool]], wake: asyncio.Event) -> None:
         """At once again where there was something to do."""
@@ -99,20 +104,32 @@ class Upkeep:
             timer.cancel()
 
     async def chores(self) -> bool:
-        """Windows and leases that have run out, files past their time, bytes that are nobody's."""
+        """Windows and leases that have run out, files past their time."""
         if await self.store.close_windows():
             self.wake(Stage.FINALIZE)
+        if self.store.is_late:  # others may look next, and what we see of them is old
+            await self.renew()
         await self.store.reap()
-        await self.store.expire_files()
-        return await self.sweep() > 0
+        return await self.store.expire_files() > 0
 
-    async def sweep(self) -> int:
-        blobs = await self.store.litter(_LITTER)
+    async def sweep(self) -> bool:
+        """Bytes that are nobody's; those that cannot be deleted keep no others from it."""
+        blobs = await self.store.litter(_LITTER, after=self._swept)
+        self._swept = blobs[-1] if len(blobs) == _LITTER else ""
+        gone: list[str] = []
+        fault: StoreFault | None = None
         for blob in blobs:
-            await self.blobs.delete(blob)
-        if blobs:
-            await self.store.forget(blobs)
-        return len(blobs)
+            try:
+                await self.blobs.delete(blob)
+            except StoreFault as one:
+                fault = one
+            else:
+                gone.append(blob)
+        if gone:
+            await self.store.forget(gone)
+        if fault is not None:
+            raise fault
+        return bool(gone)
 
     async def work(self, stage: Stage) -> bool:
         """One batch, where there is one that needs it."""

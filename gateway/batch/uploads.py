@@ -11,9 +11,9 @@ from typing import Final
 from aiohttp import BodyPartReader, ClientPayloadError, MultipartReader, web
 from aiohttp.http_exceptions import BadHttpMessage
 
+from gateway.batch.arrivals import Arrivals
 from gateway.batch.asked import FORM_FIELDS, check_purpose, file_name, form_expiry
 from gateway.batch.drafts import Draft
-from gateway.batch.faults import QuotaExceeded
 from gateway.batch.files import Blobs
 from gateway.batch.objects import Purpose, Quota, StoredFile
 from gateway.batch.store import Store
@@ -47,11 +47,13 @@ class Upload:
         store: Store,
         blobs: Blobs,
         terms: Terms,
+        arrivals: Arrivals,
         new_id: Callable[[str], str],
         now_us: Callable[[], int],
     ) -> None:
         self._store = store
         self._terms = terms
+        self._arrival = arrivals.arrival(terms.tenant, terms.quota)
         self._new_id = new_id
         self._fields: dict[str, str] = {}
         self._name = ""
@@ -67,11 +69,16 @@ class Upload:
         expires_s = form_expiry(self._fields) or self._terms.expires_s
         if not await self._draft.finish():
             raise invalid("file", "is missing")
-        return await self._kept(expires_s)
+        file = await self._kept(expires_s)
+        self._arrival.end(is_kept=True)
+        return file
 
     async def abandon(self) -> None:
         """Whatever has been written is litter, unless a file was made of it after all."""
-        await self._draft.close()
+        try:
+            await self._draft.close()
+        finally:
+            self._arrival.end(is_kept=False)
         await self._draft.doom()
 
     async def _check_size(self, content_length: int | None) -> None:
@@ -80,10 +87,7 @@ class Upload:
         if size_bytes > self._terms.max_bytes + _OVERHEAD_BYTES:
             raise self._too_large()
         held = await self._store.holdings(self._terms.tenant)
-        room = self._terms.quota.stored_bytes - held.stored_bytes
-        if size_bytes > max(0, room) + _OVERHEAD_BYTES or room <= 0:
-            most = self._terms.quota.stored_bytes
-            raise QuotaExceeded(f"this key may have {most} stored bytes at most")
+        self._arrival.begin(held.stored_bytes, size_bytes - _OVERHEAD_BYTES)
 
     def _too_large(self) -> ApiError:
         message = f"a file may have {self._terms.max_bytes} bytes at most"
@@ -125,6 +129,7 @@ class Upload:
         while piece := await self._piece(part):
             if draft.size_bytes + len(piece) > self._terms.max_bytes:
                 raise self._too_large()
+            self._arrival.add(len(piece))
             await draft.add(piece, piece.count(b"\n"))
             last = piece[-1:]
         draft.lines += last not in (b"", b"\n")

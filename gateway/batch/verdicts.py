@@ -8,9 +8,10 @@ from typing import Any, Final
 import orjson
 
 from gateway.batch import lines
-from gateway.batch.attempts import Answered, Later, Outcome, dialect_of
+from gateway.batch.attempts import Answered, Later, Outcome
 from gateway.batch.objects import Result, Row
-from gateway.errors import ApiError, Code, error_body
+from gateway.dialects import ROUTES
+from gateway.errors import ApiError, Code, Dialect, error_body
 
 _FLEETS: Final = frozenset(
     {
@@ -22,8 +23,9 @@ _FLEETS: Final = frozenset(
 """What is said of all rows alike: nothing is wrong with this one."""
 _FIRST_PAUSE_US: Final = 1_000_000
 _LONGEST_PAUSE_US: Final = 300_000_000
-ENGINE_ERRORS: Final = 8
-"""So many times a living server may fail a row (each time after all attempts of a request)."""
+_GROUPS: Final = 4
+"""Rows that ended together, such as with a server, do not all come back together: if one of them is
+to blame, the others are done before it is there again, or after."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,22 +37,29 @@ class Again:
     """It is the fleet's trouble: others would meet it too."""
 
 
-def verdict(row: Row, outcome: Outcome, request_id: str, engine_errors: int) -> Result | Again:
-    """`engine_errors`: how many there were of this row, this one included."""
+def verdict(
+    row: Row, outcome: Outcome, request_id: str, *, is_last: bool = False
+) -> Result | Again:
+    """`is_last`: it has been tried often enough, and what was said now is its answer."""
     if isinstance(outcome, Answered):
         return _result(row, outcome, request_id)
-    if engine_errors >= ENGINE_ERRORS:
+    if is_last:
         return _result(row, _given_up(row, outcome, request_id), request_id)
     if outcome.code in _FLEETS:
         return Again(pause_us=0, blameless=True)
+    return Again(pause_us=_pause_us(row), blameless=False)
+
+
+def _pause_us(row: Row) -> int:
     pause_us = min(_FIRST_PAUSE_US << min(row.attempts, 20), _LONGEST_PAUSE_US)
-    return Again(pause_us=pause_us, blameless=False)
+    return pause_us + pause_us * ((row.number - 1) % _GROUPS) // _GROUPS
 
 
 def _given_up(row: Row, outcome: Later, request_id: str) -> Answered:
-    error = ApiError(outcome.code, outcome.message)
-    body = error_body(dialect_of(row.endpoint), error, request_id=request_id)
-    return Answered(status=error.status, body=body)
+    """An endpoint that only newer gateways know is one of OpenAI's, too."""
+    error = ApiError(outcome.code, outcome.message, param=outcome.param)
+    dialect = ROUTES.get(row.endpoint, Dialect.COMPLETIONS)
+    return Answered(status=error.status, body=error_body(dialect, error, request_id=request_id))
 
 
 def _result(row: Row, answered: Answered, request_id: str) -> Result:

@@ -158,7 +158,7 @@ async def test_what_a_gateway_set_ends_with_its_lease(trial: Trial) -> None:
     await trial.slow(STEP_S)
     online = [trial.send(Ask(trial.prompt(50), 450)) for _ in range(2)]  # for 9 s at least
     await asyncio.gather(*(leg.begun.wait() for leg in online))
-    offline = [trial.send(Ask(trial.prompt(60), 5, offline=True)) for _ in range(2)]
+    offline = [trial.send(Ask(trial.prompt(60), 60, offline=True)) for _ in range(2)]
     await trial.until("parked", 2)
     await trial.set(lease_s=0.3)
     # Who asks for the state would end the lease; here it is the engine that looks.

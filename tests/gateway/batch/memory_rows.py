@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from gateway.batch.faults import LeaseLost
-from gateway.batch.objects import Batch, Result, Row, RowState
+from gateway.batch.objects import Batch, Result, Row, RowState, Status
 
 
 @dataclass
@@ -50,7 +50,6 @@ class Ledger:
                 length=len(body),
                 fence=0,
                 attempts=0,
-                created_us=now_us,
                 deadline_us=now_us + round(within_s * 1e6),
             )
             self.entries[row.key] = Entry(row, body)
@@ -165,8 +164,24 @@ class MemoryRows:
         return 0
 
     async def open_batches(self) -> list[Batch]:
-        return []
+        left = [e.row for e in self.ledger.entries.values() if e.state is not RowState.DONE]
+        return [_batch_of(row) for row in {row.batch: row for row in left}.values()]
 
     async def waste(self, batch: int, tokens: int) -> None:
         self._check()
         self.ledger.wasted_tokens += tokens
+
+
+def _batch_of(row: Row) -> Batch:
+    return Batch(
+        seq=row.batch,
+        id=row.batch_id,
+        tenant=row.tenant,
+        endpoint=row.endpoint,
+        window="1h",
+        input_file_id="",
+        input_blob="",
+        status=Status.IN_PROGRESS,
+        created_us=0,
+        deadline_us=row.deadline_us,
+    )

@@ -135,6 +135,5 @@ def a_row(*, blob: str, number: int, place: tuple[int, int]) -> Row:
         length=place[1],
         fence=1,
         attempts=0,
-        created_us=0,
         deadline_us=HOUR_US,
     )

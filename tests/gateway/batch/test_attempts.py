@@ -12,6 +12,9 @@ import pytest
 
 from backends.checkpoint import Checkpoint
 from backends.emulator import FaultKind
+from backends.fetch import Answer
+from backends.http import HttpError, Reason
+from gateway import passing
 from gateway.batch.attempts import Answered, Attempts, Later, Outcome, dialect_of
 from gateway.passing import Passing
 from gateway.visit import Errand, Visit
@@ -37,6 +40,9 @@ INCREMENTAL = (
 FLEETS = {"cumulative": PAIR, "incremental": INCREMENTAL}
 
 
+EMBEDDED = {"input": "a", "model": "emulated"}
+
+
 class Watched:
     """Those under way."""
 
@@ -58,8 +64,8 @@ class Watched:
 
 def attempts(site: Site) -> Attempts:
     gateway = site.gateway
-    passing = Passing(gateway.front, gateway.core, gateway.backend, gateway._clock, gateway._rng)
-    return Attempts(gateway.front, passing)
+    passer = Passing(gateway.front, gateway.core, gateway.backend, gateway._clock, gateway._rng)
+    return Attempts(gateway.front, passer)
 
 
 def errand(site: Site, path: str, body: Any, *, within_s: float = 60.0, **more: Any) -> Errand:
@@ -114,7 +120,7 @@ async def test_a_row_gets_the_body_that_a_client_gets(path: str) -> None:
 
 
 @PATHS
-@pytest.mark.parametrize("body", [b"{", b"[]", b"{}", b'{"model": "no-such", "input": "x"}'])
+@pytest.mark.parametrize("body", [b"{", b"[]", b"{}", b'{"model": 7, "input": 7}'])
 async def test_what_a_client_is_refused_is_the_rows_answer(path: str, body: bytes) -> None:
     async with standing() as site:
         told = await site.ask(path, body, OFFLINE)
@@ -122,6 +128,20 @@ async def test_what_a_client_is_refused_is_the_rows_answer(path: str, body: byte
         assert isinstance(outcome, Answered)
         assert (outcome.status, json.loads(outcome.body)) == (told.status, told.body)
         assert 400 <= outcome.status < 500
+
+
+@PATHS
+async def test_a_model_that_is_not_on_the_list_may_come_back(path: str) -> None:
+    async with standing() as site:
+        body = BODIES[path]() | {"model": "no-such"}
+        outcome = await run(site, path, body)
+        told = await site.ask(path, body, OFFLINE)
+        assert isinstance(outcome, Later)
+        assert (outcome.code, outcome.message, outcome.param) == (
+            told.code,
+            told.body["error"]["message"],
+            "model",
+        )
 
 
 async def test_a_row_cannot_ask_for_a_stream() -> None:
@@ -147,7 +167,18 @@ async def test_a_dead_fleet_is_no_answer() -> None:
         await site.fleet["p1"].kill()
         outcome = await run(site, "/generate", generate(), within_s=20.0)
         assert isinstance(outcome, Later)
-        assert not outcome.is_engines
+        assert (outcome.is_engines, outcome.is_death) == (False, False)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/embeddings"])
+@pytest.mark.parametrize("kind", [FaultKind.HANG, FaultKind.REFUSE])
+async def test_a_server_that_breaks_off_under_a_row_is_counted(path: str, kind: FaultKind) -> None:
+    async with standing(UNIFIED) as site:
+        site.hurt("u1", kind)
+        body = generate() if path == "/generate" else EMBEDDED
+        outcome = await run(site, path, body, within_s=2000.0)
+        assert isinstance(outcome, Later)
+        assert (outcome.is_engines, outcome.is_death) == (False, True)
 
 
 async def test_an_engine_that_always_fails_says_so_itself() -> None:
@@ -250,6 +281,8 @@ async def test_embeddings_go_to_a_unified_server() -> None:
         (429, "upstream_overloaded", False),
         (503, "upstream_overloaded", False),
         (500, "upstream_failed", True),
+        (401, "upstream_failed", True),
+        (403, "upstream_failed", True),
     ],
 )
 async def test_a_busy_server_of_embeddings_is_waited_for(
@@ -262,11 +295,41 @@ async def test_a_busy_server_of_embeddings_is_waited_for(
         assert (outcome.code, outcome.is_engines) == (code, is_engines)
 
 
-async def test_embeddings_without_a_unified_server_are_refused() -> None:
+async def test_embeddings_wait_for_a_unified_server_as_for_a_model() -> None:
     async with standing() as site:
-        outcome = await run(site, "/v1/embeddings", {"input": "a", "model": "emulated"})
-        assert isinstance(outcome, Answered)
-        assert outcome.status == 404
+        told = await site.ask("/v1/embeddings", EMBEDDED)
+        outcome = await run(site, "/v1/embeddings", EMBEDDED)
+        assert isinstance(outcome, Later)
+        assert (told.status, outcome.code) == (404, "needs_unified_server")
+
+
+@pytest.mark.parametrize(("mb", "fits"), [(40, True), (70, False)])
+async def test_answers_of_embeddings_may_be_long(
+    mb: int, *, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = b"x" * (mb << 20)
+
+    async def handed(*_: Any, max_bytes: int, **__: Any) -> Answer:
+        if len(whole) > max_bytes:
+            raise HttpError(Reason.TOO_LARGE, "too long an answer", before_head=False)
+        return Answer(200, whole, "application/json")
+
+    async with standing(UNIFIED) as site:
+        monkeypatch.setattr(passing, "fetch", handed)
+        outcome = await run(site, "/v1/embeddings", EMBEDDED)
+        assert isinstance(outcome, Answered) is fits
+        assert fits or (isinstance(outcome, Later) and outcome.is_engines)
+
+
+async def test_embeddings_of_rows_may_take_longer_than_a_pages() -> None:
+    async with standing(UNIFIED) as site:
+        site.hurt("u1", FaultKind.HANG, path="/v1/embeddings")
+        told = await site.ask("/v1/embeddings", EMBEDDED)
+        began_s = site.now_s()
+        outcome = await run(site, "/v1/embeddings", EMBEDDED, within_s=2000.0)
+        assert isinstance(outcome, Later)
+        assert (told.code, outcome.code) == ("upstream_timeout", "upstream_timeout")
+        assert (told.took_s, site.now_s() - began_s) == (120.0, 600.0)
 
 
 async def test_a_gateway_that_shuts_down_takes_no_row() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from gateway.batch.faults import Fenced, LeaseLost
@@ -60,6 +62,17 @@ async def test_what_failed_is_counted_apart(store: Store) -> None:
     await store.finish([result(good), result(bad, failed=True)])
     counts = (await store.batch("a", batch.id)).counts
     assert (counts.completed, counts.failed) == (1, 1)
+
+
+async def test_counts_of_a_server_that_cannot_be_are_bounded(store: Store) -> None:
+    batch = await running(store, rows=2)
+    for row, tokens in zip(await store.claim(2), (2**70, -5), strict=True):
+        told = replace(result(row, tokens=tokens), prompt_tokens=2**63, cached_tokens=tokens)
+        assert len(await store.finish([told])) == 1
+    await store.waste(batch.seq, 2**64)
+    usage = (await store.batch("a", batch.id)).usage
+    assert usage.prompt_tokens == 2**41
+    assert usage.generated_tokens == usage.cached_tokens == usage.wasted_tokens == 2**40
 
 
 async def test_a_silent_gateway_loses_its_rows_and_its_results_are_refused(site: Site) -> None:

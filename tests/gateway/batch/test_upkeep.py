@@ -25,7 +25,7 @@ from gateway.batch.validate import Limits
 from gateway.clock import LiveClock
 from tests.gateway.batch.conftest import Site
 from tests.gateway.batch.served import jsonl, row
-from tests.gateway.batch.stored import PLENTY, keep, new_batch, new_file, new_rows, taken
+from tests.gateway.batch.stored import PLENTY, keep, new_batch, new_file, new_rows, result, taken
 
 pytestmark = pytest.mark.real_time
 
@@ -37,7 +37,8 @@ class Works:
     blobs: Blobs
     folder: Path
     upkeep: Upkeep
-    losses: int = 0
+    losses: list[int]
+    """One for each time that rows were to be dropped."""
 
     async def submit(self, data: bytes, window_us: int = 10**12) -> Batch:
         file = replace(new_file(lines=data.count(b"\n")), size_bytes=len(data))
@@ -74,6 +75,7 @@ async def works(site: Site, store: Store, tmp_path: Path) -> AsyncIterator[Works
     folder = tmp_path / "files"
     blobs = Blobs(Folder(folder))
     numbers = count(1)
+    losses: list[int] = []
     upkeep = Upkeep(
         store=store,
         blobs=blobs,
@@ -81,10 +83,9 @@ async def works(site: Site, store: Store, tmp_path: Path) -> AsyncIterator[Works
         now_us=lambda: site.now_us,
         new_id=lambda prefix: f"{prefix}made-{next(numbers)}",
         limits=Limits(max_rows=600),
-        lease_lost=lambda: lost.append(1),
+        lease_lost=lambda: losses.append(1),
     )
-    lost: list[int] = []
-    yield Works(site, store, blobs, folder, upkeep)
+    yield Works(site, store, blobs, folder, upkeep, losses)
     blobs.close()
 
 
@@ -192,6 +193,28 @@ async def test_a_finaliser_that_was_overtaken_leaves_nothing(works: Works) -> No
     assert works.left() == 2
 
 
+async def test_a_file_that_gets_no_line_for_long_is_not_swept_up_meanwhile(
+    works: Works, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = await works.submit(jsonl(*(row(n) for n in range(1, 7))))
+    await works.upkeep.work(Stage.VALIDATE)
+    await works.answer(1, status=400)
+    await works.answer()
+    recorded = works.store.recorded
+
+    async def slow(task: Task, *, after: int, limit: int) -> list[Recorded]:
+        works.site.wait(100)
+        await works.store.renew()
+        await works.upkeep.sweep()
+        return await recorded(task, after=after, limit=1)
+
+    monkeypatch.setattr(works.store, "recorded", slow)
+    await works.upkeep.work(Stage.FINALIZE)
+    ended = await works.store.batch("a", made.id)
+    assert len(await works.lines(ended.error_file_id)) == 1
+    assert len(await works.lines(ended.output_file_id)) == 5
+
+
 async def test_output_files_expire_as_was_asked_for(works: Works) -> None:
     file = new_file(lines=1)
     (works.folder / file.blob).write_bytes(jsonl(row(1)))
@@ -213,7 +236,47 @@ async def test_a_lease_that_was_lost_is_told_of_and_a_new_one_taken(works: Works
     await other.renew()
     await other.reap()
     await works.upkeep.renew()
-    await works.store.renew()
+    assert len(works.losses) == 1
+    await works.upkeep.renew()
+    assert len(works.losses) == 1
+
+
+async def test_a_gateway_alone_keeps_its_rows_when_its_clock_is_set(works: Works) -> None:
+    """Or when its machine has stood still: nobody else has looked meanwhile."""
+    await works.submit(jsonl(row(1), row(2)))
+    await works.upkeep.work(Stage.VALIDATE)
+    held = await works.store.claim(2)
+    works.site.wait(3_600)
+    await works.upkeep.chores()
+    assert await (await works.site.store()).reap() == 0
+    assert (works.losses, len(await works.store.finish([result(one) for one in held]))) == ([], 2)
+
+
+async def test_what_cannot_be_deleted_keeps_nothing_else_from_it(
+    works: Works, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.batch.upkeep._LITTER", 2)
+    for name in ("a", "b", "c", "d", "e"):
+        await works.store.announce(name)
+        (works.folder / name).mkdir() if name in "ab" else (works.folder / name).touch()
+    works.site.wait(301)
+    for _ in range(4):
+        with suppress(StorageUnavailable):
+            await works.upkeep.sweep()
+    assert sorted(path.name for path in works.folder.iterdir()) == ["a", "b"]
+    assert await works.store.litter(9) == ["a", "b"]
+
+
+async def test_lines_are_read_so_many_bytes_at_a_time(works: Works) -> None:
+    await works.submit(jsonl(*(row(n) for n in range(1, 6))))
+    await works.upkeep.work(Stage.VALIDATE)
+    rows = await works.store.claim(5)
+    results = [replace(result(one), line=bytes(10)) for one in rows]
+    assert len(await works.store.finish(results)) == 5
+    task = await taken(works.store, Stage.FINALIZE)
+    for most_bytes, rows_read in ((25, 2), (1, 1), (50, 5)):
+        some = await works.store.recorded(task, after=0, limit=9, most_bytes=most_bytes)
+        assert [one.number for one in some] == list(range(1, rows_read + 1)), most_bytes
 
 
 def opened(folder: Path) -> list[str]:

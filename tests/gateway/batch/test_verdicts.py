@@ -13,7 +13,7 @@ from gateway.batch.attempts import Answered, Later
 from gateway.batch.objects import Batch, Counts, Result, Row, Status, Usage
 from gateway.batch.pace import Pace, PaceRule
 from gateway.batch.progress import progress_of
-from gateway.batch.verdicts import ENGINE_ERRORS, Again, usage_of, verdict
+from gateway.batch.verdicts import Again, usage_of, verdict
 from gateway.errors import Code
 
 SECOND = 1_000_000
@@ -32,14 +32,13 @@ def row(**more: Any) -> Row:
         "length": 1,
         "fence": 1,
         "attempts": 0,
-        "created_us": 0,
         "deadline_us": 10**15,
     }
     return Row(**facts | more)
 
 
-def told(outcome: Answered | Later, errors: int = 0, **more: Any) -> Result | Again:
-    return verdict(row(**more), outcome, "request-1", errors)
+def told(outcome: Answered | Later, *, is_last: bool = False, **more: Any) -> Result | Again:
+    return verdict(row(**more), outcome, "request-1", is_last=is_last)
 
 
 @pytest.mark.parametrize(("status", "failed"), [(200, False), (400, True), (404, True)])
@@ -64,10 +63,18 @@ def test_a_rows_own_trouble_waits_longer_each_time() -> None:
     assert not any(it.blameless for it in pauses if isinstance(it, Again))
 
 
-def test_a_server_that_fails_a_row_for_ever_has_the_last_word() -> None:
+def test_rows_that_ended_together_do_not_all_come_back_together() -> None:
+    later = Later(code=Code.UPSTREAM_FAILED, message="it died")
+    pauses = [told(later, attempts=9, number=number) for number in range(1, 9)]
+    found = [it.pause_us // SECOND for it in pauses if isinstance(it, Again)]
+    assert found == [300, 375, 450, 525] * 2
+
+
+@pytest.mark.parametrize("endpoint", ["/v1/completions", "/v2/of-a-newer-gateway"])
+def test_a_server_that_fails_a_row_for_ever_has_the_last_word(endpoint: str) -> None:
     later = Later(code=Code.UPSTREAM_FAILED, message="no such kernel", is_engines=True)
-    assert isinstance(told(later, ENGINE_ERRORS - 1), Again)
-    result = told(later, ENGINE_ERRORS)
+    assert isinstance(told(later, endpoint=endpoint), Again)
+    result = told(later, is_last=True, endpoint=endpoint)
     assert isinstance(result, Result)
     assert result.failed
     response = json.loads(result.line)["response"]
