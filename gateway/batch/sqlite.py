@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Awaitable
+from contextlib import suppress
 from functools import partial
+from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Final, TypeVar
 
 import aiosqlite
+from aiosqlite.core import _connection_worker_thread
 
 T = TypeVar("T")
 
@@ -26,6 +29,7 @@ class Connection(aiosqlite.Connection):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._thread = Thread(target=_live, args=(self._tx,), daemon=True)
         self._waits: set[asyncio.Timeout] = set()
 
     def __del__(self) -> None:
@@ -75,11 +79,14 @@ async def connect(path: str, **options: Any) -> Connection:
     event loop that may be closed by then."""
 
     connection = Connection(partial(sqlite3.connect, path, **options), iter_chunk_size=64)
-    thread: Thread = connection._thread
-    thread.daemon = True
     try:
         async with asyncio.timeout(ANSWER_S):
             return await connection  # type: ignore[return-value]
     except BaseException:
-        await asyncio.to_thread(thread.join, _GONE_S)
+        await asyncio.to_thread(connection._thread.join, _GONE_S)
         raise
+
+
+def _live(calls: SimpleQueue[Any]) -> None:
+    with suppress(RuntimeError):  # an answer that came after the event loop's end is nobody's
+        _connection_worker_thread(calls)

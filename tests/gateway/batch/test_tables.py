@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, select, text
 
+from gateway.batch import sqlite
 from gateway.batch.database import Database
 from gateway.batch.faults import StorageUnavailable, WrongVersion
 from gateway.batch.tables import SCHEMA, VERSION, migrate
@@ -85,3 +87,27 @@ async def test_a_database_that_cannot_be_opened_leaves_no_thread_behind() -> Non
             await Database.open("sqlite+aiosqlite:////no/such/folder/x")
         left = {each.name for each in set(threading.enumerate()) - before if each.is_alive()}
         assert not {name for name in left if "worker" in name}
+
+
+def test_an_answer_that_comes_after_the_event_loops_end_disturbs_nobody(tmp_path: Path) -> None:
+    goes_on = threading.Event()
+    told: list[threading.ExceptHookArgs] = []
+
+    async def leave_it() -> threading.Thread:
+        connection = await sqlite.connect(str(tmp_path / "x"))
+        await connection.create_function("hang", 0, lambda: goes_on.wait(10.0))
+        asking = asyncio.ensure_future(connection.execute("SELECT hang()"))
+        await asyncio.sleep(0.05)
+        asking.cancel()
+        connection.terminate()
+        return connection._thread
+
+    hook, threading.excepthook = threading.excepthook, told.append
+    try:
+        thread = asyncio.run(leave_it())
+        goes_on.set()
+        thread.join(10.0)
+    finally:
+        threading.excepthook = hook
+    assert not thread.is_alive()
+    assert not told
