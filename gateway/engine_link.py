@@ -31,9 +31,10 @@ from policies.types import Worker
 log = structlog.get_logger("slackwater.worker")
 
 ASK_S = 5.0
-UNHEARD = "this gateway has no pyzmq: pip install 'slackwater[plugin]'"
+UNHEARD = "this gateway has no pyzmq: install it with the extra `plugin`"
 BLIND = "it knows no step times yet, for want of a cost model here and of steps seen there"
 BLIND_FOR_GOOD = "it knows no step times: it sees none without its `reports`, and [cost] tells none"
+UNTAKEN = "it takes no settings from here: it is busy, or its admin key is not the worker's api_key"
 STEPS_ALL = MODES[0]
 _NUMBERS = {name: number for number, name in MODES.items()}
 
@@ -147,6 +148,7 @@ class EngineLink:
         off = dict(heard.why_off)
         if self.settings.reports and self._hearing is None:
             off.setdefault(Feature.REPORTS.value, UNHEARD)
+        off |= dict.fromkeys(self._wanted(heard) - features, UNTAKEN)
         uses = features - {SELECTS}
         if Feature.DECODE in uses and self._is_blind(name, heard):
             uses -= {Feature.DECODE}

@@ -29,6 +29,9 @@ class Absences:
     def __init__(self) -> None:
         self._of: dict[int, _Absence] = {}
 
+    def __contains__(self, batch: int) -> bool:
+        return batch in self._of
+
     def met(self, batch: int, now_us: int) -> bool:
         """Whether its rows have waited long enough. All rows of one bad moment count once."""
         found = self._of.setdefault(batch, _Absence())

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -106,7 +106,12 @@ async def _submit(given: argparse.Namespace, client: BatchClient, clock: Clock) 
     endpoint = given.endpoint or _endpoint_in(given.file)
     with board.transfer(given.file.name, given.file.stat().st_size, _told()) as advance:
         file = await client.upload(given.file, advance)
-    batch = await client.create(file["id"], endpoint, given.window, metadata)
+    try:
+        batch = await client.create(file["id"], endpoint, given.window, metadata)
+    except BatchError:
+        with suppress(BatchError):  # in use, if the batch was made all the same
+            await client.delete(file["id"])
+        raise
     _say(given, batch, f"{batch['id']} is submitted: {given.file.name}, {file['bytes']:,} bytes")
     return await _follow(given, client, batch, clock) if given.watch else 0
 

@@ -66,6 +66,9 @@ class BatchClient:
         }
         return await self._ask("POST", "/v1/batches", json=body)
 
+    async def delete(self, file_id: str) -> None:
+        await self._ask("DELETE", f"/v1/files/{file_id}")
+
     async def batch(self, batch_id: str) -> dict[str, Any]:
         return await self._ask("GET", f"/v1/batches/{batch_id}")
 

@@ -335,7 +335,7 @@ class Runner:
             self.tally.put_off(outcome.code)
             if outcome.code not in ABSENT:
                 is_last = self._strikes.count(row, outcome)
-            elif not (is_last := self._absences.met(row.batch, self._now_us())):
+            elif not (is_last := self._is_absent_for_good(row, outcome)):
                 return self._waits_for_its_model(row)
         elif outcome.status < 400:
             self._absences.over(row.batch)
@@ -344,6 +344,11 @@ class Runner:
         if isinstance(told, Result):
             self._strikes.forget(row)
         return told
+
+    def _is_absent_for_good(self, row: Row, outcome: Later) -> bool:
+        if row.batch not in self._absences:
+            log.warning("a batch waits for its model", batch=row.batch_id, reason=outcome.message)
+        return self._absences.met(row.batch, self._now_us())
 
     def _set_pace(self, told: Result | Again, outcome: Outcome) -> None:
         if isinstance(told, Result):

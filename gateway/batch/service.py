@@ -127,6 +127,7 @@ class Service:
                 Path(settings.folder).mkdir(parents=True, exist_ok=True)
             if not settings.database:
                 self._lock = _lock(Path(settings.folder) / "lock")
+                _make_private(Path(settings.folder) / "batches.sqlite")
         except OSError as error:
             raise ConfigError(f"batch.folder {settings.folder}: {error.strerror}") from None
 
@@ -273,6 +274,11 @@ async def _tidied(work: Coroutine[Any, Any, None]) -> None:
         log.warning("what an upload has left is swept up later", error=str(fault))
     except Exception:  # the task's edge: litter must not end the gateway
         log.exception("what an upload has left could not be given up")
+
+
+def _make_private(path: Path) -> None:
+    """Answers are nobody else's to read. SQLite gives what it writes beside it the same rights."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def _lock(path: Path) -> int:

@@ -19,7 +19,7 @@ from backends.http import Upstream
 from backends.sglang import Server
 from backends.sglang_plugin.control import Control, adjusted, setting_of
 from gateway.core import Core
-from gateway.engine_link import BLIND_FOR_GOOD, UNHEARD, EngineLink
+from gateway.engine_link import BLIND_FOR_GOOD, UNHEARD, UNTAKEN, EngineLink
 from gateway.facts import Facts
 from gateway.plugin_settings import PluginSettings
 from gateway.roll import Roll
@@ -135,7 +135,10 @@ async def test_a_server_that_takes_no_settings_is_used_as_a_stock_one(
 ) -> None:
     async with standing() as site:
         site.engine.status, site.engine.takes = status, takes
-        assert await site.met() == []
+        with capture_logs() as told:
+            assert await site.met() == []
+        off = next(line["off"] for line in told if line["event"] == "engine plug-in")
+        assert off["decode"] == off["prefill"] == UNTAKEN
 
 
 async def test_a_server_too_busy_to_take_settings_when_it_is_met_is_told_again() -> None:

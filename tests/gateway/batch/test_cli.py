@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from rich.console import Console
 
@@ -74,6 +75,25 @@ async def test_a_file_that_cannot_run_is_explained_line_by_line(
         path.write_bytes(lines([chat(4, model="emulated")], CHAT) + b"not json\n")
         assert await say(it, "submit", str(path), "--watch") == 1
         assert "line 2:" in capsys.readouterr().out
+
+
+async def test_a_batch_that_is_refused_leaves_no_file_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with living(tmp_path, FLEET[:2]) as it:
+        assert await say(it, "submit", write(tmp_path), "--window", "9999d") == 2
+        assert "completion_window" in capsys.readouterr().err
+        async with aiohttp.ClientSession() as http, http.get(f"{it.url}/v1/files") as response:
+            assert (await response.json())["data"] == []
+
+
+async def test_what_is_stored_is_for_nobody_else_to_read(tmp_path: Path) -> None:
+    async with living(tmp_path, FLEET[:2]):
+        assert rights_of_others(tmp_path) == {0}
+
+
+def rights_of_others(folder: Path) -> set[int]:
+    return {path.stat().st_mode & 0o077 for path in folder.rglob("*.sqlite*")}
 
 
 async def test_a_batch_can_be_cancelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,10 @@ async def test_a_model_that_is_away_for_minutes_costs_no_row() -> None:
 async def test_a_model_that_stays_away_is_each_rows_answer_in_the_end() -> None:
     async with office(TWO_MODELS) as it:
         it.ledger.add(CHAT, [one.replace(b"another", b"gpt-17") for one in others(300)])
-        await it.done(1000.0)
+        with capture_logs() as told:
+            await it.done(1000.0)
+        waits = [line for line in told if line["event"] == "a batch waits for its model"]
+        assert ["gpt-17" in line["reason"] for line in waits] == [True], "said once"
         assert it.statuses() == [404] * 300
         error = json.loads(it.ledger.results()[0].line)["response"]["body"]["error"]
         assert (error["code"], error["param"]) == ("unknown_model", "model")
