@@ -139,9 +139,9 @@ def _metadata(value: Any) -> dict[str, str]:
         raise invalid("metadata", f"must be an object with at most {_METADATA} keys")
     for name, text in value.items():
         if len(name) > _KEY_CHARS or name == KEY:
-            raise invalid("metadata", f"takes keys of {_KEY_CHARS} characters at most, and not {KEY}")
+            raise invalid("metadata", f"takes keys of up to {_KEY_CHARS} characters, not {KEY}")
         if not isinstance(text, str) or len(text) > _VALUE_CHARS:
-            raise invalid("metadata", f"takes values that are texts of {_VALUE_CHARS} characters")
+            raise invalid("metadata", f"takes texts of up to {_VALUE_CHARS} characters")
     return value
 
 
