@@ -15,8 +15,6 @@ T = TypeVar("T")
 
 _AT_ONCE: Final = 64
 """Rows in one transaction: more of them would be noticed by online requests."""
-
-
 _BYTES_AT_ONCE: Final = 4 * 2**20
 """... and lines in one, but for a line that is longer by itself."""
 
